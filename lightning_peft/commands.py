@@ -1,0 +1,178 @@
+"""The commands of ``lightning-peft`` that need no Trainer: what an adapter is, and merging one into its base."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lightning_peft.checkpoint import KEY
+from lightning_peft.errors import PEFTError
+from lightning_peft.formats.files import MARKER, atomic_directory, read_json, read_shapes, write_json
+from lightning_peft.formats.hf import CONFIG_FILE, TENSOR_FILE
+from lightning_peft.merge import merge as merge_adapters
+from lightning_peft.storage import load_adapter
+from lightning_peft.tasks.pretrained import Dtype, load_model, load_tokenizer
+
+# HF PEFT's task types, for adapters that do not say what class their base is.
+_TASK_CLASSES = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+}
+
+_Row = tuple[str, str]
+
+
+def inspect(path: str) -> None:
+    """Show what an adapter directory or a checkpoint holds.
+
+    Args:
+        path: An adapter directory, of this package or of Hugging Face PEFT, or a Lightning checkpoint (.ckpt).
+
+    Raises:
+        PEFTError: It is neither, or damaged.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise PEFTError(f"{path} does not exist: expected an adapter directory or a .ckpt file.")
+    if place.is_dir():
+        directories = sorted(file.parent for file in place.rglob(CONFIG_FILE))
+        if not directories:
+            raise PEFTError(f"{path} holds no {CONFIG_FILE}: expected an adapter directory or a .ckpt file.")
+        for directory in directories:
+            _show(str(directory), _describe_directory(directory))
+    else:
+        _show(path, _describe_checkpoint(place))
+
+
+def merge(adapter: str, model: str | None = None, out: str = "merged", dtype: Dtype = "float32") -> None:
+    """Merge an adapter into its base model and write the result as an ordinary Transformers model.
+
+    Args:
+        adapter: The adapter directory.
+        model: The base model: a directory, a name on the Hugging Face hub, or package:NAME. The one that the adapter
+            names, if not given.
+        out: The directory to write. One that this command wrote before is replaced.
+        dtype: Of the weights written. In bfloat16, rounding takes a part of a small adapter.
+
+    Raises:
+        PEFTError: The adapter does not belong to the model, or the directory cannot be written.
+    """
+    model = model or _base_name(Path(adapter))
+    base = load_model(model, _model_class(Path(adapter)), dtype=dtype)
+    load_adapter(base, adapter)
+    print(merge_adapters(base, unload=True))
+    with atomic_directory(out) as directory:
+        base.save_pretrained(directory)
+        write_json(directory / MARKER, {"version": 1, "merged": str(adapter)})
+        try:
+            load_tokenizer(model).save_pretrained(directory)
+        except PEFTError:
+            print(f"{model} has no tokenizer: the model is written without one.")
+    print(f"Wrote {out}. Load it with {type(base).__name__}.from_pretrained({out!r}).")
+
+
+def _show(title: str, rows: Iterable[_Row]) -> None:
+    print(title)
+    for key, value in rows:
+        print(f"  {key:<12} {value}")
+
+
+def _describe_directory(directory: Path) -> list[_Row]:
+    config, tensors = read_json(directory / CONFIG_FILE), directory / TENSOR_FILE
+    shapes = read_shapes(tensors)
+    keys = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
+    return [
+        ("kind", "adapter in the format of Hugging Face PEFT"),
+        *_base_row({**_recorded_base(directory), "name_or_path": config.get("base_model_name_or_path")}),
+        ("method", " ".join([str(config.get("peft_type")), *_settings({key: config.get(key) for key in keys})])),
+        ("targets", _listed(config.get("target_modules"))),
+        *([("trained whole", _listed(config["modules_to_save"]))] if config.get("modules_to_save") else []),
+        ("tensors", _size(shapes.values(), tensors.stat().st_size)),
+        *(("to resume", f"{file.name} has {file.stat().st_size:,} bytes") for file in directory.glob("*.ckpt")),
+    ]
+
+
+def _describe_checkpoint(file: Path) -> list[_Row]:
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise PEFTError(f"{file} cannot be read as a checkpoint of tensors and plain values: {reason}") from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict):
+        raise PEFTError(f"{file} is no Lightning checkpoint: it has no state_dict.")
+    saved = checkpoint.get(KEY)
+    rows = [("kind", f"Lightning checkpoint, {_content(saved)}")]
+    for prefix, injection in saved["injections"].items() if isinstance(saved, dict) else ():
+        rows += _base_row(injection["base"])
+        for name, method in injection["adapters"].items():
+            settings = {key: value for key, value in method.items() if key != "method"}
+            label = name if not prefix else f"{name} in {prefix}"
+            rows.append(("method", " ".join([f"{method['method']} ({label})", *_settings(settings)])))
+        if injection["train_also"]:
+            rows.append(("trained whole", _listed(injection["train_also"])))
+    rows.append(("tensors", _size((tensor.shape for tensor in state.values()), file.stat().st_size)))
+    if "global_step" in checkpoint:
+        rows.append(("progress", f"epoch {checkpoint.get('epoch')}, step {checkpoint['global_step']}"))
+    return rows
+
+
+def _content(saved: Any) -> str:
+    if not isinstance(saved, dict):
+        return "not written by PEFTStrategy: it holds no adapters"
+    return "adapters and the frozen weights" if saved.get("full") else "adapters only"
+
+
+def _base_row(base: Mapping[str, Any]) -> list[_Row]:
+    parts = [str(base[key]) for key in ("name_or_path", "class") if base.get(key)]
+    return [("base model", " · ".join(parts) or "not recorded")]
+
+
+def _settings(values: Mapping[str, Any]) -> list[str]:
+    """Write ``key=value`` for what is set."""
+    return [f"{key}={value}" for key, value in values.items() if value not in (None, False, {}, [], ())]
+
+
+def _listed(names: Any) -> str:
+    return names if isinstance(names, str) else ", ".join(map(str, names or ()))
+
+
+def _size(shapes: Iterable[Iterable[int]], file_bytes: int) -> str:
+    counts = [prod(shape) for shape in shapes]
+    return f"{len(counts):,} with {sum(counts):,} values; the file has {file_bytes:,} bytes"
+
+
+def _recorded_base(directory: Path) -> dict[str, Any]:
+    """Return what this package wrote about the base of an adapter; nothing, if another program wrote the adapter."""
+    base = read_json(directory / MARKER).get("base") if (directory / MARKER).is_file() else None
+    return base if isinstance(base, dict) else {}
+
+
+def _base_name(adapter: Path) -> str:
+    name = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise PEFTError(f"{adapter} does not name its base model: give it with --model.")
+    return name
+
+
+def _model_class(adapter: Path) -> Any:
+    """Return the transformers class of an adapter's base."""
+    recorded = getattr(transformers, str(_recorded_base(adapter).get("class")), None)
+    if isinstance(recorded, type) and issubclass(recorded, transformers.PreTrainedModel):
+        return recorded
+    task = read_json(adapter / CONFIG_FILE).get("task_type")
+    if task in _TASK_CLASSES:
+        return _TASK_CLASSES[task]
+    raise PEFTError(
+        f"{adapter} does not say which class its base model has (task_type is {task!r}). Load the base in Python, then "
+        "call load_adapter(model, path), merge(model, unload=True) and model.save_pretrained(...)."
+    )

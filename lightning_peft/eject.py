@@ -1,0 +1,28 @@
+"""Take adapters out again."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lightning_peft.inject import base_parameters, remove
+from lightning_peft.merge import unmerge
+from lightning_peft.registry import required
+
+
+def eject(model: nn.Module) -> None:
+    """Take all adapters out: the model is the object it was before :func:`inject`, values included.
+
+    A merged model is restored too. To keep the adapters' effect in the weights, call ``merge(model, unload=True)``.
+
+    Raises:
+        PEFTError: There are no adapters.
+    """
+    roots = required(model)
+    unmerge(model)
+    for _, root, registry in roots:
+        parameters = base_parameters(root)
+        with torch.no_grad():
+            for name, value in registry.whole.items():
+                parameters[name].copy_(value)
+        remove(root, registry)

@@ -1,0 +1,77 @@
+"""Which base model an adapter belongs to: its name, and a few of its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_peft.adapter import slots, unwrap
+from lightning_peft.errors import PEFTError
+from lightning_peft.select import named_modules, transformers_models
+
+_MODULES = 64
+_SAMPLES = 4
+
+# Relative distance between two samples. Rounding to bfloat16 gives 0.002 and an unrelated model 1.4; another
+# fine-tuning of the same base lies in between.
+_TOLERANCE = 0.02
+
+
+def describe_base(model: nn.Module) -> dict[str, Any]:
+    """Return the base's class, its name or path if it has one, and samples of the weights that adapters adapt."""
+    model = unwrap(model)
+    named = next(iter(transformers_models(model).values()), model)
+    return {
+        "class": type(named).__name__,
+        "name_or_path": str(getattr(getattr(named, "config", None), "_name_or_path", "") or ""),
+        "samples": _samples(model),
+    }
+
+
+def refuse_other_base(model: nn.Module, saved: Mapping[str, Any], source: str) -> None:
+    """Check that ``saved``, from :func:`describe_base`, is about the base of ``model``.
+
+    Raises:
+        PEFTError: It is about another one; both are named.
+    """
+    present = describe_base(model)
+    theirs = saved.get("samples", {})
+    ours = _samples(unwrap(model), list(theirs))
+    pairs = [pair for name in ours.keys() & theirs.keys() for pair in zip(ours[name], theirs[name], strict=False)]
+    norm = math.sqrt(sum(b * b for _, b in pairs))
+    distance = math.sqrt(sum((a - b) ** 2 for a, b in pairs))
+    if saved.get("class") != present["class"] or distance > _TOLERANCE * norm:
+        raise PEFTError(
+            f"{source} was written for another base model: {_name(saved)}. This is {_name(present)}"
+            + (f", whose weights differ by {distance / norm:.0%}." if norm and distance > _TOLERANCE * norm else ".")
+            + " Load the base model that the adapter was trained on."
+        )
+
+
+def _name(base: Mapping[str, Any]) -> str:
+    path = base.get("name_or_path")
+    return f"{base.get('class')} ({path!r})" if path else str(base.get("class"))
+
+
+def _samples(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, list[float]]:
+    """Return a few elements of the weights of the adapted modules, or of ``names``, as they are without adapters."""
+    adapted = {name: slot for name, host, slot in slots(model) if "weight" in host._parameters}
+    modules = named_modules(model)
+    chosen = list(adapted)[:: max(1, len(adapted) // _MODULES)] if names is None else names
+    found = {}
+    for name in chosen:
+        slot = adapted.get(name)
+        weight = slot.merged["weight"] if slot and slot.merged else getattr(modules.get(name), "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or not weight.numel():
+            continue
+        if weight.is_meta or isinstance(weight, DTensor):
+            continue
+        flat = weight.detach().flatten()
+        positions = [flat.numel() * (2 * k + 1) // (2 * _SAMPLES) for k in range(_SAMPLES)]
+        found[name] = flat[torch.tensor(positions, device=flat.device)].to("cpu", torch.float32).tolist()
+    return found

@@ -1,0 +1,1 @@
+"""Adapters on disk: HF PEFT's format, both ways."""

@@ -1,0 +1,160 @@
+"""Fold adapters into the weights and back: same outputs, no adapter left in the forward pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapter import Adapter, Slot, slots, unwrap
+from lightning_peft.errors import PEFTError
+from lightning_peft.inject import remove
+from lightning_peft.registry import required
+from lightning_peft.select import transformers_models
+from lightning_peft.weights import as_matrix, as_stored, read_matrix, weight_of
+
+_Host = tuple[str, nn.Module, Slot, Adapter]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did. A loss is the norm of what rounding took, divided by the norm of the adapter's change."""
+
+    merged: int
+    """Number of modules whose weight now holds the adapter's effect."""
+    mean_loss: float
+    largest_loss: float
+    worst: str
+    """The module with the largest loss."""
+    kept: tuple[str, ...]
+    """Modules whose adapters cannot be merged: they stay attached."""
+
+    def __str__(self) -> str:
+        text = (
+            f"Merged {self.merged} adapters into the weights; rounding took {self.mean_loss:.2%} of their effect on "
+            f"average, {self.largest_loss:.2%} at most ({self.worst or 'none'})."
+        )
+        return text + (f" {len(self.kept)} adapters cannot be merged and stay attached." if self.kept else "")
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
+    """Fold the active adapters into the weights they adapt, computed in at least float32.
+
+    A weight that is tied to another module's is untied first (its twin keeps the old values). Merging a merged model
+    does nothing. Until :func:`unmerge`, a copy of every adapted weight is kept in host memory.
+
+    Args:
+        model: A model with adapters.
+        unload: Also remove the adapters for good, and keep no copies: the model is a plain one with the adapters'
+            effect in its weights.
+
+    Raises:
+        PEFTError: There are no adapters; one holds NaN or infinity; or ``unload`` and one cannot be merged. No weight
+            has changed.
+    """
+    roots = required(model)
+    active = [(n, h, s, a) for n, h, s in slots(unwrap(model)) if isinstance(a := s.active_adapter, Adapter)]
+    todo = [found for found in active if found[3].mergeable]
+    kept = tuple(name for name, _, _, adapter in active if not adapter.mergeable)
+    if unload and kept:
+        raise PEFTError(
+            f"merge(unload=True): the adapter of {kept[0]!r} cannot be merged, so removing it would change the "
+            "model's outputs. Call merge(model) to merge the others, or eject(model) to remove them all."
+        )
+    _refuse_non_finite(todo)
+    shared = _shared_weights(model)
+    losses: dict[str, float] = {}
+    for name, host, slot, adapter in todo:
+        if slot.merged is None:
+            untie = id(weight_of(host)) in shared
+            losses[name] = _merge_host(host, slot, adapter, untie)
+            if untie:
+                slot.merged["tied"] = _declare_untied(model)
+    if unload:
+        for _, root, registry in roots:
+            remove(root, registry)
+    worst = max(losses, key=lambda name: losses[name], default="")
+    mean = sum(losses.values()) / len(losses) if losses else 0.0
+    return MergeReport(len(todo), mean, losses.get(worst, 0.0), worst, kept)
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> None:
+    """Give every merged weight its old values back, bit for bit; the adapters run again. Does nothing if not merged.
+
+    Raises:
+        PEFTError: There are no adapters.
+    """
+    required(model)
+    for _, host, slot in slots(unwrap(model)):
+        if slot.merged is None:
+            continue
+        old = slot.merged["weight"]
+        if isinstance(old, nn.Parameter):
+            host.weight = old
+            for config in slot.merged["tied"]:
+                config.tie_word_embeddings = True
+        else:
+            weight_of(host).copy_(old)
+        if slot.merged["bias"] is not None:
+            host.get_parameter("bias").copy_(slot.merged["bias"])
+        slot.merged = None
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether adapters are merged into the weights of ``model``."""
+    return any(slot.merged is not None for _, _, slot in slots(unwrap(model)))
+
+
+def _merge_host(host: nn.Module, slot: Slot, adapter: Adapter, untie: bool) -> float:
+    """Merge one host and return the loss."""
+    weight, bias = weight_of(host), host._parameters.get("bias")
+    before = read_matrix(host)
+    after, new_bias = adapter.fold(before, None if bias is None else bias.detach())
+    stored = as_stored(host, after)
+    change = torch.linalg.vector_norm(after - before)
+    lost = torch.linalg.vector_norm(as_matrix(host, stored) - after)
+    backup: dict[str, Any] = {"weight": weight if untie else weight.detach().to("cpu", copy=True), "bias": None}
+    if untie:
+        host.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
+    else:
+        weight.copy_(stored)
+    if bias is not None and new_bias is not None and new_bias is not bias and not torch.equal(new_bias, bias):
+        backup["bias"] = bias.detach().to("cpu", copy=True)
+        bias.copy_(new_bias)
+    slot.merged = backup
+    return float(lost / change) if change > 0 else 0.0
+
+
+def _refuse_non_finite(hosts: Sequence[_Host]) -> None:
+    for name, _, _, adapter in hosts:
+        for parameter_name, parameter in adapter.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise PEFTError(
+                    f"The adapter of {name!r} holds NaN or infinity in {parameter_name}: merging it would destroy the "
+                    "weight. Load an earlier checkpoint."
+                )
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """Ids of parameters that belong to more than one module."""
+    owners = Counter(id(p) for module in unwrap(model).modules() for p in module.parameters(recurse=False))
+    return {parameter for parameter, count in owners.items() if count > 1}
+
+
+def _declare_untied(model: nn.Module) -> list[Any]:
+    """Tell transformers models that head and embedding are no longer one, or saving would keep only one of them."""
+    configs = [
+        config
+        for module in transformers_models(unwrap(model)).values()
+        for part in module.modules()
+        if getattr(config := getattr(part, "config", None), "tie_word_embeddings", False) is True
+    ]
+    for config in configs:
+        config.tie_word_embeddings = False
+    return configs

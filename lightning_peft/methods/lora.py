@@ -1,0 +1,172 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021), arXiv:2106.09685, section 4.1.
+
+rsLoRA's scale: A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA (Kalajdzievski, 2023),
+arXiv:2312.03732, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_peft.adapter import Adapter
+from lightning_peft.errors import PEFTError
+from lightning_peft.method import PEFTMethod
+from lightning_peft.seeding import fill
+from lightning_peft.select import first_match, require_matches, select
+from lightning_peft.weights import adapter_dtype, features, is_linear, weight_of
+
+Init = Literal["kaiming", "gaussian"]
+
+
+class LoRAAdapter(Adapter):
+    """h = W0 x + scale · B A x (equation 3); x ``[..., in]``, A ``[r, in]``, B ``[out, r]``."""
+
+    mergeable = True
+
+    def __init__(self, host: nn.Module, r: int, scale: float, dropout: float, init: Init, seed: int, name: str):
+        super().__init__()
+        d_in, d_out = features(host)
+        options: dict[str, Any] = {"dtype": adapter_dtype(host), "device": weight_of(host).device}
+        self.lora_A = nn.Parameter(torch.empty(r, d_in, **options))
+        self.lora_B = nn.Parameter(torch.empty(d_out, r, **options))
+        self.scale, self.dropout = scale, dropout
+        self._init, self._seed, self._name = init, seed, name
+        self._embedding = isinstance(host, nn.Embedding)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set B A to zero.
+
+        ``kaiming`` draws A from U(-1/sqrt(in), 1/sqrt(in)) as the paper's own code does, ``gaussian`` from
+        N(0, 1/r²): the paper's text says Gaussian and gives no width. An embedding is the other way round, as in
+        the paper's code: A is zero, B from N(0, 1).
+        """
+        drawn, zero = (self.lora_B, self.lora_A) if self._embedding else (self.lora_A, self.lora_B)
+        with torch.no_grad():
+            zero.zero_()
+        fill(drawn, self._seed, self._name, self._draw)
+
+    def _draw(self, values: Tensor, generator: torch.Generator) -> None:
+        if self._embedding:
+            nn.init.normal_(values, generator=generator)
+        elif self._init == "kaiming":
+            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+        else:
+            nn.init.normal_(values, std=1 / len(values), generator=generator)
+
+    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Add the low-rank term to ``output`` ``[..., out]``."""
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(base, nn.Embedding):
+            hidden = functional.embedding(  # [..., r]
+                x, self.lora_A.T, base.padding_idx, None, 2.0, base.scale_grad_by_freq, base.sparse
+            )
+            # Gemma multiplies what it looks up: the low-rank term has to be in the same units.
+            scale = self.scale * getattr(base, "embed_scale", 1.0)
+        else:
+            x = functional.dropout(x, self.dropout, self.training)
+            # The small matrices follow the activations: casting x instead would cost a float32 copy of it.
+            hidden = functional.linear(x, self.lora_A.to(x.dtype))  # [..., r]
+            scale = self.scale
+        delta = functional.linear(hidden, self.lora_B.to(hidden.dtype))  # [..., out]
+        if isinstance(scale, Tensor):
+            return (output + delta * scale).to(output.dtype)
+        return torch.add(output, delta, alpha=scale).to(output.dtype)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return W0 + scale · B A (section 4.1, "No Additional Inference Latency")."""
+        product = self.lora_B.detach().to(weight.dtype) @ self.lora_A.detach().to(weight.dtype)
+        return torch.add(weight, product, alpha=self.scale), bias
+
+    def extra_repr(self) -> str:
+        """Show what parameters do not."""
+        return f"scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(PEFTMethod):
+    """Low-rank updates of linear layers and embeddings.
+
+    Args:
+        r: Rank of the update.
+        alpha: The update is multiplied by ``alpha / r``.
+        dropout: Probability with which an element of the adapter's input is zeroed during training.
+        target_modules: What to adapt: ``all-linear`` (every linear layer but the output head), ``attention``,
+            ``mlp``, or names, globs (``layers.*.q_proj``) and regular expressions (``re:.*proj``).
+        exclude_modules: Patterns of modules to leave out.
+        layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.
+        rank_pattern: Other ranks for some modules, by pattern.
+        alpha_pattern: Other alphas for some modules, by pattern.
+        use_rslora: Multiply by ``alpha / sqrt(r)`` instead.
+        init: How A is drawn: ``kaiming`` as in the paper's code, or ``gaussian`` as in its text. B is zero.
+    """
+
+    name: ClassVar[str] = "lora"
+
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    target_modules: list[str] | str = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    layers: list[int] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    init: Init = "kaiming"
+
+    def __post_init__(self) -> None:
+        for key in ("target_modules", "exclude_modules", "layers"):
+            if isinstance(value := getattr(self, key), tuple | set | frozenset):
+                object.__setattr__(self, key, sorted(value))
+        for what, r in {"r": self.r, **self.rank_pattern}.items():
+            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+                raise PEFTError(f"LoRA: rank {what}={r!r} was given; a rank is a whole number of at least 1.")
+        for what, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):
+                raise PEFTError(f"LoRA: {what}={alpha!r} was given; alpha is a positive number.")
+        if not 0 <= self.dropout < 1:
+            raise PEFTError(f"LoRA: dropout={self.dropout!r} was given; it is a probability in [0, 1).")
+        if self.init not in ("kaiming", "gaussian"):
+            raise PEFTError(f"LoRA: init={self.init!r} was given; it is 'kaiming' or 'gaussian'.")
+
+    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return the linear layers and embeddings that ``target_modules`` names."""
+        hosts = select(
+            model, self.target_modules, adaptable=_adaptable, exclude=self.exclude_modules, layers=self.layers
+        )
+        require_matches(self.rank_pattern, hosts, "rank_pattern")
+        require_matches(self.alpha_pattern, hosts, "alpha_pattern")
+        return hosts
+
+    def rank_and_alpha(self, name: str) -> tuple[int, float]:
+        """Return the rank and alpha of the module ``name``."""
+        return first_match(self.rank_pattern, name, self.r), first_match(self.alpha_pattern, name, self.alpha)
+
+    def adapter(self, name: str, module: nn.Module, seed: int) -> LoRAAdapter:
+        """Make the adapter of the linear layer or embedding ``module``."""
+        r, alpha = self.rank_and_alpha(name)
+        d_in, d_out = features(module)
+        if r > min(d_in, d_out):
+            raise PEFTError(
+                f"LoRA: r={r} was given, but {name!r} is {d_in} → {d_out}: the rank of an update of it is at most "
+                f"{min(d_in, d_out)}. Take a smaller r, set rank_pattern={{{name!r}: …}}, or exclude the module."
+            )
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            raise PEFTError(
+                f"LoRA: {name!r} is an embedding with max_norm={module.max_norm}, which rewrites its weight while it "
+                "is read. Exclude it."
+            )
+        scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        return LoRAAdapter(module, r, scale, self.dropout, self.init, seed, name)
+
+
+def _adaptable(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, nn.Embedding)
+
+

@@ -1,0 +1,67 @@
+"""What was injected into a model, kept on the model itself, so that it survives deepcopy and pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lightning_peft.adapter import clean_name, unwrap
+from lightning_peft.errors import PEFTError
+from lightning_peft.method import PEFTMethod
+
+_ATTRIBUTE = "_peft_registry"
+
+
+@dataclass
+class Registry:
+    """The adapters of one model. Names are relative to the module that it is kept on."""
+
+    methods: dict[str, PEFTMethod] = field(default_factory=dict)
+    """Method by adapter name."""
+    hosts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of the adapted modules by adapter name."""
+    active: str = ""
+    train_also: tuple[str, ...] = ()
+    """Names of the modules trained whole."""
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    """Parameters trained whole: the values they had before."""
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    """``requires_grad`` of the base's parameters before the injection."""
+
+
+def registries(model: nn.Module) -> Iterator[tuple[str, nn.Module, Registry]]:
+    """Yield ``(name, module, registry)`` for every module of ``model`` into which adapters were injected."""
+    for name, module in unwrap(model).named_modules():
+        registry = module.__dict__.get(_ATTRIBUTE)
+        if isinstance(registry, Registry):
+            yield clean_name(name), module, registry
+
+
+def required(model: nn.Module) -> list[tuple[str, nn.Module, Registry]]:
+    """Return what :func:`registries` yields.
+
+    Raises:
+        PEFTError: There is nothing.
+    """
+    found = list(registries(model))
+    if not found:
+        raise PEFTError(f"This {type(unwrap(model)).__name__} has no adapters. Call inject(model, method) first.")
+    return found
+
+
+def own_registry(model: nn.Module) -> Registry | None:
+    """Return the registry kept on ``model`` itself."""
+    registry = model.__dict__.get(_ATTRIBUTE)
+    return registry if isinstance(registry, Registry) else None
+
+
+def keep(model: nn.Module, registry: Registry) -> None:
+    """Keep ``registry`` on ``model``."""
+    object.__setattr__(model, _ATTRIBUTE, registry)
+
+
+def drop(model: nn.Module) -> None:
+    """Forget the registry of ``model``."""
+    object.__delattr__(model, _ATTRIBUTE)

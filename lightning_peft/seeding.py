@@ -1,0 +1,25 @@
+"""Initial values that depend on (seed, name) alone: the same on every rank, the global random stream untouched."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def fill(parameter: Tensor, seed: int, name: str, init: Callable[[Tensor, torch.Generator], object]) -> None:
+    """Set ``parameter`` to what ``init`` draws from a private generator seeded by ``(seed, name)``.
+
+    Values are drawn on the CPU in float32 and then copied, so that they do not depend on device or dtype. A meta
+    tensor is left alone: it is filled by ``reset_parameters`` once it is materialised.
+    """
+    if parameter.is_meta:
+        return
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    values = torch.empty(parameter.shape, dtype=torch.float32)
+    with torch.no_grad():
+        init(values, generator)
+        parameter.copy_(values)

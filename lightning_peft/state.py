@@ -1,0 +1,149 @@
+"""Adapter state: what a checkpoint has to hold, whether it fits, and loading it. In memory only: no files here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapter import adapter_parameters, clean_name, unwrap
+from lightning_peft.errors import PEFTError
+from lightning_peft.fingerprint import describe_base, refuse_other_base
+from lightning_peft.inject import base_parameters, refuse_merged
+from lightning_peft.method import PEFTMethod
+from lightning_peft.registry import registries, required
+
+_VERSION = 1
+_SHOWN = 5
+
+
+def adapter_parameters_and_whole(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return every parameter that belongs to adapters: theirs, and those of modules trained whole, by clean name."""
+    model = unwrap(model)
+    found = adapter_parameters(model)
+    for prefix, root, registry in registries(model):
+        base = base_parameters(root)
+        found.update({f"{prefix}.{name}" if prefix else name: base[name] for name in registry.whole})
+    return found
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the adapter state of ``model``: a part of its ``state_dict()``, with the same names and tensors.
+
+    It holds every adapter's parameters and those of modules trained whole (``train_also``). The tensors share memory
+    with the parameters.
+
+    Raises:
+        PEFTError: There are no adapters.
+    """
+    required(model)
+    return {name: parameter.detach() for name, parameter in adapter_parameters_and_whole(model).items()}
+
+
+def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], source: str = "The adapter state") -> None:
+    """Copy ``state``, as :func:`adapter_state_dict` returned it, into ``model``.
+
+    Args:
+        model: A model with the same adapters, not merged.
+        state: Tensors by name.
+        source: What to call it in errors.
+
+    Raises:
+        PEFTError: A tensor is missing, superfluous, of another shape, or holds NaN; nothing was copied.
+    """
+    refuse_merged(model, "load adapters")
+    required(model)
+    parameters = adapter_parameters_and_whole(model)
+    state = {clean_name(name): tensor for name, tensor in state.items()}
+    check_tensors({name: p.shape for name, p in parameters.items()}, state, source)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+
+def check_tensors(shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor], source: str) -> None:
+    """Check that ``state`` holds exactly the tensors that ``shapes`` asks for, all finite.
+
+    Raises:
+        PEFTError: It does not; the message names the tensors.
+    """
+    missing, extra = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
+    if missing or extra:
+        near = difflib.get_close_matches(missing[0], extra, n=1) if missing else []
+        raise PEFTError(
+            f"{source} does not fit this model's adapters."
+            + (f" Missing: {_list(missing)}." if missing else "")
+            + (f" Superfluous: {_list(extra)}." if extra else "")
+            + (f" Is {near[0]!r} meant for {missing[0]!r}?" if near else "")
+            + " Use the method and the targets that it was written with."
+        )
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
+            raise PEFTError(
+                f"{source}: {name} has shape {list(state[name].shape)}, this model's adapter has {list(shape)}. "
+                "Use the rank and the base model that it was written with."
+            )
+        if not torch.isfinite(state[name]).all():
+            raise PEFTError(f"{source}: {name} holds NaN or infinity. Take an earlier checkpoint.")
+
+
+def metadata(model: nn.Module) -> dict[str, Any]:
+    """Return what tells adapter states apart: methods, modules trained whole, and the base; plain types only."""
+    return {
+        "version": _VERSION,
+        "injections": {
+            prefix: {
+                "adapters": {name: method.config() for name, method in registry.methods.items()},
+                "active": registry.active,
+                "train_also": list(registry.train_also),
+                "base": describe_base(root),
+            }
+            for prefix, root, registry in required(model)
+        },
+    }
+
+
+def check_metadata(model: nn.Module, saved: Mapping[str, Any], source: str) -> None:
+    """Check that ``saved``, from :func:`metadata`, is about a model with the same base and methods.
+
+    Raises:
+        PEFTError: It is not; what differs is named.
+    """
+    if saved.get("version") != _VERSION:
+        raise PEFTError(
+            f"{source} has format version {saved.get('version')!r}; this lightning_peft reads {_VERSION}. Update it."
+        )
+    for prefix, root, registry in required(model):
+        injection = saved["injections"].get(prefix)
+        where = f" in {prefix!r}" if prefix else ""
+        if injection is None:
+            raise PEFTError(f"{source} has no adapters{where}, but {sorted(saved['injections'])}.")
+        if injection["adapters"].keys() != registry.methods.keys():
+            raise PEFTError(
+                f"{source} holds the adapters {sorted(injection['adapters'])}{where}; this model has "
+                f"{sorted(registry.methods)}."
+            )
+        for name, method in registry.methods.items():
+            _refuse_other_method(method, injection["adapters"][name], source)
+        refuse_other_base(root, injection["base"], source)
+
+
+def _refuse_other_method(method: PEFTMethod, saved: Mapping[str, Any], source: str) -> None:
+    present = method.config()
+    if saved.get("method") != present["method"]:
+        raise PEFTError(
+            f"{source} was written with method {saved.get('method')!r}; this model has {present['method']!r}. Use the "
+            "method that it was written with."
+        )
+    differing = [key for key in present if key not in method.free and saved.get(key) != present[key]]
+    if differing:
+        both = ", ".join(f"{key}={saved.get(key)!r} (here {present[key]!r})" for key in differing)
+        raise PEFTError(f"{source} was written with {both}. Use the hyper-parameters that it was written with.")
+
+
+def _list(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,62 @@
+"""Base weights: which modules have one that an adapter can follow, its shape, reading and writing it."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' ``Conv1D``: a linear layer whose weight is stored ``[in, out]``."""
+    # An instance can only exist once its module is imported: no need to import transformers for plain torch users.
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` computes ``x Wᵀ + b``."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is stored ``[in, out]`` (Conv1D; an embedding is ``[tokens, dim]``)."""
+    return isinstance(module, nn.Embedding) or is_conv1d(module)
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """Return ``(in, out)``; for an embedding ``(number of tokens, dimension)``."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    rows, columns = weight_of(module).shape
+    return rows, columns
+
+
+def weight_of(module: nn.Module) -> nn.Parameter:
+    """Return the weight parameter as stored."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def adapter_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype for adapters of ``module``: its weight's, but never below float32."""
+    dtype = weight_of(module).dtype
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
+    """Return ``stored``, in the layout of the module's weight, as ``[out, in]`` in at least float32; no copy if it is."""
+    wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
+    return wide.T if is_transposed(module) else wide
+
+
+def read_matrix(module: nn.Module) -> Tensor:
+    """Return the weight as ``[out, in]`` in at least float32; not to be written to."""
+    return as_matrix(module, weight_of(module).detach())
+
+
+def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
+    """Return ``matrix`` ``[out, in]`` in the layout and dtype in which the module stores its weight."""
+    return (matrix.T if is_transposed(module) else matrix).to(weight_of(module).dtype)

@@ -1,0 +1,370 @@
+"""The command, mostly run within this process; its classes below are what a user's module would hold."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_peft import LoRA, PEFTStrategy, adapter_state_dict, inject, save_adapter
+from lightning_peft.cli import COMMANDS, PEFTCLI, RUNS, main
+
+MODEL = "--model=test_cli.Regression"
+DATA = "--data=test_cli.Noise"
+QUIET = [
+    "--seed_everything=1",
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.logger=false",
+    "--trainer.enable_checkpointing=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.max_steps=2",
+]
+METHOD = {"class_path": "lightning_peft.LoRA", "init_args": {"r": 2, "target_modules": ["up", "down"]}}
+STRATEGY = {"class_path": "lightning_peft.PEFTStrategy", "init_args": {"method": METHOD}}
+
+
+class Regression(LightningModule):
+    """A model that is frozen but for its adapters, with an optimizer of its own."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, width)
+        self.down = nn.Linear(width, 8)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return (self.down(self.up(batch[0]).relu()) - batch[0]).square().mean()
+
+    def test_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        self.log("test_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Broken(Regression):
+    """A model whose constructor has a fault."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        raise RuntimeError("a fault of the user's program")
+
+
+class Noise(LightningDataModule):
+    """Data without files."""
+
+    def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
+        return DataLoader(TensorDataset(torch.randn(8, 8)), batch_size=4)
+
+    test_dataloader = train_dataloader
+
+
+def run(*args: str) -> PEFTCLI:
+    """Run a command within this process and return what it made."""
+    return PEFTCLI(list(args))
+
+
+def fit(*args: str) -> PEFTCLI:
+    return run("fit", MODEL, DATA, *QUIET, *args)
+
+
+def refused(args: Sequence[str]) -> str:
+    """Run a command that must end with one message."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(args))
+    assert isinstance(stop.value.code, str)
+    return stop.value.code
+
+
+def in_a_process(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "100"}
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+def config_file(path: Path, strategy: object, **trainer: object) -> str:
+    path.write_text(yaml.safe_dump({"trainer": {"strategy": strategy, **trainer}}))
+    return f"--config={path}"
+
+
+def method_of(cli: PEFTCLI) -> LoRA:
+    strategy = cli.trainer.strategy
+    assert isinstance(strategy, PEFTStrategy)
+    assert isinstance(strategy.method, LoRA)
+    return strategy.method
+
+
+# Help
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: lightning-peft ")
+    for command in (*RUNS, *COMMANDS):
+        assert f"\n    {command} " in printed
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_help_of_a_run_is_complete(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: lightning-peft {command} ")
+    for option in ("config", "print_config", "trainer.strategy", "model", "data", "optimizer", "ckpt_path"):
+        assert re.search(rf"^  (-c CONFIG, )?--{option}\b", printed, re.MULTILINE)
+
+
+def test_help_of_the_strategy_documents_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--trainer.strategy.help=PEFTStrategy"])
+    printed = capsys.readouterr().out
+    for option in ("method", "base", "merge_on_train_end", "checkpoint", "train_also"):
+        assert f"  --trainer.strategy.{option} " in printed
+
+
+def test_module_and_script_are_the_same_command() -> None:
+    script = in_a_process(Path(sys.executable).with_name("lightning-peft"), "--help")
+    module = in_a_process(sys.executable, "-m", "lightning_peft", "--help")
+    assert script.returncode == module.returncode == 0, script.stderr + module.stderr
+    assert script.stdout == module.stdout
+
+
+# Naming the strategy
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--trainer.strategy=peft_lora"],
+        ["--trainer.strategy", "peft"],
+        ["--trainer.strategy=PEFTStrategy"],
+        ["--trainer.strategy", "lightning_peft.PEFTStrategy"],
+        ["--trainer.strategy.class_path=lightning_peft.PEFTStrategy"],
+        ["--trainer.strategy=PEFTStrategy", "--trainer.strategy.method=LoRA"],
+    ],
+    ids=" ".join,
+)
+def test_a_strategy_on_the_command_line(args: list[str]) -> None:
+    assert method_of(fit(*args)) == LoRA()
+
+
+@pytest.mark.parametrize("strategy", ["peft_lora", "PEFTStrategy", STRATEGY], ids=["name", "class", "class_path"])
+def test_a_strategy_in_a_file(strategy: object, tmp_path: Path) -> None:
+    method = method_of(fit(config_file(tmp_path / "run.yaml", strategy)))
+    assert method == (LoRA(r=2, target_modules=["up", "down"]) if strategy is STRATEGY else LoRA())
+
+
+@pytest.mark.parametrize("option", ["init_args.method.init_args.r", "method.r"])
+def test_the_command_line_overrides_a_file(option: str, tmp_path: Path) -> None:
+    method = method_of(fit(config_file(tmp_path / "run.yaml", STRATEGY), f"--trainer.strategy.{option}=4"))
+    assert method == LoRA(r=4, target_modules=["up", "down"])
+
+
+def test_a_base_in_a_file(tmp_path: Path) -> None:
+    base = {"class_path": "lightning.pytorch.strategies.SingleDeviceStrategy", "init_args": {"device": "cpu"}}
+    strategy = {"class_path": "PEFTStrategy", "init_args": {"method": "lora", "base": base}}
+    cli = fit(config_file(tmp_path / "run.yaml", strategy))
+    assert method_of(cli) == LoRA()
+
+
+def test_an_unknown_strategy_lists_those_that_exist() -> None:
+    message = refused(["fit", MODEL, "--trainer.strategy=peft_lorra"])
+    assert "'peft_lorra'" in message
+    assert "Did you mean 'peft_lora'?" in message
+    assert "METHOD: lora" in message
+    assert "ddp, ddp_spawn" in message
+
+
+def test_an_unknown_option_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        fit("--trainer.strategy=PEFTStrategy", "--trainer.strategy.method=LoRA", "--trainer.strategy.method.rank=4")
+    assert stop.value.code == 2
+    assert re.search("(Option|Key) 'rank' is not (accepted|expected)", capsys.readouterr().err)
+
+
+def test_options_after_a_registered_name_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        fit("--trainer.strategy=peft_lora", "--trainer.strategy.method.r=4")
+    assert stop.value.code == 2
+    assert "--trainer.strategy=PEFTStrategy --trainer.strategy.method=LoRA" in capsys.readouterr().err
+
+
+# Running
+
+
+def test_a_printed_config_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = [MODEL, DATA, *QUIET, config_file(tmp_path / "run.yaml", STRATEGY)]
+    with pytest.raises(SystemExit):
+        main(["fit", *args, "--print_config"])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    cli = run("fit", f"--config={printed}", "--trainer.fast_dev_run=1")
+    assert method_of(cli) == LoRA(r=2, target_modules=["up", "down"])
+    assert cli.trainer.global_step == 1
+
+
+@pytest.mark.parametrize("optimizer", [[], ["--optimizer=AdamW", "--optimizer.lr=0.1"]], ids=["own", "AdamW"])
+def test_fit_trains_the_adapters_alone(optimizer: list[str]) -> None:
+    cli = fit("--trainer.strategy=peft_lora", *optimizer)
+    state = adapter_state_dict(cli.model)
+    moved = [tensor for name, tensor in state.items() if name.endswith("lora_B")]
+    assert len(moved) == 2
+    assert all(tensor.abs().sum() > 0 for tensor in moved)
+    trained = {id(p) for group in cli.trainer.optimizers[0].param_groups for p in group["params"]}
+    assert len(trained) == len(state)
+
+
+def test_a_checkpoint_is_tested(tmp_path: Path) -> None:
+    strategy = config_file(tmp_path / "run.yaml", STRATEGY)
+    trained = fit(strategy)
+    file = tmp_path / "adapter.ckpt"
+    trained.trainer.save_checkpoint(file)
+    cli = run("test", MODEL, DATA, *QUIET, strategy, f"--ckpt_path={file}")
+    assert "test_loss" in cli.trainer.callback_metrics
+
+
+def test_a_wrong_value_is_one_message() -> None:
+    options = ["--trainer.strategy=PEFTStrategy", "--trainer.strategy.method=LoRA", "--trainer.strategy.method.r=0"]
+    message = refused(["fit", MODEL, DATA, *QUIET, *options])
+    assert message.startswith("lightning-peft: error: ")
+    assert "r=0" in message
+    assert "\n" not in message
+
+
+def test_a_missing_checkpoint_is_one_message(tmp_path: Path) -> None:
+    message = refused(["fit", MODEL, DATA, *QUIET, f"--ckpt_path={tmp_path / 'no.ckpt'}"])
+    assert "no.ckpt" in message
+
+
+def test_a_fault_in_a_model_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match=r"^a fault of the user's program$") as fault:
+        main(["fit", "--model=test_cli.Broken", *QUIET])
+    assert fault.traceback[-1].name == "__init__"
+    assert fault.value.__context__ is None
+
+
+def test_a_process_ends_with_one_message_and_status_1(tmp_path: Path) -> None:
+    """And finds the user's module in the working directory, which a script does not have on its path."""
+    (tmp_path / "own.py").write_text("from lightning.pytorch.demos.boring_classes import BoringModel as Own\n")
+    script = Path(sys.executable).with_name("lightning-peft")
+    done = in_a_process(script, "fit", "--model=own.Own", "--trainer.strategy=peft_none", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "lightning-peft: error: There is no strategy 'peft_none'." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# The record of a run
+
+
+def test_a_second_run_replaces_the_record(tmp_path: Path) -> None:
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": "", "version": ""}}
+    args = ["fit", MODEL, DATA, *QUIET[:3], *QUIET[4:], config_file(tmp_path / "run.yaml", STRATEGY, logger=logger)]
+    for steps in (1, 2):
+        cli = run(*args, f"--trainer.max_steps={steps}")
+        assert isinstance(cli.trainer.logger, CSVLogger)
+        record = yaml.safe_load((tmp_path / "config.yaml").read_text())
+        assert record["trainer"]["max_steps"] == steps
+    assert record["trainer"]["strategy"]["init_args"]["method"]["init_args"]["r"] == 2
+
+
+def test_a_file_given_as_config_is_not_replaced(tmp_path: Path) -> None:
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": "", "version": ""}}
+    given = config_file(tmp_path / "config.yaml", STRATEGY, logger=logger)
+    before = (tmp_path / "config.yaml").read_text()
+    run("fit", MODEL, DATA, *QUIET[:3], *QUIET[4:], given)
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_no_record_without_a_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit()
+    assert not list(tmp_path.iterdir())
+
+
+# Commands without a Trainer
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def trained_adapter(model: nn.Module, path: Path) -> None:
+    """Write an adapter that changes the outputs of ``model``, which has it afterwards."""
+    inject(model, LoRA(r=2, alpha=4, target_modules="attention"))
+    with torch.no_grad():
+        for tensor in adapter_state_dict(model).values():
+            tensor.normal_(std=0.5)
+    save_adapter(model, path)
+
+
+def test_inspect_shows_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained_adapter(tiny_llama(), tmp_path / "adapter")
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(tmp_path / "adapter")])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    for part in ("LlamaForCausalLM", "LORA r=2 lora_alpha=4", "q_proj", f"16 with 512 values; the file has {size:,} "):
+        assert part in printed
+
+
+def test_inspect_shows_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli = fit(config_file(tmp_path / "run.yaml", STRATEGY))
+    cli.trainer.save_checkpoint(tmp_path / "run.ckpt")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / "run.ckpt")])
+    printed = capsys.readouterr().out
+    for part in ("adapters only", "Regression", "lora (default) r=2", "4 with 96 values", "epoch 1, step 2"):
+        assert part in printed
+
+
+def test_inspect_refuses_what_is_no_adapter(tmp_path: Path) -> None:
+    assert "does not exist" in refused(["inspect", str(tmp_path / "nothing")])
+    assert "adapter_config.json" in refused(["inspect", str(tmp_path)])
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    assert "cannot be read" in refused(["inspect", str(tmp_path / "text.ckpt")])
+    torch.save([1], tmp_path / "list.ckpt")
+    assert "no Lightning checkpoint" in refused(["inspect", str(tmp_path / "list.ckpt")])
+
+
+def test_merge_writes_a_plain_model(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    trained_adapter(model, tmp_path / "adapter")
+    command = ["merge", str(tmp_path / "adapter"), f"--model={tmp_path / 'base'}", f"--out={tmp_path / 'merged'}"]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert stop.value.code == 0
+    tokens = torch.arange(8)[None]
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert not list(adapter for adapter in merged.state_dict() if "lora" in adapter)
+    torch.testing.assert_close(merged(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_merge_needs_a_base(tmp_path: Path) -> None:
+    trained_adapter(tiny_llama(), tmp_path / "adapter")
+    assert "--model" in refused(["merge", str(tmp_path / "adapter"), f"--out={tmp_path / 'merged'}"])
