@@ -8,12 +8,14 @@ from lightning_peft.method import PEFTMethod
 from lightning_peft.methods import LoRA
 from lightning_peft.state import adapter_state_dict
 from lightning_peft.storage import load_adapter, save_adapter
+from lightning_peft.strategy import PEFTStrategy, register_strategies
 
 __all__ = [
     "LoRA",
     "MergeReport",
     "PEFTError",
     "PEFTMethod",
+    "PEFTStrategy",
     "adapter_state_dict",
     "eject",
     "inject",
@@ -23,3 +25,5 @@ __all__ = [
     "set_adapter",
     "unmerge",
 ]
+
+register_strategies()

@@ -129,3 +129,233 @@ class PEFTStrategy(Strategy):
             if hasattr(type(strategy), key) or key in strategy.__dict__ or f"_{key}" in strategy.__dict__:
                 setattr(self, key, value)
         self.__dict__["_checkpoint_io"] = known["_checkpoint_io"]
+
+    def connect(self, model: pl.LightningModule) -> None:
+        """Attach the module, and this run's summary to the trainer's callbacks."""
+        # Imported here: callbacks are written on top of this strategy.
+        from lightning_peft.callbacks.summary import PEFTSummary
+
+        super().connect(model)
+        self._is_set_up, self._held_back = False, None
+        callbacks = model.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, PEFTSummary) for callback in callbacks):
+            callbacks.insert(0, PEFTSummary())
+
+    def inject(self) -> None:
+        """Inject the adapters into the connected module; does nothing if it has some already.
+
+        Called at ``setup``. A module that shards its parameters in ``configure_model`` calls it there first, as
+        ``self.trainer.strategy.inject()``.
+
+        Raises:
+            PEFTError: The method does not fit the model, or the model has adapters of another method.
+        """
+        module = self._module
+        present = [method for _, _, registry in registries(module) for method in registry.methods.values()]
+        for method in present:
+            if type(method) is not type(self.method):
+                raise PEFTError(
+                    f"The model already has adapters of method {method.name!r}, the strategy was given "
+                    f"{self.method.name!r}. Give both the same method, or call eject(model) first."
+                )
+        if not present:
+            # One seed for all ranks: without it each would start from other values where nothing broadcasts them.
+            inject(module, self.method, train_also=self._train_also, seed=self.broadcast(torch.initial_seed()))
+
+    def inject_in_main_process(self) -> None:
+        """Inject where no ``setup`` ran: the process that spawned the workers."""
+        if is_overridden("configure_model", self._module) and not any(registries(self._module)):
+            rank_zero_warn(
+                "The model was built by configure_model in the worker processes, so this process has no model to load "
+                "the trained adapters into. Use load_adapter(model, path) with a checkpoint."
+            )
+            return
+        self.inject()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint file, or a directory written by ``AdapterCheckpoint``."""
+        if files.is_directory(checkpoint_path):
+            return files.read_directory(checkpoint_path, weights_only)
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load adapter state; strict about adapters whatever ``strict`` says.
+
+        On one device and under DDP, Lightning calls this before ``setup``, when there are no adapters yet: the state is
+        held back until they are injected.
+
+        Raises:
+            PEFTError: The checkpoint has no adapters, other ones, or those of another base model.
+        """
+        if not self._is_set_up:
+            # Fail before the model is moved and optimizers are made.
+            files.checkpoint_metadata(checkpoint)
+            self._held_back = (dict(checkpoint), strict)
+            return
+        unmerge(self._module)
+        files.apply(checkpoint, self._module, strict)
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Set the base strategy up, with the adapters injected where every base strategy makes one call in common:
+        after ``convert_module`` (a quantising plugin replaces linear layers there, adapters' included) and before
+        wrapping and optimizers.
+        """
+        _refuse_averaging(trainer)
+        self.precision_plugin = plugin = self.precision_plugin
+        convert = plugin.convert_module
+
+        def convert_and_inject(module: nn.Module) -> nn.Module:
+            converted: nn.Module = convert(module)
+            self._prepare(trainer)
+            return converted
+
+        plugin.convert_module = convert_and_inject  # type: ignore[method-assign]
+        try:
+            super().setup(trainer)
+        finally:
+            del plugin.convert_module
+
+    def _prepare(self, trainer: pl.Trainer) -> None:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        self.inject()
+        if fitting or self._held_back is not None:
+            unmerge(self._module)
+        if self._held_back is not None:
+            files.apply(self._held_back[0], self._module, self._held_back[1])
+            self._held_back = None
+        self._is_set_up = True
+        if fitting:
+            self._stepped.clear()
+            self._set_modes()
+
+    def _set_modes(self) -> None:
+        """Put transformers models in train mode, and frozen batch norms in eval mode."""
+        if self._train_mode:
+            for model in transformers_models(self._module).values():
+                model.train()
+        for part in self._module.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats:
+                # Running statistics are no adapter state: if they moved, a resumed run would not have them.
+                if not any(parameter.requires_grad for parameter in part.parameters()):
+                    part.eval()
+
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """Call ``configure_optimizers`` and restrict what it returned to what is trained."""
+        super().setup_optimizers(trainer)
+        schedulers = [config.scheduler for config in self.lr_scheduler_configs]
+        restrict_to_trainable(self.optimizers, schedulers, self._module)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load optimizer states, which are saved by parameter name."""
+        saved = checkpoint["optimizer_states"]
+        if len(saved) != len(self.optimizers):
+            raise PEFTError(
+                f"The checkpoint has the states of {len(saved)} optimizers, configure_optimizers made "
+                f"{len(self.optimizers)}. Make those that it was saved with."
+            )
+        states = [state_by_position(o, s, self._module) for o, s in zip(self.optimizers, saved, strict=True)]
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
+    ) -> Any:
+        """Step, and after the first one name the adapters that got no gradient."""
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if id(optimizer) not in self._stepped:
+            self._stepped.add(id(optimizer))
+            self._warn_without_gradient(optimizer)
+        return output
+
+    def _warn_without_gradient(self, optimizer: Optimizer) -> None:
+        held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        names = {name: p for name, p in adapter_parameters(self._module).items() if id(p) in held}
+        idle = [name for name, parameter in names.items() if parameter.grad is None]
+        if idle and len(idle) < len(names):
+            rank_zero_warn(
+                f"{len(idle)} adapter parameters got no gradient in the first step, so their modules were not called: "
+                f"{', '.join(idle[:5])}. If they never are, leave them out with exclude_modules."
+            )
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return adapter state, or everything with ``checkpoint="full"``; a merge is not seen in either."""
+        if self._full_checkpoints:
+            return files.unmerged_state_dict(super().lightning_module_state_dict(), self._module)
+        return dict(adapter_state_dict(self._module))
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the optimizer's state by parameter name."""
+        return state_by_name(optimizer, super().optimizer_state(optimizer), self._module)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint file, or a directory if ``storage_options`` is an ``AdapterDirectory``."""
+        files.finish(checkpoint, self._module, self._full_checkpoints)
+        if not isinstance(storage_options, files.AdapterDirectory):
+            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+        elif self.is_global_zero:
+            files.write_directory(checkpoint, filepath, self._module)
+
+    def on_train_end(self) -> None:
+        """Merge. Lightning calls this last, after every checkpoint has been written."""
+        super().on_train_end()
+        if self._merge_on_train_end and self._is_real_run() and not is_merged(self._module):
+            report = merge(self._module)
+            (rank_zero_warn if report.largest_loss > _MERGE_LOSS_WARNING else rank_zero_info)(str(report))
+
+    def _is_real_run(self) -> bool:
+        # The learning-rate finder and the batch-size scaler run short fits of their own, for which they put other
+        # callbacks in place of the trainer's.
+        from lightning_peft.callbacks.summary import PEFTSummary
+
+        trainer = self._module.trainer
+        return not trainer.fast_dev_run and any(isinstance(c, PEFTSummary) for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+
+# jsonargparse instantiates only classes without abstract methods. Those of this class are the base strategy's.
+PEFTStrategy.__abstractmethods__ = frozenset()
+
+
+def register_strategies() -> None:
+    """Register ``peft``, ``peft_<method>`` and ``peft_<method>_<base>`` with Lightning."""
+    names = {PREFIX: ("lora", "auto")}
+    for method in registered_methods():
+        names[f"{PREFIX}_{method}"] = (method, "auto")
+        names.update({f"{PREFIX}_{method}_{base}": (method, base) for base in base_names()[1:]})
+    for name, (method, base) in names.items():
+        StrategyRegistry.register(
+            name, PEFTStrategy, description=f"{method} on {base}", override=True, method=method, base=base
+        )
+
+
+@cache
+def _class_for(base: type[Strategy]) -> type[PEFTStrategy]:
+    name = f"PEFT{base.__name__}"
+    return type(name, (PEFTStrategy, base), {"__module__": __name__, "__doc__": PEFTStrategy.__doc__})
+
+
+def _base_of(strategy: type[PEFTStrategy]) -> type[Strategy] | None:
+    return None if strategy is PEFTStrategy else strategy.__mro__[2]
+
+
+def _rebuild(base: type[Strategy] | None) -> PEFTStrategy:
+    return object.__new__(PEFTStrategy if base is None else _class_for(base))
+
+
+def _one_method(method: PEFTMethod | str | Sequence[PEFTMethod | str]) -> PEFTMethod:
+    methods = [method] if isinstance(method, PEFTMethod | str) else list(method)
+    if len(methods) != 1:
+        raise PEFTError(f"{len(methods)} methods were given; one was expected.")
+    return method_from_name(methods[0]) if isinstance(methods[0], str) else methods[0]
+
+
+def _refuse_averaging(trainer: pl.Trainer) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            raise PEFTError(
+                f"{type(callback).__name__} copies the model before adapters are injected and would average the frozen "
+                "weights. Leave it out of the callbacks."
+            )

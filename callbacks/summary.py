@@ -1,0 +1,63 @@
+"""PEFTSummary: what is adapted, how much of the model is trained, and what that saves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, ModelSummary
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_peft.adapter import adapter_parameters
+from lightning_peft.optim import state_elements
+from lightning_peft.registry import registries
+
+
+class PEFTSummary(Callback):
+    """Print a table when fit starts. ``PEFTStrategy`` adds one; ``Trainer(enable_model_summary=False)`` silences it."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the table on rank 0."""
+        if any(isinstance(callback, ModelSummary) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            rank_zero_info(summary_table(pl_module, trainer.optimizers, type(trainer.strategy).__name__))
+
+
+def summary_table(module: pl.LightningModule, optimizers: Iterable[Optimizer], strategy: str) -> str:
+    """Return the table as text.
+
+    Sizes are for one process: an adapter checkpoint against one of the whole model under the same optimizer.
+    """
+    lines = [("strategy", strategy)]
+    for prefix, root, registry in registries(module):
+        for name, method in registry.methods.items():
+            where = f" in {prefix}" if prefix else ""
+            lines.append(("method", f"{type(method).__name__}, adapter {name!r}{where}"))
+            hosts = registry.hosts[name]
+            kinds = sorted({host.rsplit(".", 1)[-1] for host in hosts})
+            lines.append(("adapted", f"{len(hosts)} modules: {', '.join(kinds)}"))
+        if registry.train_also:
+            lines.append(("trained whole", ", ".join(registry.train_also)))
+    adapters = {id(p) for p in adapter_parameters(module).values()}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    total = sum(p.numel() for p in module.parameters())
+    count = sum(p.numel() for p in trained)
+    lines.append(("parameters", f"{count:,} trained of {total:,} ({count / total:.2%})"))
+    states = [state_elements(optimizer) for optimizer in optimizers]
+    if states and None not in states:
+        factor = 1 + max(state for state in states if state is not None)
+        moments = (factor - 1) * _bytes(trained)
+        full = factor * _bytes(p for p in module.parameters() if id(p) not in adapters)
+        lines.append(("optimizer state", _size(moments)))
+        lines.append(("checkpoint", f"{_size(factor * _bytes(trained))}; of the whole model {_size(full)}"))
+    width = max(len(key) for key, _ in lines)
+    return "\n".join(["", *(f"  {key:<{width}}  {value}" for key, value in lines)])
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
