@@ -16,8 +16,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     """``ModelCheckpoint`` with the same arguments, whose every checkpoint is a directory.
 
     A directory is at once a Lightning checkpoint (``trainer.fit(ckpt_path=directory)`` resumes from it) and an adapter
-    in HF PEFT's format (``peft.PeftModel.from_pretrained(base, directory)`` and ``load_adapter`` read it). It is written
-    beside its place and moved there when it is whole.
+    in HF PEFT's format (``peft.PeftModel.from_pretrained(base, directory)`` and ``load_adapter`` read it). It is
+    written beside its place and moved there when it is whole.
     """
 
     FILE_EXTENSION = ""

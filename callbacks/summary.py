@@ -30,7 +30,7 @@ def summary_table(module: pl.LightningModule, optimizers: Iterable[Optimizer], s
     Sizes are for one process: an adapter checkpoint against one of the whole model under the same optimizer.
     """
     lines = [("strategy", strategy)]
-    for prefix, root, registry in registries(module):
+    for prefix, _, registry in registries(module):
         for name, method in registry.methods.items():
             where = f" in {prefix}" if prefix else ""
             lines.append(("method", f"{type(method).__name__}, adapter {name!r}{where}"))

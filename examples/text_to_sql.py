@@ -170,7 +170,9 @@ def make_question(rng: random.Random) -> Question:
     return Question(table, text, sql)
 
 
-def make_questions(database: ReadOnlyDatabase, train: int, test: int, seed: int = 0) -> tuple[list[Question], list[Question]]:
+def make_questions(
+    database: ReadOnlyDatabase, train: int, test: int, seed: int = 0
+) -> tuple[list[Question], list[Question]]:
     """Draw questions with distinct queries and non-empty results, and split them into train and test."""
     rng = random.Random(seed)
     found: dict[str, Question] = {}
@@ -196,7 +198,9 @@ class ReadOnlyDatabase:
     """
 
     ACTIONS = frozenset((sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION))
-    FUNCTIONS = frozenset("count avg sum total min max round abs lower upper length like coalesce".split())
+    FUNCTIONS = frozenset(
+        ("count", "avg", "sum", "total", "min", "max", "round", "abs", "lower", "upper", "length", "like", "coalesce")
+    )
 
     def __init__(self, path: Path, seconds: float = 1.0, max_rows: int = 1000) -> None:
         self.seconds = seconds

@@ -6,6 +6,7 @@ from lightning_peft.inject import inject, set_adapter
 from lightning_peft.merge import MergeReport, merge, unmerge
 from lightning_peft.method import PEFTMethod
 from lightning_peft.methods import LoRA
+from lightning_peft.restore import install
 from lightning_peft.state import adapter_state_dict
 from lightning_peft.storage import load_adapter, save_adapter
 from lightning_peft.strategy import PEFTStrategy, register_strategies
@@ -27,3 +28,4 @@ __all__ = [
 ]
 
 register_strategies()
+install()

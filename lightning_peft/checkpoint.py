@@ -29,6 +29,7 @@ KEY = "lightning_peft"
 
 _TRAINER_STATE = "trainer_state.ckpt"
 _PLACES = "tensors"
+_INJECTION_KEYS = {"adapters", "active", "train_also", "base"}
 
 
 class AdapterDirectory:
@@ -47,7 +48,7 @@ def finish(checkpoint: dict[str, Any], model: nn.Module, full: bool) -> None:
     if missing := sorted(names - state.keys()):
         raise PEFTError(
             f"The checkpoint lacks the adapter tensor {missing[0]!r}: on_save_checkpoint of the module or of a callback "
-            "took it out. Drop that hook: only adapter state is saved in any case."
+            "took it out. Drop that hook: only adapter state is saved anyway."
         )
     if not full:
         checkpoint["state_dict"] = {name: state[name] for name in names}
@@ -109,6 +110,11 @@ def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
             "them into the LightningModule before fit and leave ckpt_path out; to continue that run, use the strategy "
             "that wrote it."
         )
+    injections = saved.get("injections")
+    if not isinstance(injections, Mapping) or not all(
+        isinstance(injection, Mapping) and injection.keys() >= _INJECTION_KEYS for injection in injections.values()
+    ):
+        raise PEFTError(f"The checkpoint's {KEY!r} entry is damaged. Take another checkpoint.")
     return saved
 
 
@@ -144,8 +150,8 @@ def read_directory(path: str | os.PathLike[str], weights_only: bool | None = Non
     file = directory / _TRAINER_STATE
     if not file.is_file():
         raise PEFTError(
-            f"{directory} holds no {_TRAINER_STATE}, so no training can be resumed from it. If it is an adapter, load it "
-            "with load_adapter(model, path) and leave ckpt_path out."
+            f"{directory} holds no {_TRAINER_STATE}, so training cannot be resumed from it. An adapter is loaded "
+            "with load_adapter(model, path), and ckpt_path left out."
         )
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only is not False)

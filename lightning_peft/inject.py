@@ -34,7 +34,7 @@ def inject(
     name again does nothing.
 
     Args:
-        model: Any module. A ``torch.compile``\\ d one is compiled anew at its next call.
+        model: Any module. One that was compiled is compiled anew at its next call.
         method: What to inject, for example ``LoRA(r=8)``.
         name: Name of this adapter.
         train_also: Patterns of modules to train whole and to save with the adapter, such as a classification head.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_peft.adapter import Adapter, Slot, slots, unwrap
 from lightning_peft.errors import PEFTError
@@ -72,7 +72,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
     for name, host, slot, adapter in todo:
         if slot.merged is None:
             untie = id(weight_of(host)) in shared
-            losses[name] = _merge_host(host, slot, adapter, untie)
+            losses[name], slot.merged = _merge_host(host, adapter, untie)
             if untie:
                 slot.merged["tied"] = _declare_untied(model)
     if unload:
@@ -111,8 +111,8 @@ def is_merged(model: nn.Module) -> bool:
     return any(slot.merged is not None for _, _, slot in slots(unwrap(model)))
 
 
-def _merge_host(host: nn.Module, slot: Slot, adapter: Adapter, untie: bool) -> float:
-    """Merge one host and return the loss."""
+def _merge_host(host: nn.Module, adapter: Adapter, untie: bool) -> tuple[float, dict[str, Any]]:
+    """Merge one host and return the loss and what restores it."""
     weight, bias = weight_of(host), host._parameters.get("bias")
     before = read_matrix(host)
     after, new_bias = adapter.fold(before, None if bias is None else bias.detach())
@@ -127,8 +127,7 @@ def _merge_host(host: nn.Module, slot: Slot, adapter: Adapter, untie: bool) -> f
     if bias is not None and new_bias is not None and new_bias is not bias and not torch.equal(new_bias, bias):
         backup["bias"] = bias.detach().to("cpu", copy=True)
         bias.copy_(new_bias)
-    slot.merged = backup
-    return float(lost / change) if change > 0 else 0.0
+    return float(lost / change) if change > 0 else 0.0, backup
 
 
 def _refuse_non_finite(hosts: Sequence[_Host]) -> None:
@@ -149,11 +148,11 @@ def _shared_weights(model: nn.Module) -> set[int]:
 
 def _declare_untied(model: nn.Module) -> list[Any]:
     """Tell transformers models that head and embedding are no longer one, or saving would keep only one of them."""
-    configs = [
+    configs: list[Any] = [
         config
         for module in transformers_models(unwrap(model)).values()
         for part in module.modules()
-        if getattr(config := getattr(part, "config", None), "tie_word_embeddings", False) is True
+        if getattr(config := cast(Any, getattr(part, "config", None)), "tie_word_embeddings", False) is True
     ]
     for config in configs:
         config.tie_word_embeddings = False

@@ -22,9 +22,7 @@ class PEFTMethod(ABC):
     """
 
     name: ClassVar[str] = ""
-    free: ClassVar[frozenset[str]] = frozenset(
-        {"target_modules", "exclude_modules", "layers", "dropout", "init"}
-    )
+    free: ClassVar[frozenset[str]] = frozenset({"target_modules", "exclude_modules", "layers", "dropout", "init"})
     """Hyper-parameters that may differ between a checkpoint and the model that it is loaded into: they change neither
     what the adapters compute from the same tensors nor, but for the targets that the tensors' names show, which
     there are."""

@@ -122,7 +122,7 @@ def state_elements(optimizer: Optimizer) -> int | None:
     probe.grad = torch.zeros_like(probe)
     try:
         twin = type(optimizer)([probe], **options)
-        twin.step(lambda: torch.zeros(()))  # type: ignore[arg-type]
+        twin.step(lambda: 0.0)
     except Exception:  # an optimizer of someone else's, whose constructor is not torch's
         return None
     return sum(v.numel() for v in twin.state[probe].values() if isinstance(v, torch.Tensor)) // probe.numel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import regex
 from torch import nn
@@ -138,7 +138,7 @@ def require_matches(patterns: Iterable[str], names: Mapping[str, object], what: 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return every module by its clean name, but for adapters; a module used in two places has its first name."""
-    found = {}
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         cleaned = clean_name(name)
         if CHILD not in cleaned.split("."):
@@ -189,7 +189,7 @@ def _head_modules(model: nn.Module) -> set[int]:
         if base is not module:
             body = {id(part) for part in base.modules()}
             heads |= {id(part) for part in module.modules()} - body
-        output = module.get_output_embeddings()
+        output = cast(Any, module).get_output_embeddings()
         heads |= {id(output)} if output is not None else set()
     return heads
 

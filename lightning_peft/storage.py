@@ -187,7 +187,7 @@ def _refuse_changed_base(root: nn.Module, copies: Mapping[str, Tensor], source: 
         present = root.get_parameter(name)
         if present.shape != tensor.shape or not torch.allclose(present.cpu(), tensor.to(present.dtype), atol=1e-6):
             raise PEFTError(
-                f"{source} brings its own {name} {list(tensor.shape)}, which is not this model's "
+                f"{source} brings its own {name} {list(tensor.shape)}, which is not the model's "
                 f"{list(present.shape)}: it was trained with other embeddings (new tokens, perhaps). Resize the model's "
                 "embeddings and load those weights into it first."
             )

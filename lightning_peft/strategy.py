@@ -70,7 +70,7 @@ class PEFTStrategy(Strategy):
     ) -> PEFTStrategy:
         """Make an instance of the class for ``base``. The signature is ``__init__``'s: jsonargparse reads this one."""
         if base == "auto":
-            placeholder = object.__new__(PEFTStrategy)
+            placeholder: PEFTStrategy = object.__new__(PEFTStrategy)  # type: ignore[type-abstract]
             Strategy.__init__(placeholder)
             # What the Trainer's connector sets if it is there; `_configure_launcher` hands it on.
             placeholder.__dict__.update(cluster_environment=None, parallel_devices=None, num_nodes=1, _layer_sync=None)
@@ -78,8 +78,8 @@ class PEFTStrategy(Strategy):
         strategy = strategy_from_name(base) if isinstance(base, str) else base
         if not isinstance(strategy, Strategy) or isinstance(strategy, PEFTStrategy):
             raise PEFTError(
-                f"base={base!r} was given; it is 'auto', the name of a Lightning strategy or a configured one other than "
-                f"PEFTStrategy. Names: {', '.join(base_names())}."
+                f"base={base!r} was given; it is 'auto', the name of a Lightning strategy or a configured one other "
+                f"than PEFTStrategy. Names: {', '.join(base_names())}."
             )
         self = object.__new__(_class_for(type(strategy)))
         self.__dict__.update(copy.copy(strategy).__dict__)
@@ -114,7 +114,8 @@ class PEFTStrategy(Strategy):
     def _configure_launcher(self) -> None:
         # The last call of the Trainer's connector, and the first moment at which "auto" can be decided.
         if type(self) is PEFTStrategy:
-            self._become(choose_strategy(self.accelerator, self.parallel_devices, self.num_nodes))
+            known = self.__dict__
+            self._become(choose_strategy(self.accelerator, known["parallel_devices"], known["num_nodes"]))
         super()._configure_launcher()
         if isinstance(self._launcher, _MultiProcessingLauncher):
             self._launcher = PEFTMultiProcessingLauncher(self, self._launcher._start_method)  # type: ignore[arg-type]
@@ -196,9 +197,10 @@ class PEFTStrategy(Strategy):
         files.apply(checkpoint, self._module, strict)
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Set the base strategy up, with the adapters injected where every base strategy makes one call in common:
-        after ``convert_module`` (a quantising plugin replaces linear layers there, adapters' included) and before
-        wrapping and optimizers.
+        """Set the base strategy up, with the adapters injected on the way.
+
+        That is right after ``convert_module``, the one call that every base strategy makes: a quantising plugin
+        replaces linear layers there, adapters' included, and wrapping and optimizers come later.
         """
         _refuse_averaging(trainer)
         self.precision_plugin = plugin = self.precision_plugin
@@ -234,10 +236,10 @@ class PEFTStrategy(Strategy):
             for model in transformers_models(self._module).values():
                 model.train()
         for part in self._module.modules():
-            if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats:
+            frozen = not any(parameter.requires_grad for parameter in part.parameters())
+            if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats and frozen:
                 # Running statistics are no adapter state: if they moved, a resumed run would not have them.
-                if not any(parameter.requires_grad for parameter in part.parameters()):
-                    part.eval()
+                part.eval()
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         """Call ``configure_optimizers`` and restrict what it returned to what is trained."""
@@ -256,9 +258,7 @@ class PEFTStrategy(Strategy):
         states = [state_by_position(o, s, self._module) for o, s in zip(self.optimizers, saved, strict=True)]
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 
-    def optimizer_step(
-        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
-    ) -> Any:
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Step, and after the first one name the adapters that got no gradient."""
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         if id(optimizer) not in self._stepped:
@@ -342,7 +342,7 @@ def _base_of(strategy: type[PEFTStrategy]) -> type[Strategy] | None:
 
 
 def _rebuild(base: type[Strategy] | None) -> PEFTStrategy:
-    return object.__new__(PEFTStrategy if base is None else _class_for(base))
+    return object.__new__(PEFTStrategy if base is None else _class_for(base))  # type: ignore[type-abstract]
 
 
 def _one_method(method: PEFTMethod | str | Sequence[PEFTMethod | str]) -> PEFTMethod:

@@ -47,7 +47,7 @@ def adapter_dtype(module: nn.Module) -> torch.dtype:
 
 
 def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
-    """Return ``stored``, in the layout of the module's weight, as ``[out, in]`` in at least float32; no copy if it is."""
+    """Return ``stored``, laid out as the module's weight, as ``[out, in]`` in at least float32, uncopied if it is."""
     wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
     return wide.T if is_transposed(module) else wide
 

@@ -196,9 +196,7 @@ def _hosts(shapes: Mapping[str, tuple[int, ...]], source: str) -> tuple[set[str]
     return set(found), rest
 
 
-def _check_shapes(
-    host: str, module: nn.Module, r: int, shapes: Mapping[str, tuple[int, ...]], source: str
-) -> None:
+def _check_shapes(host: str, module: nn.Module, r: int, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     if not (is_linear(module) or isinstance(module, nn.Embedding)):
         raise PEFTError(f"{source} adapts {host!r}, which is a {type(module).__name__} here. Load its own base model.")
     d_in, d_out = features(module)

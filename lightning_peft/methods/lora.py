@@ -168,5 +168,3 @@ class LoRA(PEFTMethod):
 
 def _adaptable(module: nn.Module) -> bool:
     return is_linear(module) or isinstance(module, nn.Embedding)
-
-

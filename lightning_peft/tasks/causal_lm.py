@@ -149,6 +149,4 @@ class CausalLM(LightningModule):
 
     def _log_metric(self, name: str, metric: Metric, batch: dict[str, Any]) -> None:
         progress_bar = name.endswith(("loss", "match"))
-        self.log(
-            name, metric, on_step=False, on_epoch=True, prog_bar=progress_bar, batch_size=len(batch["labels"])
-        )
+        self.log(name, metric, on_step=False, on_epoch=True, prog_bar=progress_bar, batch_size=len(batch["labels"]))

@@ -176,7 +176,9 @@ class InstructionData(LightningDataModule):
         examples = [encode(record, tokenizer, self.max_length) for record in records]
         cut = sum(len(e.prompt_ids) + len(e.answer_ids) > self.max_length for e in examples)
         if cut:
-            rank_zero_warn(f"{cut} of {len(examples)} answers in {self.files[split]} are cut off at max_length={self.max_length}")
+            rank_zero_warn(
+                f"{cut} of {len(examples)} answers in {self.files[split]} are cut off at max_length={self.max_length}"
+            )
         return examples
 
     def _loader(self, split: str, sampler: LengthGroupedSampler | None = None) -> DataLoader[Any]:

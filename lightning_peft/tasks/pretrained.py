@@ -149,7 +149,9 @@ def _dequantised(source: Source, cache_dir: Path) -> Path:
         cache_dir.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=cache_dir, prefix=f".{target.name}-"))
     except OSError as error:
-        raise PEFTError(f"cannot write the dequantised model to {cache_dir}: {error}; give another cache_dir") from error
+        raise PEFTError(
+            f"cannot write the dequantised model to {cache_dir}: {error}; give another cache_dir"
+        ) from error
     try:
         _write_dequantised(source, temporary)
         os.replace(temporary, target)
