@@ -47,7 +47,7 @@ def finish(checkpoint: dict[str, Any], model: nn.Module, full: bool) -> None:
     names = adapter_parameters_and_whole(model).keys()
     if missing := sorted(names - state.keys()):
         raise PEFTError(
-            f"The checkpoint lacks the adapter tensor {missing[0]!r}: on_save_checkpoint of the module or of a callback "
+            f"The checkpoint lacks the adapter tensor {missing[0]!r}: on_save_checkpoint of the module or a callback "
             "took it out. Drop that hook: only adapter state is saved anyway."
         )
     if not full:

@@ -31,6 +31,8 @@ from lightning_peft.registry import Registry, registries, required
 from lightning_peft.select import transformers_models
 from lightning_peft.state import adapter_parameters_and_whole, adapter_state_dict, check_tensors
 
+_BESIDE_FILE = "trained_whole.safetensors"
+
 
 @dataclass
 class _Part:
@@ -74,12 +76,15 @@ def write_adapters(
 ) -> dict[str, list[str]]:
     """Write the adapters ``names`` (all, if not given) into an existing directory.
 
+    Modules trained whole that belong to no adapted model, such as a head beside it, go into a file of their own: HF
+    PEFT has no place for them.
+
     Returns:
-        For every tensor of ``state`` written, by name: ``[subdirectory, name in the file there]``.
+        For every tensor of ``state`` written, by name: ``[file, name in the file]``.
     """
     model = unwrap(model)
     places: dict[str, list[str]] = {}
-    parts = _parts(model, names)
+    parts, beside = _parts(model, names)
     several = len({part.prefix for part in parts}) > 1
     adapters = [part.adapter for part in parts]
     primary = "default" if "default" in adapters else adapters[0]
@@ -88,7 +93,10 @@ def write_adapters(
         segments = [part.prefix if several else "", "" if part.adapter == primary else part.adapter]
         subdirectory = "/".join(segment for segment in segments if segment)
         for in_file, in_model in _write_part(directory / subdirectory, model, part, state).items():
-            places[in_model] = [subdirectory, in_file]
+            places[in_model] = [f"{subdirectory}/{hf.TENSOR_FILE}".lstrip("/"), in_file]
+    if beside:
+        write_tensors(directory / _BESIDE_FILE, {name: state[name] for name in beside})
+        places.update({name: [_BESIDE_FILE, name] for name in beside})
     if several:
         write_json(directory / MARKER, {"version": 1, "parts": sorted({part.prefix for part in parts})})
     return places
@@ -100,9 +108,13 @@ def read_adapters(directory: Path, places: Mapping[str, list[str]]) -> dict[str,
     Raises:
         PEFTError: A file is missing or damaged, or lacks a tensor.
     """
-    files = {sub: read_tensors(directory / sub / hf.TENSOR_FILE) for sub in {place[0] for place in places.values()}}
+    files = {}
+    for file in {place[0] for place in places.values()}:
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise PEFTError(f"{directory} names the file {file!r}, which lies outside of it. It is not read.")
+        files[file] = read_tensors(directory / file)
     try:
-        return {name: files[subdirectory][in_file] for name, (subdirectory, in_file) in places.items()}
+        return {name: files[file][in_file] for name, (file, in_file) in places.items()}
     except KeyError as error:
         raise PEFTError(f"{directory} lacks the tensor {error}: it is damaged. Take another checkpoint.") from error
 
@@ -133,8 +145,12 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str = 
     else:
         places = {_root_of(model, marker): directory}
     loads = [_Load.prepare(model, prefix, place, name) for prefix, place in places.items()]
+    beside = _read_beside(model, directory)
     for load in loads:
         load.run()
+    with torch.no_grad():
+        for parameter, tensor in beside.items():
+            model.get_parameter(parameter).copy_(tensor)
 
 
 @dataclass
@@ -182,13 +198,23 @@ class _Load:
                 parameters[key].copy_(tensor)
 
 
+def _read_beside(model: nn.Module, directory: Path) -> dict[str, Tensor]:
+    """Read the modules trained whole that belong to no adapted model."""
+    file = directory / _BESIDE_FILE
+    if not is_lightning_module(model) or not file.is_file():
+        return {}
+    tensors, parameters = read_tensors(file), dict(model.named_parameters())
+    check_tensors({name: parameters[name].shape for name in tensors if name in parameters}, tensors, str(file))
+    return tensors
+
+
 def _refuse_changed_base(root: nn.Module, copies: Mapping[str, Tensor], source: str) -> None:
     for name, tensor in copies.items():
         present = root.get_parameter(name)
         if present.shape != tensor.shape or not torch.allclose(present.cpu(), tensor.to(present.dtype), atol=1e-6):
             raise PEFTError(
                 f"{source} brings its own {name} {list(tensor.shape)}, which is not the model's "
-                f"{list(present.shape)}: it was trained with other embeddings (new tokens, perhaps). Resize the model's "
+                f"{list(present.shape)}: it was trained with other embeddings (new tokens?). Resize the model's "
                 "embeddings and load those weights into it first."
             )
 
@@ -214,21 +240,31 @@ def _root_of(model: nn.Module, marker: Mapping[str, Any]) -> str:
     )
 
 
-def _parts(model: nn.Module, names: Iterable[str] | None) -> list[_Part]:
+def _parts(model: nn.Module, names: Iterable[str] | None) -> tuple[list[_Part], list[str]]:
+    """Return the content of each directory, and the parameters trained whole that have a place in none."""
     parts: dict[tuple[str, str], _Part] = {}
     inner = list(transformers_models(model))
+    hosts = {
+        f"{lead}.{host}" if lead else host for lead, _, r in registries(model) for h in r.hosts.values() for host in h
+    }
+    # A layer that is itself an attribute of the LightningModule cannot be the model that it is a layer of.
+    split = is_lightning_module(model) and all("." in host for host in hosts)
 
     def part_of(full_name: str, adapter: str, method: LoRA) -> _Part:
         prefix = next((p for p in inner if p and full_name.startswith(f"{p}.")), None)
         if prefix is None:
-            prefix = full_name.split(".")[0] if is_lightning_module(model) else ""
+            prefix = full_name.split(".")[0] if split else ""
         return parts.setdefault((prefix, adapter), _Part(prefix, adapter, method))
 
     for registry_prefix, _, registry in registries(model):
         lead = f"{registry_prefix}." if registry_prefix else ""
         for adapter in registry.methods if names is None else [n for n in names if n in registry.methods]:
             _fill_parts(part_of, lead, registry, adapter)
-    return list(parts.values())
+    beside = [part for part in parts.values() if not part.pairs]
+    return (
+        [part for part in parts.values() if part.pairs],
+        [f"{part.prefix}.{_relative(name, part.prefix)}".lstrip(".") for part in beside for name in part.whole],
+    )
 
 
 def _fill_parts(part_of: Any, lead: str, registry: Registry, adapter: str) -> None:

@@ -159,6 +159,11 @@ class PEFTStrategy(Strategy):
                     f"The model already has adapters of method {method.name!r}, the strategy was given "
                     f"{self.method.name!r}. Give both the same method, or call eject(model) first."
                 )
+        if present and self._train_also and not any(registry.train_also for _, _, registry in registries(module)):
+            raise PEFTError(
+                f"The model already has adapters, so train_also={self._train_also!r} would have no effect. Pass it to "
+                "inject, or leave the injection to the strategy."
+            )
         if not present:
             # One seed for all ranks: without it each would start from other values where nothing broadcasts them.
             inject(module, self.method, train_also=self._train_also, seed=self.broadcast(torch.initial_seed()))

@@ -1,0 +1,83 @@
+"""Every command and snippet of the README is run here, or is a make target that continuous integration runs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+
+from lightning_peft import PEFTStrategy
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+class Model(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(16, 16)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.net(batch).pow(2).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters())
+
+
+def test_python_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = blocks("python")
+    assert len(found) == 2
+    data = torch.utils.data.DataLoader(torch.randn(8, 16), batch_size=4)
+    first = found[0].replace("L.Trainer(", "L.Trainer(max_epochs=1, accelerator='cpu', ")
+    scope: dict = {"model": Model(), "data": data}
+    exec(first, scope)
+    assert isinstance(scope["trainer"].strategy, PEFTStrategy)
+    assert scope["trainer"].global_step == 2
+    exec(found[1], scope)
+    assert type(scope["model"]) is torch.nn.Sequential
+    assert [name for name, _ in scope["model"].named_parameters()] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+def test_yaml_snippet_makes_the_strategy() -> None:
+    (text,) = blocks("yaml")
+    strategy = yaml.safe_load(text)["trainer"]["strategy"]
+    config = yaml.safe_load((ROOT / "examples" / "configs" / "quickstart.yaml").read_text())
+    assert strategy == config["trainer"]["strategy"]
+
+
+def test_commands_run(tmp_path: Path) -> None:
+    commands = [line for block in blocks("bash") for line in block.splitlines()]
+    assert commands.pop(0) == "make quickstart"
+    assert commands.pop(0) == "make test"
+    targets = (ROOT / "Makefile").read_text()
+    assert re.search(r"^quickstart:", targets, re.M)
+    assert re.search(r"^test:", targets, re.M)
+    assert commands.pop(0) == "pip install ."  # tests/test_packaging.py installs the wheel that it builds
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    # The model in the config takes minutes: the tiny one of the quickstart's fast path takes its place.
+    run(sys.executable, "examples/quickstart.py", "--fast")
+    assert len(commands) == 3
+    for line in commands:
+        words = shlex.split(line)
+        if words[:2] == ["lightning-peft", "fit"]:
+            words += ["--trainer.max_steps=1", "--model.init_args.model=.quickstart/tiny"]
+        output = run(*words)
+    assert "lora" in output.lower()
