@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ def complete(
         if stop is not None:
             stop.prompt_length = prompt_length
         with evaluating(model):
-            tokens = model.generate(
+            tokens = cast(Any, model).generate(
                 **batch,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,

@@ -165,7 +165,9 @@ class InstructionData(LightningDataModule):
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer_source is not None:
             return load_tokenizer(self.tokenizer_source, self.cache_dir)
-        tokenizer = getattr(self.trainer and self.trainer.lightning_module, "tokenizer", None)
+        tokenizer: PreTrainedTokenizerBase | None = getattr(
+            self.trainer and self.trainer.lightning_module, "tokenizer", None
+        )
         if tokenizer is None:
             raise PEFTError("InstructionData found no tokenizer on the trainer's module; give tokenizer=MODEL")
         return tokenizer

@@ -168,7 +168,7 @@ def _write_dequantised(source: Source, directory: Path) -> None:
     kwargs = {"gguf_file": source.gguf_file, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **kwargs)
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, **kwargs)
+        model: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, **kwargs)
     except ImportError as error:
         raise PEFTError(f"reading {source.gguf_file} needs the package gguf: pip install gguf ({error})") from error
     # The weights are plain floats now, but save_pretrained refuses models that still carry these two marks.

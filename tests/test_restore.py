@@ -1,0 +1,91 @@
+"""`load_from_checkpoint` on checkpoints with adapters, and the private seams of Lightning that it rests on."""
+
+import inspect
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core import module, saving
+
+from lightning_peft import LoRA, PEFTError, PEFTStrategy, adapter_state_dict, load_adapter, restore
+from lightning_peft.callbacks import AdapterCheckpoint
+
+
+class Net(L.LightningModule):
+    def __init__(self, width: int = 8, base_seed: int = 0) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        with torch.random.fork_rng():
+            torch.manual_seed(base_seed)
+            self.net = torch.nn.Sequential(torch.nn.Linear(width, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.net(batch).pow(2).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+
+X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+
+
+def trained(folder: Path, callback: ModelCheckpoint) -> Net:
+    L.seed_everything(0)
+    model = Net()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_progress_bar=False,
+        strategy=PEFTStrategy(LoRA(r=2), merge_on_train_end=False),
+        callbacks=[callback],
+    )
+    trainer.fit(model, torch.utils.data.DataLoader(torch.randn(16, 8), batch_size=4))
+    return model
+
+
+@pytest.mark.parametrize("kind", [ModelCheckpoint, AdapterCheckpoint])
+@pytest.mark.parametrize("strict", [None, True, False])
+def test_load_from_checkpoint_gives_the_trained_module(tmp_path: Path, kind: type, strict: bool | None) -> None:
+    callback = kind(dirpath=tmp_path, filename="run")
+    model = trained(tmp_path, callback)
+    loaded = Net.load_from_checkpoint(callback.best_model_path, strict=strict)
+    assert type(loaded) is Net
+    assert torch.equal(loaded.net(X), model.net(X))
+    assert not torch.equal(loaded.net(X), Net().net(X))
+    assert loaded.hparams.width == 8
+    for name, tensor in adapter_state_dict(model).items():
+        assert torch.equal(adapter_state_dict(loaded)[name], tensor)
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    callback = ModelCheckpoint(dirpath=tmp_path, filename="run")
+    trained(tmp_path, callback)
+    with pytest.raises(PEFTError, match="another base model"):
+        Net.load_from_checkpoint(callback.best_model_path, base_seed=1)
+
+
+def test_stock_checkpoints_load_as_before(tmp_path: Path) -> None:
+    model = Net(base_seed=5)
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
+    trainer.fit(model, torch.utils.data.DataLoader(torch.randn(16, 8), batch_size=4))
+    trainer.save_checkpoint(tmp_path / "stock.ckpt")
+    assert torch.equal(Net.load_from_checkpoint(tmp_path / "stock.ckpt").net(X), model.net(X))
+
+
+def test_a_checkpoint_directory_loads_as_an_adapter(tmp_path: Path) -> None:
+    callback = AdapterCheckpoint(dirpath=tmp_path, filename="run")
+    model = trained(tmp_path, callback)
+    fresh = Net()
+    load_adapter(fresh, callback.best_model_path)
+    assert torch.equal(fresh.net(X), model.net(X))
+
+
+def test_the_private_seams_are_where_they_were() -> None:
+    assert saving.pl_load is restore._load_file_or_directory
+    assert saving._load_state is restore._load_state_with_adapters
+    assert list(inspect.signature(restore._load_state).parameters)[:3] == ["cls", "checkpoint", "strict"]
+    assert module._load_from_checkpoint is saving._load_from_checkpoint
+    assert list(inspect.signature(ModelCheckpoint._save_checkpoint).parameters) == ["self", "trainer", "filepath"]
