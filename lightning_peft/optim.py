@@ -62,11 +62,15 @@ def restrict_to_trainable(optimizers: Sequence[Optimizer], schedulers: Iterable[
 
 
 def state_by_name(optimizer: Optimizer, state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Return ``state``, the optimizer's ``state_dict()``, with parameter names in place of positions."""
+    """Return ``state``, the optimizer's ``state_dict()``, with parameter names in place of positions.
+
+    A parameter without state (before the first step, or never used) has an empty one, so that a state which got lost
+    can be told from one which never was.
+    """
     names = _names(optimizer, model)
     return {
         **state,
-        "state": {names[position]: value for position, value in state["state"].items()},
+        "state": {name: state["state"].get(position, {}) for position, name in enumerate(names)},
         "param_groups": [
             {**group, "params": [names[position] for position in group["params"]]} for group in state["param_groups"]
         ],
@@ -102,12 +106,13 @@ def state_by_position(optimizer: Optimizer, saved: Mapping[str, Any], model: nn.
         if "param_names" in group:
             entry["param_names"] = list(group["param_names"])
         groups.append(entry)
-    if not saved["state"] and state_elements(optimizer):
+    if lost := [name for name in names if name not in saved["state"]]:
         raise PEFTError(
-            f"The checkpoint has no state for {type(optimizer).__name__}: training would go on with zero moments. "
-            "Resume from another checkpoint, or load the adapter with load_adapter and start anew."
+            f"The checkpoint has no {type(optimizer).__name__} state for {len(lost)} parameters ({lost[0]}, …): their "
+            "training would go on with zero moments. Resume from another checkpoint, or load the adapter with "
+            "load_adapter and start anew."
         )
-    state = {position: saved["state"][name] for position, name in enumerate(names) if name in saved["state"]}
+    state = {position: saved["state"][name] for position, name in enumerate(names) if saved["state"][name]}
     return {**saved, "state": state, "param_groups": groups}
 
 

@@ -51,6 +51,7 @@ def select(
     """
     modules = named_modules(model)
     candidates = {name: module for name, module in modules.items() if adaptable(module)}
+    aliases = _aliases(model, modules)
     uncalled = _uncalled(modules)
     blocks = _blocks(model, modules)
     chosen: set[str] = set()
@@ -59,6 +60,7 @@ def select(
             found = _preset(model, modules, blocks, pattern) - uncalled
         else:
             found = match_names(pattern, candidates)
+            found |= {name for alias, name in aliases.items() if name in candidates and matches(pattern, alias)}
         if not found:
             raise PEFTError(_nothing_matched(pattern, modules, candidates))
         chosen |= found
@@ -170,6 +172,13 @@ def _preset(
     in_blocks = linears & blocks.keys()
     attention = {name for name in in_blocks if any(_ATTENTION.match(part) for part in name.split("."))}
     return attention if preset == "attention" else in_blocks - attention
+
+
+def _aliases(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Map every further name of a module that stands in several places to its first one."""
+    first = {id(module): name for name, module in modules.items()}
+    every = {clean_name(name): id(module) for name, module in model.named_modules(remove_duplicate=False)}
+    return {name: first[key] for name, key in every.items() if name not in modules and key in first}
 
 
 def _uncalled(modules: Mapping[str, nn.Module]) -> set[str]:
