@@ -179,9 +179,7 @@ def test_lbfgs_trains(tmp_path: Path) -> None:
 
 # Each makes a scheduler; `pick` reduces a list with one entry per group to the groups there are.
 SCHEDULES: dict[str, Callable[[Optimizer, Callable[[list[Any]], list[Any]]], Any]] = {
-    "lambda": lambda o, pick: schedulers.LambdaLR(
-        o, pick([lambda e: 0.9**e, lambda e: 0.5**e, lambda e: 1 / (1 + e)])
-    ),
+    "lambda": lambda o, pick: schedulers.LambdaLR(o, pick([lambda e: 0.9**e, lambda e: 0.5**e, lambda e: 1 / (1 + e)])),
     "multiplicative": lambda o, pick: schedulers.MultiplicativeLR(
         o, pick([lambda e: 0.9, lambda e: 0.8, lambda e: 0.7])
     ),
@@ -202,17 +200,15 @@ SCHEDULES: dict[str, Callable[[Optimizer, Callable[[list[Any]], list[Any]]], Any
     "chained": lambda o, pick: schedulers.ChainedScheduler(
         [schedulers.ConstantLR(o, 0.5, 3), schedulers.ExponentialLR(o, 0.9)], optimizer=o
     ),
-    "nested": lambda o, pick: schedulers.SequentialLR(
+    "sequential of lambdas": lambda o, pick: schedulers.SequentialLR(
         o,
         [
             schedulers.LambdaLR(o, pick([lambda e: 0.9**e, lambda e: 0.5**e, lambda e: 0.8**e])),
-            schedulers.SequentialLR(o, [schedulers.StepLR(o, 1, 0.5), schedulers.StepLR(o, 2, 0.7)], [2]),
+            schedulers.StepLR(o, 1, 0.5),
         ],
         [3],
     ),
-    "plateau": lambda o, pick: schedulers.ReduceLROnPlateau(
-        o, factor=0.3, patience=0, min_lr=pick([0.01, 0.02, 0.03])
-    ),
+    "plateau": lambda o, pick: schedulers.ReduceLROnPlateau(o, factor=0.3, patience=0, min_lr=pick([0.01, 0.02, 0.03])),
 }
 
 
@@ -311,6 +307,18 @@ def test_state_with_one_parameters_moments_missing_is_refused() -> None:
     partial = {**saved, "state": {name: s for name, s in saved["state"].items() if name != "c.peft.default.lora_A"}}
     with pytest.raises(PEFTError, match=r"c\.peft\.default\.lora_A"):
         state_by_position(optimizer, partial, model)
+
+
+@pytest.mark.parametrize("graded", [0, 1])
+def test_parameters_that_never_got_a_gradient_have_no_state_and_need_none(graded: int) -> None:
+    model, optimizer = stepped(steps=0)
+    for p in [p for p in model.parameters() if p.requires_grad][:graded]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = state_by_name(optimizer, optimizer.state_dict(), model)
+    other, fresh = stepped(steps=0)
+    fresh.load_state_dict(state_by_position(fresh, saved, other))
+    assert len(fresh.state) == graded
 
 
 def test_an_optimizer_without_state_needs_none() -> None:

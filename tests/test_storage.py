@@ -1,0 +1,184 @@
+"""Directories: what is refused, and what survives a crash."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build, outputs, randomise
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lightning_peft import LoRA, PEFTError, inject, load_adapter, save_adapter
+from lightning_peft.formats import files
+
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def adapted() -> nn.Module:
+    model, _ = build("llama")
+    inject(model, LoRA(r=2))
+    randomise(model)
+    return model
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    save_adapter(adapted(), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def with_nan(directory: Path) -> None:
+    state = load_file(directory / TENSORS)
+    next(iter(state.values()))[0, 0] = float("nan")
+    save_file(state, directory / TENSORS)
+
+
+def without_a_tensor(directory: Path) -> None:
+    state = load_file(directory / TENSORS)
+    state.pop(next(iter(state)))
+    save_file(state, directory / TENSORS)
+
+
+def truncated(directory: Path) -> None:
+    data = (directory / TENSORS).read_bytes()
+    (directory / TENSORS).write_bytes(data[: len(data) // 2])
+
+
+def absurd_header(directory: Path) -> None:
+    data = (directory / TENSORS).read_bytes()
+    (directory / TENSORS).write_bytes((2**60).to_bytes(8, "little") + data[8:])
+
+
+def changed_config(**changes: Any) -> Any:
+    def change(directory: Path) -> None:
+        config = json.loads((directory / CONFIG).read_text())
+        (directory / CONFIG).write_text(json.dumps({**config, **changes}))
+
+    return change
+
+
+DAMAGE = {
+    "NaN": (with_nan, "NaN or infinity"),
+    "missing tensor": (without_a_tensor, "alone; A and B were expected"),
+    "truncated": (truncated, "damaged or truncated"),
+    "absurd header": (absurd_header, "damaged or truncated"),
+    "no tensors": (lambda d: (d / TENSORS).unlink(), "does not exist"),
+    "no configuration": (lambda d: (d / CONFIG).unlink(), "does not exist"),
+    "broken JSON": (lambda d: (d / CONFIG).write_text("{"), "not valid JSON"),
+    "wrong method": (changed_config(peft_type="IA3"), "type 'IA3'"),
+    "not plain LoRA": (changed_config(use_dora=True), "use_dora=True"),
+    "PiSSA": (changed_config(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+    "other rank": (changed_config(r=4), "rank 4"),
+    "no rank": (changed_config(r=None), "r=None"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_directories_are_refused(case: str, directory: Path) -> None:
+    damage, message = DAMAGE[case]
+    damage(directory)
+    model, inputs = build("llama")
+    before, keys = outputs(model, inputs), list(model.state_dict())
+    with pytest.raises(PEFTError, match=message):
+        load_adapter(model, directory)
+    assert list(model.state_dict()) == keys
+    assert torch.equal(outputs(model, inputs), before)
+
+
+def test_another_base_of_equal_shapes_is_refused(directory: Path) -> None:
+    other, _ = build("llama")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    with pytest.raises(PEFTError, match=r"another base model: LlamaForCausalLM.*This is LlamaForCausalLM"):
+        load_adapter(other, directory)
+    with pytest.raises(PEFTError, match="does not have|another base"):
+        load_adapter(build("gpt2")[0], directory)
+
+
+def test_a_base_in_bfloat16_is_the_same_base(directory: Path) -> None:
+    model, _ = build("llama")
+    load_adapter(model.to(torch.bfloat16), directory)
+
+
+def test_loading_into_an_injected_model_replaces_its_values(directory: Path) -> None:
+    model, inputs = build("llama")
+    inject(model, LoRA(r=2))
+    load_adapter(model, directory)
+    assert torch.equal(outputs(model, inputs), outputs(adapted(), inputs))
+
+
+def test_foreign_directories_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(PEFTError, match="not written by lightning_peft"):
+        save_adapter(adapted(), tmp_path / "mine")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(PEFTError, match="not written by lightning_peft"):
+        save_adapter(adapted(), tmp_path / "file")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine"]
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_our_own_are_replaced(directory: Path) -> None:
+    model = adapted()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.0 if not parameter.requires_grad else 2.0)
+    save_adapter(model, directory)
+    fresh, inputs = build("llama")
+    load_adapter(fresh, directory)
+    assert torch.equal(outputs(fresh, inputs), outputs(model, inputs))
+    assert [p.name for p in directory.parent.iterdir()] == ["adapter"]
+
+
+def test_an_interrupted_save_leaves_the_old_one(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = {p.name: p.read_bytes() for p in directory.iterdir()}
+
+    def crash(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(adapted(), directory)
+    assert {p.name: p.read_bytes() for p in directory.iterdir()} == old
+    assert [p.name for p in directory.parent.iterdir()] == ["adapter"]
+
+
+def test_a_crash_between_the_two_renames_is_mended(directory: Path) -> None:
+    directory.rename(directory.with_name(".adapter.old"))
+    model, inputs = build("llama")
+    load_adapter(model, directory)
+    assert torch.equal(outputs(model, inputs), outputs(adapted(), inputs))
+
+
+def test_a_read_only_directory(tmp_path: Path) -> None:
+    folder = tmp_path / "readonly"
+    folder.mkdir()
+    folder.chmod(0o555)
+    for parent in [tmp_path, *tmp_path.parents]:
+        if parent.stat().st_uid == os.getuid() and parent.name.startswith(("pytest-", tmp_path.name)):
+            parent.chmod(parent.stat().st_mode | 0o055)
+    # Permissions do not bind root: the attempt is made as nobody.
+    program = f"""
+        import os, torch
+        from lightning_peft import LoRA, PEFTError, inject, save_adapter
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        inject(model, LoRA(r=1))
+        if os.getuid() == 0:
+            os.setuid(65534)
+        try:
+            save_adapter(model, {str(folder / "adapter")!r})
+        except PEFTError as error:
+            print("refused:", error)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120)
+    assert "refused: Cannot write" in done.stdout, done.stdout + done.stderr
+    assert "Permission denied" in done.stdout
+    assert not list(folder.iterdir())
