@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from text_to_sql import ReadOnlyDatabase, Score, execution_accuracy, write_data
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_peft import merge, save_adapter
@@ -70,6 +70,7 @@ def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
 def make_tiny_model(path: Path, texts: list[str]) -> None:
     """Write a two-layer random model whose tokenizer knows the texts: it stands in where only the path is checked."""
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["<eos>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()

@@ -242,7 +242,7 @@ def test_last_is_found(tmp_path: Path) -> None:
 
 
 def test_weights_without_trainer_state_are_not_resumed_from(tmp_path: Path) -> None:
-    module, run = fit(tmp_path)
+    _, run = fit(tmp_path)
     run.save_checkpoint(tmp_path / "w", weights_only=True, storage_options=AdapterDirectory())
     with pytest.raises(KeyError, match="contains only the model"):
         fit(tmp_path, ckpt_path=tmp_path / "w")

@@ -165,7 +165,7 @@ def test_zero_redundancy_is_refused() -> None:
     model = three_layers()
     inject(model, LoRA(r=2))
     optimizer = ZeroRedundancyOptimizer.__new__(ZeroRedundancyOptimizer)
-    with pytest.raises(PEFTError, match="ZeroRedundancyOptimizer.*Use the optimizer that it wraps"):
+    with pytest.raises(PEFTError, match=r"ZeroRedundancyOptimizer.*Use the optimizer that it wraps"):
         restrict_to_trainable([optimizer], [], model)
 
 

@@ -133,7 +133,7 @@ class InstructionData(LightningDataModule):
         examples = self.examples["train"]
         sampler = LengthGroupedSampler(
             [len(example.prompt_ids) + len(example.answer_ids) for example in examples],
-            self.batch_size,
+            batch_size=self.batch_size,
             seed=self.seed,
             **(self._trainer().distributed_sampler_kwargs or {}),
         )
@@ -149,7 +149,7 @@ class InstructionData(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Prompts in the file's order."""
-        return DataLoader(self.prompts, self.batch_size, collate_fn=lambda prompts: {"prompts": prompts})  # type: ignore[arg-type]
+        return DataLoader(self.prompts, batch_size=self.batch_size, collate_fn=lambda prompts: {"prompts": prompts})  # type: ignore[arg-type]
 
     def _trainer(self) -> Any:
         if self.trainer is None:
@@ -186,7 +186,7 @@ class InstructionData(LightningDataModule):
     def _loader(self, split: str, sampler: LengthGroupedSampler | None = None) -> DataLoader[Any]:
         return DataLoader(
             self.examples[split],  # type: ignore[arg-type]
-            self.batch_size,
+            batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=lambda rows: collate(rows, self.pad_token_id, self.max_length),
