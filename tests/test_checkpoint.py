@@ -248,6 +248,49 @@ def test_weights_without_trainer_state_are_not_resumed_from(tmp_path: Path) -> N
         fit(tmp_path, ckpt_path=tmp_path / "w")
 
 
+def test_resuming_with_an_optimizer_that_never_stepped(tmp_path: Path) -> None:
+    class Two(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+            first, _ = self.optimizers()
+            first.zero_grad()
+            self.manual_backward(self.loss(batch[0]))
+            first.step()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.AdamW(self.net[0].parameters()), torch.optim.AdamW(self.net[2].parameters())]
+
+    straight, _ = fit(tmp_path, Two(), max_epochs=2)
+    _, run = fit(tmp_path, Two())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    resumed, _ = fit(tmp_path, Two(), ckpt_path=tmp_path / "one.ckpt", max_epochs=2)
+    assert_same(resumed.state_dict(), straight.state_dict())
+
+
+def test_a_run_that_broke_is_resumed_from_where_it_broke(tmp_path: Path) -> None:
+    class Breaking(SteppedRegression):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            if self.global_step == 6:
+                raise RuntimeError("fault")
+            return super().training_step(batch, batch_idx)
+
+    Breaking.__name__ = SteppedRegression.__name__
+    straight, _ = fit(tmp_path, SteppedRegression(), max_epochs=3)
+    with pytest.raises(RuntimeError, match="fault"):
+        fit(
+            tmp_path,
+            Breaking(),
+            callbacks=[AdapterCheckpoint(tmp_path, save_on_exception=True, filename="{step}")],
+            max_epochs=3,
+        )
+    resumed, run = fit(tmp_path, SteppedRegression(), ckpt_path=tmp_path / "step=6", max_epochs=3)
+    assert run.global_step == 12
+    assert_same(resumed.state_dict(), straight.state_dict())
+
+
 # --- strictness ---------------------------------------------------------------------------------------------------
 
 A = "net.0.peft.default.lora_A"

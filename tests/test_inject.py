@@ -262,7 +262,7 @@ def test_a_regular_expression_is_bounded_in_time() -> None:
 
 def test_train_also_is_checked() -> None:
     model, _ = build("gpt2")
-    with pytest.raises(PEFTError, match="shares a parameter with 'transformer.wte'"):
+    with pytest.raises(PEFTError, match=r"shares a parameter with 'transformer\.wte'"):
         inject(model, LoRA(r=2), train_also=["lm_head"])
     with pytest.raises(PEFTError, match="train_also: 'nope'"):
         inject(model, LoRA(r=2), train_also=["nope"])

@@ -412,6 +412,27 @@ def test_a_lossy_merge_is_a_warning(tmp_path: Path) -> None:
         trainer(tmp_path, precision="bf16-true").fit(Slow(), loader())
 
 
+def test_a_diverged_run_leaves_the_weights_alone(tmp_path: Path) -> None:
+    class Diverging(Regression):
+        def loss(self, x: Tensor) -> Tensor:
+            return super().loss(x) * float("nan")
+
+    module = Diverging()
+    with pytest.raises(PEFTError, match="holds NaN"):
+        trainer(tmp_path).fit(module, loader())
+    assert not is_merged(module)
+    assert_same(base_state(module), base_state(Regression()))
+
+
+def test_workers_that_build_the_model_warn_in_the_main_process(tmp_path: Path) -> None:
+    run, module = trainer(tmp_path), LateRegression()
+    module.trainer = run
+    run.strategy.connect(module)
+    assert isinstance(run.strategy, PEFTStrategy)
+    with pytest.warns(UserWarning, match="built by configure_model in the worker processes"):
+        run.strategy.inject_in_main_process()
+
+
 @pytest.mark.parametrize("callback", [WeightAveraging(), StochasticWeightAveraging(0.1)])
 def test_weight_averaging_is_refused(tmp_path: Path, callback: Callback) -> None:
     run = trainer(tmp_path, callbacks=[callback], enable_checkpointing=False)

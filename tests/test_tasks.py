@@ -118,7 +118,7 @@ def test_fine_tuning_lowers_the_loss_and_leaves_the_base(llama: str, tmp_path: P
     run = trainer(max_epochs=80, strategy=PEFTStrategy(LoRA(r=4)), limit_val_batches=0)
     run.fit(module, data)
     after = trainer().validate(module, data, verbose=False)[0]
-    assert after["val_loss"] < 0.6 * before["val_loss"]
+    assert after["val_loss"] < before["val_loss"] - 0.2
     assert after["val_perplexity"] == pytest.approx(torch.tensor(after["val_loss"]).exp().item(), rel=1e-4)
     assert "test_exact_match" in trainer().test(module, data, verbose=False)[0]
     unmerge(module)
@@ -150,7 +150,7 @@ def test_a_missing_file_is_named(llama: str) -> None:
 @pytest.mark.parametrize(("family", "head"), [("bert", "classifier"), ("llama", "score")])
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_classification(family: str, head: str, suffix: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    records = [{"text": word, "label": str(number % 2)} for number, word in enumerate(WORDS * 4)]
+    records = [{"text": word, "label": str(number % 5 % 2)} for number, word in enumerate(WORDS * 4)]
     file = tmp_path / f"data.{suffix}"
     if suffix == "csv":
         file.write_text("text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in records))
@@ -166,7 +166,7 @@ def test_classification(family: str, head: str, suffix: str, tmp_path: Path, req
     result = run.test(module, data, verbose=False)[0]
     assert result.keys() == {"test_loss", "test_accuracy", "test_f1"}
     assert len(torch.cat(run.predict(module, data))) == 20
-    assert result["test_loss"] < 0.69
+    assert result["test_loss"] < 0.6
 
 
 def test_labels_that_do_not_fit_are_named(bert: str, tmp_path: Path) -> None:
