@@ -45,7 +45,8 @@ def refuse_other_base(model: nn.Module, saved: Mapping[str, Any], source: str) -
     pairs = [pair for name in ours.keys() & theirs.keys() for pair in zip(ours[name], theirs[name], strict=False)]
     norm = math.sqrt(sum(b * b for _, b in pairs))
     distance = math.sqrt(sum((a - b) ** 2 for a, b in pairs))
-    if saved.get("class") != present["class"] or distance > _TOLERANCE * norm:
+    # Equal weights under another class name are the same base: a renamed module, or the same encoder with another head.
+    if distance > _TOLERANCE * norm or (not pairs and saved.get("class") != present["class"]):
         raise PEFTError(
             f"{source} was written for another base model: {_name(saved)}. This is {_name(present)}"
             + (f", whose weights differ by {distance / norm:.0%}." if norm and distance > _TOLERANCE * norm else ".")

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from modules import Regression, adapter_state, inputs, loader, trainer
@@ -46,6 +47,8 @@ def run(out: Path, tag: str, base: str, devices: int, epochs: int, resume: Path 
         ModelCheckpoint(out / f"{tag}-files", save_last=True, save_top_k=0),
     ]
     options: dict[str, Any] = {"devices": devices, "max_epochs": epochs, "use_distributed_sampler": False}
+    # The adapters' initial values depend on it, here and in the process of the tests.
+    L.seed_everything(0)
     module = Recorded(out, tag)
     fitted = trainer(out, PEFTStrategy(LoRA(r=2), base=base), callbacks=callbacks, **options)
     fitted.fit(module, loader(batch_size=8), ckpt_path=resume)
