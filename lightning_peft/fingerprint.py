@@ -12,7 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from lightning_peft.adapter import slots, unwrap
 from lightning_peft.errors import PEFTError
+from lightning_peft.registry import own_registry, registries
 from lightning_peft.select import named_modules, transformers_models
+from lightning_peft.sharding import whole
 
 _MODULES = 64
 _SAMPLES = 4
@@ -25,11 +27,25 @@ _TOLERANCE = 0.02
 def describe_base(model: nn.Module) -> dict[str, Any]:
     """Return the base's class, its name or path if it has one, and samples of the weights that adapters adapt."""
     model = unwrap(model)
+    registry = own_registry(model)
+    return (registry and registry.base) or _description(model)
+
+
+def record_base(model: nn.Module) -> None:
+    """Keep what :func:`describe_base` returns, for when the weights can no longer be read by one process alone.
+
+    Every process that holds a piece of the weights has to call it.
+    """
+    for _, root, registry in registries(model):
+        registry.base = registry.base or _description(root, gather=True)
+
+
+def _description(model: nn.Module, gather: bool = False) -> dict[str, Any]:
     named = next(iter(transformers_models(model).values()), model)
     return {
         "class": type(named).__name__,
         "name_or_path": str(getattr(getattr(named, "config", None), "_name_or_path", "") or ""),
-        "samples": _samples(model),
+        "samples": _samples(model, gather=gather),
     }
 
 
@@ -41,7 +57,8 @@ def refuse_other_base(model: nn.Module, saved: Mapping[str, Any], source: str) -
     """
     present = describe_base(model)
     theirs = saved.get("samples", {})
-    ours = _samples(unwrap(model), list(theirs))
+    registry = own_registry(unwrap(model))
+    ours = registry.base["samples"] if registry and registry.base else _samples(unwrap(model), list(theirs))
     pairs = [pair for name in ours.keys() & theirs.keys() for pair in zip(ours[name], theirs[name], strict=False)]
     norm = math.sqrt(sum(b * b for _, b in pairs))
     distance = math.sqrt(sum((a - b) ** 2 for a, b in pairs))
@@ -59,7 +76,7 @@ def _name(base: Mapping[str, Any]) -> str:
     return f"{base.get('class')} ({path!r})" if path else str(base.get("class"))
 
 
-def _samples(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, list[float]]:
+def _samples(model: nn.Module, names: Sequence[str] | None = None, gather: bool = False) -> dict[str, list[float]]:
     """Return a few elements of the weights of the adapted modules, or of ``names``, as they are without adapters."""
     adapted = {name: slot for name, host, slot in slots(model) if "weight" in host._parameters}
     modules = named_modules(model)
@@ -70,9 +87,9 @@ def _samples(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, 
         weight = slot.merged["weight"] if slot and slot.merged else getattr(modules.get(name), "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or not weight.numel():
             continue
-        if weight.is_meta or isinstance(weight, DTensor):
+        if weight.is_meta or (isinstance(weight, DTensor) and not gather):
             continue
-        flat = weight.detach().flatten()
+        flat = whole(weight).flatten()
         positions = [flat.numel() * (2 * k + 1) // (2 * _SAMPLES) for k in range(_SAMPLES)]
         found[name] = flat[torch.tensor(positions, device=flat.device)].to("cpu", torch.float32).tolist()
     return found
