@@ -9,21 +9,23 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _reshard
 
 from lightning_peft.adapter import slots
 from lightning_peft.base_weights import materialise
-from lightning_peft.bases.replicated import ReplicatedAdapters
+from lightning_peft.bases.sharded import OnShards
 from lightning_peft.errors import PEFTError
 from lightning_peft.fingerprint import record_base
-from lightning_peft.merge import refuse_ties
+from lightning_peft.merge import is_merged, refuse_ties
 from lightning_peft.registry import registries
 
 
-class OnFSDP(ReplicatedAdapters):
+class OnFSDP(OnShards):
     """What ``PEFTStrategy`` does differently on ``FSDPStrategy``."""
 
     kwargs: dict[str, Any]
@@ -77,11 +79,22 @@ class OnFSDP(ReplicatedAdapters):
             self.kwargs = given
         assert isinstance(wrapped, FullyShardedDataParallel)
         self._wrapped = wrapped
+        wrapped.register_forward_hook(self._reshard_merged)
         self._load_base_weights()
         return wrapped
 
     def _allocate(self, module: nn.Module) -> None:
         module.to_empty(device=self.root_device, recurse=False)
+
+    def _reshard(self) -> None:
+        for unit in FullyShardedDataParallel.fsdp_modules(self._wrapped) if self._wrapped is not None else ():
+            if unit._handle is not None:
+                _reshard(unit, unit._handle, True)
+
+    def _reshard_merged(self, *_: Any) -> None:
+        # Without a backward pass FSDP keeps the outermost unit gathered: what unmerge or eject write would be lost.
+        if not torch.is_grad_enabled() and is_merged(self._module):
+            self._reshard()
 
     def _gathered(self, host: nn.Module) -> AbstractContextManager[Any]:
         assert self._wrapped is not None

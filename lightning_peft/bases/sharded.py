@@ -1,4 +1,4 @@
-"""Adapters that every process holds whole, beside a model that is sharded."""
+"""What strategies that shard the model have in common."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ else:
     _Strategy = object
 
 
-class ReplicatedAdapters(_Strategy):
-    """Averages the gradients of adapters over all processes after each backward pass, in one all-reduce.
+class OnShards(_Strategy):
+    """Averages gradients that the base strategy does not, and leaves no gathered weights behind.
 
-    Adapters are a thousandth of the model. Sharded with it, each would cost a small all-gather in the forward pass,
-    another in the backward pass and a reduce-scatter; averaged, they cost what they do under DDP.
+    Adapters that every process holds whole have their gradients averaged after each backward pass, in one all-reduce.
+    They are a thousandth of the model: sharded one by one, each would cost two small all-gathers and a reduce-scatter
+    per step; averaged, they cost what they do under DDP.
     """
 
     _sync_blocked = False
@@ -42,6 +43,20 @@ class ReplicatedAdapters(_Strategy):
         if not self._sync_blocked:
             for parameters, group in self._replicated():
                 average_gradients(parameters, group)
+
+    def _reshard(self) -> None:
+        """Bring every parameter back to its shards: after evaluation some stay gathered, and writes get lost."""
+        raise TypeError(f"{type(self).__name__} does not say how to reshard")
+
+    def on_train_end(self) -> None:
+        """Merge, shard by shard."""
+        self._reshard()
+        super().on_train_end()
+
+    def teardown(self) -> None:
+        """Leave the module in shards, so that it can be unmerged or ejected."""
+        self._reshard()
+        super().teardown()
 
     def _replicated(self) -> list[tuple[list[nn.Parameter], Any]]:
         """Return lists of trained parameters with the process group to average the gradients of each over."""
