@@ -34,7 +34,8 @@ def load_base_weights(model: nn.Module, path: str | os.PathLike[str], *, gathere
     Args:
         model: A model whose parameters are no longer on the meta device, injected or not; or a LightningModule that
             holds one transformers model.
-        path: A directory with ``model.safetensors``, or with its shards and their index.
+        path: A directory with ``model.safetensors``, or with its shards and their index. Transformers saves some
+            architectures under the names of an older version: use ``save_pretrained(..., save_original_format=False)``.
         gathered: A context in which the parameters of the module that it is called with are whole, for FSDP1.
 
     Raises:
@@ -67,12 +68,21 @@ def _read(stored: Any, target: Tensor, what: str) -> None:
 def materialise(module: nn.Module, device: torch.device) -> None:
     """Give ``module``, all of it, memory on ``device``; what was on the meta device gets its initial values."""
     for part in module.modules():
-        own = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-        if any(tensor.is_meta for tensor in own):
-            part.to_empty(device=device, recurse=False)
-            if callable(reset := getattr(part, "reset_parameters", None)):
-                reset()
+        allocate(part, device)
     module.to(device)
+
+
+def allocate(module: nn.Module, device: torch.device, *, initialise: bool = True) -> None:
+    """Give the tensors of ``module`` itself memory on ``device`` if they have none, and initial values if asked to."""
+    if has_meta(module):
+        module.to_empty(device=device, recurse=False)
+        if initialise and callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+
+
+def has_meta(module: nn.Module) -> bool:
+    """Whether a tensor of ``module`` itself has no memory."""
+    return any(tensor.is_meta for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)])
 
 
 def _root(model: nn.Module) -> nn.Module:
@@ -109,13 +119,16 @@ def _open_all(directory: Path, stack: ExitStack) -> Iterator[Any]:
 
 def _slots(root: nn.Module) -> list[tuple[nn.Module, dict[str, set[str]]]]:
     """Return each module with the attributes that hold its own saved tensors, and the names that each may have."""
+    ties: dict[str, str] = getattr(root, "all_tied_weights_keys", None) or {}
     names: dict[int, set[str]] = {}
     found: list[tuple[nn.Module, dict[str, set[str]]]] = []
     modules = [(clean_name(n), m) for n, m in root.named_modules(remove_duplicate=False)]
     modules = [(name, module) for name, module in modules if CHILD not in name.split(".")]
     for name, module in modules:
         for attribute, tensor in _own(module):
-            names.setdefault(id(tensor), set()).add(f"{name}.{attribute}".lstrip("."))
+            full_name = f"{name}.{attribute}".lstrip(".")
+            # Two tensors by now, if they were made on the meta device: the files have the first alone.
+            names.setdefault(id(tensor), set()).update({full_name, ties.get(full_name, full_name)})
     seen: set[int] = set()
     for _, module in modules:
         own = {a: names[id(t)] for a, t in _own(module) if id(t) not in seen}
@@ -144,5 +157,6 @@ def _check(root: nn.Module, slots: list[Any], names: dict[str, Any], source: str
         raise PEFTError(
             f"The weights in {source} do not fit this {type(root).__name__}: {len(missing)} are missing "
             f"({', '.join(sorted(missing)[:3]) or 'none'}), {len(extra)} are superfluous "
-            f"({', '.join(extra[:3]) or 'none'}). Name the directory that save_pretrained of the same class wrote."
+            f"({', '.join(extra[:3]) or 'none'}). Name what save_pretrained of the same class wrote, with "
+            "save_original_format=False if names differ there."
         )

@@ -6,7 +6,9 @@ adapters inside would cost the gradient traffic of the entire model. So they are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
 
 from lightning_peft.adapter import slots
-from lightning_peft.base_weights import materialise
+from lightning_peft.base_weights import allocate, has_meta, materialise
 from lightning_peft.bases.sharded import OnShards
 from lightning_peft.errors import PEFTError
 from lightning_peft.fingerprint import record_base
@@ -71,8 +73,8 @@ class OnFSDP(OnShards):
             return self._wrapped
         given = self.kwargs
         self.kwargs = _leaving_out(given, self._left_out())
-        if self._base_weights is not None:
-            self.kwargs.setdefault("param_init_fn", self._allocate)
+        # FSDP knows nothing of modules that are left out when it materialises those inside a unit.
+        self.kwargs["param_init_fn"] = partial(self._materialise, given.get("param_init_fn"))
         try:
             wrapped = super()._setup_model(model)
         finally:
@@ -80,11 +82,16 @@ class OnFSDP(OnShards):
         assert isinstance(wrapped, FullyShardedDataParallel)
         self._wrapped = wrapped
         wrapped.register_forward_hook(self._reshard_merged)
+        with FullyShardedDataParallel.summon_full_params(wrapped, recurse=False):
+            pass  # The first unit that is gathered takes itself for the outermost one.
         self._load_base_weights()
         return wrapped
 
-    def _allocate(self, module: nn.Module) -> None:
-        module.to_empty(device=self.root_device, recurse=False)
+    def _materialise(self, initialise: Callable[[nn.Module], None] | None, module: nn.Module) -> None:
+        if initialise is not None and has_meta(module):
+            initialise(module)
+        else:
+            allocate(module, self.root_device, initialise=self._base_weights is None)
 
     def _reshard(self) -> None:
         for unit in FullyShardedDataParallel.fsdp_modules(self._wrapped) if self._wrapped is not None else ():
