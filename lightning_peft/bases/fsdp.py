@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
@@ -37,6 +39,15 @@ class OnFSDP(OnShards):
     @property
     def _saves_shards(self) -> bool:
         return self._state_dict_type == "sharded"
+
+    def setup_environment(self) -> None:
+        """Set up processes; refuse CPUs as Lightning does, which asks for the exact class."""
+        if self._base_class is FSDPStrategy and not isinstance(self.accelerator, CUDAAccelerator):
+            raise PEFTError(
+                f"base='fsdp' was given with accelerator {type(self.accelerator).__name__}; FSDP needs GPUs. Take "
+                "base='ddp' or 'auto', or Trainer(accelerator='gpu')."
+            )
+        super().setup_environment()
 
     @property
     def _is_wrapped(self) -> bool:
