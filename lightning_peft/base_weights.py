@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -44,25 +44,44 @@ def load_base_weights(model: nn.Module, path: str | os.PathLike[str], *, gathere
     root = _root(unwrap(model))
     _restore_buffers(root)
     with ExitStack() as stack:
-        names = {name: file for file in _open_all(Path(path), stack) for name in file.keys()}  # noqa: SIM118 (no dict)
-        slots = _slots(root)
-        _check(root, slots, names, str(path))
-        for module, own in slots:
-            with gathered(module), torch.no_grad():
-                for attribute, aliases in own.items():
-                    target = cast(Tensor, getattr(module, attribute))
-                    name = next((alias for alias in aliases if alias in names), None)
-                    if name is not None:
-                        _read(names[name].get_slice(name), target, f"{path}: {name}")
+        files = list(_open_all(Path(path), stack))
+        stored = {name: _Stored(file.get_slice(name)) for file in files for name in file.keys()}  # noqa: SIM118
+        fill(root, stored, str(path), gathered=gathered)
 
 
-def _read(stored: Any, target: Tensor, what: str) -> None:
-    if tuple(stored.get_shape()) != tuple(target.shape):
-        raise PEFTError(
-            f"{what} has shape {stored.get_shape()}, the model's {list(target.shape)}. Load the weights of the model "
-            "that this one's configuration describes."
-        )
-    local_part(target).copy_(stored[local_slices(target)])
+def fill(root: nn.Module, stored: Mapping[str, Any], source: str, *, gathered: Gathered = nullcontext) -> None:
+    """Copy ``stored``, whole tensors by name, into the base part of ``root``, which may be in pieces.
+
+    Raises:
+        PEFTError: Names (then nothing was copied) or shapes are not those of ``root``.
+    """
+    slots = _slots(root)
+    _check(root, slots, stored, source)
+    for module, own in slots:
+        with gathered(module), torch.no_grad():
+            for attribute, aliases in own.items():
+                target = cast(Tensor, getattr(module, attribute))
+                name = next((alias for alias in aliases if alias in stored), None)
+                if name is None:
+                    continue
+                if tuple(stored[name].shape) != tuple(target.shape):
+                    raise PEFTError(
+                        f"{source}: {name} has shape {list(stored[name].shape)}, the model's {list(target.shape)}. "
+                        "Load the weights of the model that this one's configuration describes."
+                    )
+                local_part(target).copy_(stored[name][local_slices(target)])
+
+
+class _Stored:
+    """A tensor in a file, of which only the part that is asked for is read."""
+
+    def __init__(self, entry: Any) -> None:
+        self._entry = entry
+        self.shape = tuple(entry.get_shape())
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Tensor:
+        part: Tensor = self._entry[where or ...]
+        return part
 
 
 def materialise(module: nn.Module, device: torch.device) -> None:
@@ -143,7 +162,7 @@ def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, tensor) for name, tensor in [*module._parameters.items(), *buffers] if tensor is not None]
 
 
-def _check(root: nn.Module, slots: list[Any], names: dict[str, Any], source: str) -> None:
+def _check(root: nn.Module, slots: list[Any], names: Mapping[str, Any], source: str) -> None:
     trained = {name for _, _, registry in registries(root) for name in registry.whole}
     known = {alias for _, own in slots for aliases in own.values() for alias in aliases}
     missing = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from lightning_peft import checkpoint as files
 from lightning_peft.adapter import adapter_parameters
-from lightning_peft.base_weights import load_base_weights
+from lightning_peft.base_weights import Gathered, load_base_weights
 from lightning_peft.bases import PREFIX, base_names, behaviour, strategy_from_name
 from lightning_peft.bases.auto import AUTO, SINGLE_DEVICE, choose_strategy
 from lightning_peft.bases.spawn import PEFTMultiProcessingLauncher
@@ -68,6 +68,8 @@ class PEFTStrategy(Strategy):
     _base_class: ClassVar[type[Strategy] | None] = None
     _takes_sharded: ClassVar[bool] = False
     """Whether adapters of a model that is sharded already are kept equal between processes."""
+    _gathered: Gathered = staticmethod(nullcontext)  # type: ignore[assignment]
+    """Called with a module, makes a context in which its parameters are whole."""
 
     def __new__(
         cls,
@@ -205,10 +207,6 @@ class PEFTStrategy(Strategy):
         if self._base_weights is not None:
             load_base_weights(self._module, self._base_weights, gathered=self._gathered)
 
-    def _gathered(self, host: nn.Module) -> AbstractContextManager[Any]:
-        """Return a context in which the parameters of ``host`` are whole."""
-        return nullcontext()
-
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load adapter state; strict about adapters whatever ``strict`` says.
 
@@ -224,7 +222,7 @@ class PEFTStrategy(Strategy):
             self._held_back = (dict(checkpoint), strict)
             return
         unmerge(self._module)
-        files.apply(checkpoint, self._module, strict)
+        files.apply(checkpoint, self._module, strict, self._gathered)
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Set the base strategy up, with the adapters injected on the way.
@@ -273,7 +271,8 @@ class PEFTStrategy(Strategy):
         if fitting or self._held_back is not None:
             unmerge(self._module)
         if self._held_back is not None:
-            files.apply(self._held_back[0], self._module, self._held_back[1])
+            checkpoint, strict = self._held_back
+            files.apply(checkpoint, self._module, strict, self._gathered)
             self._held_back = None
         self._is_set_up = True
         if fitting:
@@ -352,7 +351,9 @@ class PEFTStrategy(Strategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return adapter state, or everything with ``checkpoint="full"``; a merge is not seen in either."""
         if self._full_checkpoints:
-            return files.unmerged_state_dict(super().lightning_module_state_dict(), self._module)
+            # Where the base strategy gathers a model, it does so for one process only.
+            state = {**super().lightning_module_state_dict(), **adapter_state_dict(self._module)}
+            return files.unmerged_state_dict(state, self._module)
         return dict(adapter_state_dict(self._module))
 
     @property

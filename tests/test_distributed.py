@@ -147,6 +147,24 @@ def test_evaluation_without_training(out: Path) -> None:
     torch.testing.assert_close(content["outputs"], outputs, rtol=0, atol=BOUND)
 
 
+@pytest.mark.usefixtures("runs_once")
+def test_full_checkpoints(out: Path, base: str) -> None:
+    if base in distributed_script.NO_FULL_STATE:
+        pytest.skip("torch's FSDP1 cannot gather a whole model on CPUs")
+    three = load(out / "three-rank0.pt")
+    resumed = load(out / "full3-rank0.pt")
+    assert_same(resumed["adapters"], three["adapters"])
+    torch.testing.assert_close(resumed["outputs"], three["outputs"], rtol=0, atol=BOUND)
+    outputs = by_hand(load(out / "two-rank0.pt")["adapters"], inputs())
+    expected = (outputs - inputs()[:, :4]).square().mean()
+    assert load(out / "full.pt")["loss"] == pytest.approx(float(expected), abs=BOUND)
+    if not base.endswith("shards"):
+        state = torch.load(out / "full-files" / "last.ckpt", weights_only=True)["state_dict"]
+        stock = Regression()
+        stock.load_state_dict({name: tensor for name, tensor in state.items() if name not in NAMES})
+        assert_same(stock.state_dict(), Regression().state_dict())
+
+
 def test_the_main_process_of_a_spawn_ends_with_the_workers_model(base: str, out: Path) -> None:
     if base not in ("ddp", "ddp_spawn"):
         pytest.skip("the main process is itself a worker")

@@ -7,7 +7,7 @@ adapters inside would cost the gradient traffic of the entire model. So they are
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -114,8 +114,9 @@ class OnFSDP(OnShards):
         if not torch.is_grad_enabled() and is_merged(self._module):
             self._reshard()
 
-    def _gathered(self, host: nn.Module) -> AbstractContextManager[Any]:
-        assert self._wrapped is not None
+    def _gathered(self, host: nn.Module) -> AbstractContextManager[Any]:  # type: ignore[override]
+        if self._wrapped is None or not self._is_wrapped:
+            return nullcontext()
         units = [unit for unit in FullyShardedDataParallel.fsdp_modules(self._wrapped) if host in unit.modules()]
         return FullyShardedDataParallel.summon_full_params(units[-1], recurse=False)
 
