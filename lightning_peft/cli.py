@@ -30,7 +30,11 @@ from lightning_peft.strategy import PEFTStrategy
 
 PROG = "lightning-peft"
 DESCRIPTION = "Parameter-efficient fine-tuning for any LightningModule, as one Trainer flag."
-COMMANDS: dict[str, Callable[..., None]] = {"inspect": commands.inspect, "merge": commands.merge}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "inspect": commands.inspect,
+    "merge": commands.merge,
+    "export": commands.export,
+}
 """Commands that need no Trainer."""
 RUNS = {
     "fit": "Train: inject adapters, train them alone, save them alone, merge them at the end.",
