@@ -111,8 +111,6 @@ def _layout(kind: type | None, options: _Setting, devices: int, num_nodes: int) 
         return Layout(kind="single_device" if devices == num_nodes == 1 else "ddp", **count)
     if issubclass(kind, SingleDeviceStrategy):
         return Layout(kind="single_device", **count)
-    if issubclass(kind, DDPStrategy):
-        return Layout(kind="ddp", **count)
     if issubclass(kind, FSDPStrategy):
         sharding: Any = options.get("sharding_strategy", "FULL_SHARD")
         sharding = getattr(sharding, "name", sharding)
@@ -131,6 +129,8 @@ def _layout(kind: type | None, options: _Setting, devices: int, num_nodes: int) 
         keys["reduce_bucket_size"] = "bucket"
         given = {name: options[key] for key, name in keys.items() if options.get(key) is not None}
         return Layout(kind="deepspeed", **given, **count)
+    if issubclass(kind, DDPStrategy):  # last: DeepSpeed's is one, too
+        return Layout(kind="ddp", **count)
     raise PEFTError(
         f"The base {kind.__name__} was given; a plan can be made for one device, DDP, FSDP, ModelParallel, DeepSpeed, "
         "and what is derived from their strategies."

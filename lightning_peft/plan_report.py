@@ -16,7 +16,7 @@ from lightning_peft.registry import registries
 from lightning_peft.select import transformers_models
 
 GIB = 2**30
-_MIB = 2**20
+_UNITS = {GIB: "GiB", 2**20: "MiB", 2**10: "KiB"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def report(
 
 def size(count: float) -> str:
     """Write a number of bytes for reading."""
-    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / _MIB:,.1f} MiB"
+    unit, name = next((unit for unit in _UNITS.items() if count >= unit[0]), (2**10, "KiB"))
+    return f"{count / unit:,.1f} {name}"
 
 
 class _Steps:
