@@ -11,11 +11,12 @@ from modules import LateRegression, Regression
 from torch import nn
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 
-from lightning_peft import PEFTError
+from lightning_peft import LoRA, PEFTError, inject
+from lightning_peft.activations import step_bytes
 from lightning_peft.cli import main
 from lightning_peft.plan_config import show_plan
 
-LORA = {"class_path": "lightning_peft.LoRA", "init_args": {"r": 2, "target_modules": ["q_proj", "v_proj"]}}
+METHOD = {"class_path": "lightning_peft.LoRA", "init_args": {"r": 2, "target_modules": ["q_proj", "v_proj"]}}
 SMALL = {"class_path": "lightning_peft.LoRA", "init_args": {"r": 2}}
 STRATEGIES = "lightning.pytorch.strategies."
 
@@ -81,7 +82,7 @@ def refused(*args: str) -> str:
     return stop.value.code
 
 
-def file(tmp_path: Path, model: dict[str, Any], base: Any = "auto", method: Any = LORA, **trainer: Any) -> str:
+def file(tmp_path: Path, model: dict[str, Any], base: Any = "auto", method: Any = METHOD, **trainer: Any) -> str:
     strategy = {"class_path": "lightning_peft.PEFTStrategy", "init_args": {"method": method, "base": base}}
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"trainer": {"strategy": strategy, **trainer}, "model": model}))
@@ -90,7 +91,7 @@ def file(tmp_path: Path, model: dict[str, Any], base: Any = "auto", method: Any 
 
 def run_on(base: Any, model: dict[str, Any], **trainer: Any) -> dict[str, Any]:
     """A configuration as the parser hands it on."""
-    strategy = {"class_path": "lightning_peft.PEFTStrategy", "init_args": {"method": LORA, "base": base}}
+    strategy = {"class_path": "lightning_peft.PEFTStrategy", "init_args": {"method": METHOD, "base": base}}
     return {"trainer": {"strategy": strategy, "devices": 1, "num_nodes": 1, **trainer}, "model": model}
 
 
@@ -200,6 +201,22 @@ def test_precisions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert frozen(precision="64-true") == pytest.approx(4 * frozen(), rel=0.05)
     plugin = {"class_path": "lightning.pytorch.plugins.precision.BitsandbytesPrecision", "init_args": {"mode": "nf4"}}
     assert frozen(plugins=[plugin]) < 0.6 * frozen()
+
+
+def test_mixed_precision_is_that_of_the_base(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Autocast copies weights for the backward pass; DeepSpeed casts them beforehand; 32 bits do neither."""
+
+    def activations(base: str, precision: str) -> float:
+        show_plan(run_on(base, causal(folder), precision=precision, devices=2), sequence_length=64)
+        return size_of(rows_of(capsys.readouterr().out)["activations"])
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder / "llama"))
+    inject(model, LoRA(r=2, target_modules=["q_proj", "v_proj"]))
+    mixed = step_bytes(model, 1, 64, dtype_of=lambda _, tensor: tensor.dtype, autocast=torch.bfloat16)
+    assert activations("ddp", "bf16-mixed") == pytest.approx(mixed, rel=0.01)
+    assert activations("deepspeed", "bf16-mixed") < 0.9 * mixed
+    assert activations("ddp", "32-true") != pytest.approx(mixed, rel=0.01)
 
 
 def test_a_classifier_with_its_head(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
