@@ -308,3 +308,11 @@ def test_models_that_cannot_be_built(folder: Path, tmp_path: Path) -> None:
 def test_a_method_that_does_not_fit(folder: Path, tmp_path: Path) -> None:
     method = {"class_path": "lightning_peft.LoRA", "init_args": {"target_modules": ["q_prj"]}}
     assert "'q_prj' matches no module" in refused(file(tmp_path, causal(folder), method=method, devices=1))
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, expected in ((["--help"], "\n    plan "), (["plan", "--help"], "  --gpu_memory GPU_MEMORY\n")):
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert stop.value.code == 0
+        assert expected in capsys.readouterr().out
