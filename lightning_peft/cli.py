@@ -27,7 +27,7 @@ from lightning_peft import commands
 from lightning_peft.bases import base_names
 from lightning_peft.errors import PEFTError
 from lightning_peft.method import registered_methods
-from lightning_peft.plan_config import show_plan
+from lightning_peft.planning.command import show_plan
 from lightning_peft.strategy import PEFTStrategy
 
 PROG = "lightning-peft"

@@ -15,9 +15,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_peft import LoRA, PEFTError, PEFTStrategy, inject, save_adapter
-from lightning_peft.activations import step_bytes
-from lightning_peft.layout import Layout, Precision
-from lightning_peft.plan import alternatives, plan
+from lightning_peft.planning.activations import step_bytes
+from lightning_peft.planning.layout import Layout, Precision
+from lightning_peft.planning.memory import alternatives, plan
 
 ONE = Layout(kind="single_device")
 MIB = 2**20

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 
 from lightning_peft import LoRA, PEFTError, inject
-from lightning_peft.activations import step_bytes
 from lightning_peft.cli import main
-from lightning_peft.plan_config import show_plan
+from lightning_peft.planning.activations import step_bytes
+from lightning_peft.planning.command import show_plan
 
 METHOD = {"class_path": "lightning_peft.LoRA", "init_args": {"r": 2, "target_modules": ["q_proj", "v_proj"]}}
 SMALL = {"class_path": "lightning_peft.LoRA", "init_args": {"r": 2}}

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-from lightning_peft import plan_report
-from lightning_peft.activations import step_bytes
 from lightning_peft.cli import main
+from lightning_peft.planning import report
+from lightning_peft.planning.activations import step_bytes
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 SHAPES = {
@@ -85,7 +85,7 @@ def each_step_once() -> Any:
         return known.get(key, 0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_report, "step_bytes", cached)
+        patch.setattr(report, "step_bytes", cached)
         yield
 
 

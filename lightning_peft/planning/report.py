@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from lightning_peft.activations import step_bytes
 from lightning_peft.errors import PEFTError
-from lightning_peft.layout import Layout, Precision
-from lightning_peft.plan import ROOM, Memory, alternatives, plan
+from lightning_peft.planning.activations import step_bytes
+from lightning_peft.planning.layout import Layout, Precision
+from lightning_peft.planning.memory import ROOM, Memory, alternatives, plan
 from lightning_peft.registry import registries
 from lightning_peft.select import transformers_models
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.layout import Layout, Precision
+from lightning_peft.planning.layout import Layout, Precision
 from lightning_peft.registry import registries
 
 ROOM = 0.9
@@ -89,7 +89,7 @@ def plan(model: nn.Module, layout: Layout, precision: Precision, *, step: int | 
         model: The model with its adapters, best on the meta device; ``requires_grad`` says what is trained.
         layout: Base strategy and devices.
         precision: Lightning's precision.
-        step: Bytes of activations and temporaries (:func:`lightning_peft.activations.step_bytes`).
+        step: Bytes of activations and temporaries (:func:`lightning_peft.planning.activations.step_bytes`).
 
     Raises:
         PEFTError: The precision and the strategy do not go together.

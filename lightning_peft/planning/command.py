@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lightning_peft.bases import base_names
 from lightning_peft.errors import PEFTError
 from lightning_peft.inject import inject
-from lightning_peft.layout import Layout, Precision
-from lightning_peft.plan_report import GIB, Batch, report
+from lightning_peft.planning.layout import Layout, Precision
+from lightning_peft.planning.report import GIB, Batch, report
 from lightning_peft.strategy import PEFTStrategy
 from lightning_peft.tasks import CausalLM, SequenceClassification
 from lightning_peft.tasks.pretrained import meta_model
