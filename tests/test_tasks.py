@@ -198,7 +198,7 @@ def test_the_model_inside_a_package_is_found() -> None:
 
 @pytest.mark.parametrize("limit", [None, 2], ids=["whole epochs", "limit_train_batches"])
 def test_a_run_resumes_within_an_epoch(llama: str, tmp_path: Path, limit: int | None) -> None:
-    """From a checkpoint of any step, it sees the examples that the undisturbed run saw next, and ends with its values."""
+    """From a checkpoint of any step it sees the examples that the undisturbed run saw next and ends with its values."""
     file = write(tmp_path / "train.jsonl", [{"prompt": f"{n:02d}?", "answer": f"{n * 7 % 100}"} for n in range(12)])
 
     def run(resume: Path | None) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
