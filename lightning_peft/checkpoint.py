@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapter import clean_name, slots
 from lightning_peft.errors import PEFTError
+from lightning_peft.formats.distributed import is_sharded, read_sharded
 from lightning_peft.formats.files import atomic_directory, restore_interrupted
 from lightning_peft.inject import inject, set_adapter
 from lightning_peft.method import method_from_config
@@ -147,6 +148,8 @@ def read_directory(path: str | os.PathLike[str], weights_only: bool | None = Non
         PEFTError: The directory holds no trainer state, or is damaged.
     """
     directory = Path(path)
+    if is_sharded(directory):
+        return read_sharded(directory, weights_only)
     file = directory / _TRAINER_STATE
     if not file.is_file():
         raise PEFTError(

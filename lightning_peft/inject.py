@@ -26,6 +26,7 @@ def inject(
     name: str = "default",
     train_also: Sequence[str] = (),
     seed: int | None = None,
+    allow_sharded: bool = False,
 ) -> list[str]:
     """Freeze ``model`` and attach the adapters of ``method`` to it; the first adapter injected becomes active.
 
@@ -39,6 +40,8 @@ def inject(
         name: Name of this adapter.
         train_also: Patterns of modules to train whole and to save with the adapter, such as a classification head.
         seed: Seed of the initial values; ``torch.initial_seed()`` if not given.
+        allow_sharded: Accept a model whose parameters are sharded (DTensor). The caller then has to keep the adapters
+            equal between processes, as ``PEFTStrategy`` does.
 
     Returns:
         The names of the adapted modules.
@@ -52,6 +55,8 @@ def inject(
         return list(registry.hosts[name])
     whole = _whole_modules(model, train_also)
     _check_state(model, registry, name, whole)
+    if not allow_sharded:
+        _refuse_sharded(model)
     inside = {id(part) for module in whole.values() for part in module.modules()}
     hosts = {host: module for host, module in method.select(model).items() if id(module) not in inside}
     if not hosts:
@@ -173,6 +178,9 @@ def _check_state(model: nn.Module, registry: Registry | None, name: str, whole: 
             "or call eject(model) first."
         )
     refuse_merged(model, "inject")
+
+
+def _refuse_sharded(model: nn.Module) -> None:
     for parameter_name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) or "_fsdp_wrapped_module" in parameter_name:
             raise PEFTError(

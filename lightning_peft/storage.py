@@ -29,6 +29,7 @@ from lightning_peft.inject import inject, refuse_merged
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.registry import Registry, registries, required
 from lightning_peft.select import transformers_models
+from lightning_peft.sharding import write
 from lightning_peft.state import adapter_parameters_and_whole, adapter_state_dict, check_tensors
 
 _BESIDE_FILE = "trained_whole.safetensors"
@@ -195,7 +196,7 @@ class _Load:
         parameters = adapter_parameters_and_whole(self.model)
         with torch.no_grad():
             for key, tensor in self.tensors.items():
-                parameters[key].copy_(tensor)
+                write(parameters[key], tensor)
 
 
 def _read_beside(model: nn.Module, directory: Path) -> dict[str, Tensor]:
@@ -294,5 +295,5 @@ def _write_part(directory: Path, model: nn.Module, part: _Part, state: Mapping[s
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / hf.TENSOR_FILE, {in_file: state[in_model] for in_file, in_model in names.items()})
     write_json(directory / hf.CONFIG_FILE, hf.config_of(root, part.method, part.pairs, part.train_also))
-    write_json(directory / MARKER, {"version": 1, "prefix": part.prefix, "base": describe_base(root)})
+    write_json(directory / MARKER, {"version": 1, "prefix": part.prefix, "base": describe_base(model, part.prefix)})
     return names

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -24,17 +25,20 @@ from torch.optim import Optimizer
 
 from lightning_peft import checkpoint as files
 from lightning_peft.adapter import adapter_parameters
-from lightning_peft.bases import PREFIX, base_names, strategy_from_name
+from lightning_peft.base_weights import load_base_weights
+from lightning_peft.bases import PREFIX, base_names, behaviour, strategy_from_name
 from lightning_peft.bases.auto import choose_strategy
 from lightning_peft.bases.spawn import PEFTMultiProcessingLauncher
 from lightning_peft.errors import PEFTError
+from lightning_peft.formats.distributed import split_values
 from lightning_peft.inject import inject
 from lightning_peft.merge import is_merged, merge, unmerge
 from lightning_peft.method import PEFTMethod, method_from_name, registered_methods
 from lightning_peft.optim import restrict_to_trainable, state_by_name, state_by_position
 from lightning_peft.registry import registries
 from lightning_peft.select import transformers_models
-from lightning_peft.state import adapter_state_dict
+from lightning_peft.sharding import map_tensors, whole
+from lightning_peft.state import adapter_parameters_and_whole, adapter_state_dict
 
 # Beyond it a merge is reported as a warning. bfloat16 weights lose 3 to 20 % of a typical adapter.
 _MERGE_LOSS_WARNING = 0.01
@@ -56,7 +60,14 @@ class PEFTStrategy(Strategy):
         train_also: Patterns of modules to train whole and to save with the adapter, such as a classification head.
         train_mode: Put transformers models, which arrive in eval mode, into train mode when fit starts: in eval mode
             their dropout is off and gradient checkpointing does nothing.
+        base_weights: A directory of safetensors that ``save_pretrained`` wrote, for a model that was built without
+            weights (``trainer.init_module(empty_init=True)`` in ``configure_model``): they are loaded at ``setup``, one
+            tensor at a time and by each process its own part.
     """
+
+    _base_class: ClassVar[type[Strategy] | None] = None
+    _takes_sharded: ClassVar[bool] = False
+    """Whether adapters of a model that is sharded already are kept equal between processes."""
 
     def __new__(
         cls,
@@ -67,6 +78,7 @@ class PEFTStrategy(Strategy):
         checkpoint: Literal["adapter", "full"] = "adapter",
         train_also: list[str] | str | None = None,
         train_mode: bool = True,
+        base_weights: str | None = None,
     ) -> PEFTStrategy:
         """Make an instance of the class for ``base``. The signature is ``__init__``'s: jsonargparse reads this one."""
         if base == "auto":
@@ -94,6 +106,7 @@ class PEFTStrategy(Strategy):
         checkpoint: Literal["adapter", "full"] = "adapter",
         train_also: list[str] | str | None = None,
         train_mode: bool = True,
+        base_weights: str | None = None,
     ) -> None:
         # `__new__` has taken over the state of `base`: its own __init__ must not run again.
         self.method = _one_method(method)
@@ -103,13 +116,14 @@ class PEFTStrategy(Strategy):
         self._merge_on_train_end = merge_on_train_end
         self._train_also = [train_also] if isinstance(train_also, str) else list(train_also or ())
         self._train_mode = train_mode
+        self._base_weights = base_weights
         self._is_set_up = False
         self._held_back: tuple[Mapping[str, Any], bool] | None = None
         self._stepped: set[int] = set()
 
     def __reduce__(self) -> Any:
         # The class is made at run time, so pickle cannot find it by name; spawned workers get it from its base.
-        return _rebuild, (_base_of(type(self)),), self.__getstate__()
+        return _rebuild, (self._base_class,), self.__getstate__()
 
     def _configure_launcher(self) -> None:
         # The last call of the Trainer's connector, and the first moment at which "auto" can be decided.
@@ -166,7 +180,8 @@ class PEFTStrategy(Strategy):
             )
         if not present:
             # One seed for all ranks: without it each would start from other values where nothing broadcasts them.
-            inject(module, self.method, train_also=self._train_also, seed=self.broadcast(torch.initial_seed()))
+            seed = self.broadcast(torch.initial_seed())
+            inject(module, self.method, train_also=self._train_also, seed=seed, allow_sharded=self._takes_sharded)
 
     def inject_in_main_process(self) -> None:
         """Inject where no ``setup`` ran: the process that spawned the workers."""
@@ -183,6 +198,15 @@ class PEFTStrategy(Strategy):
         if files.is_directory(checkpoint_path):
             return files.read_directory(checkpoint_path, weights_only)
         return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def _load_base_weights(self) -> None:
+        """Load the frozen weights, if they are to come from files."""
+        if self._base_weights is not None:
+            load_base_weights(self._module, self._base_weights, gathered=self._gathered)
+
+    def _gathered(self, host: nn.Module) -> AbstractContextManager[Any]:
+        """Return a context in which the parameters of ``host`` are whole."""
+        return nullcontext()
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load adapter state; strict about adapters whatever ``strict`` says.
@@ -225,6 +249,8 @@ class PEFTStrategy(Strategy):
     def _prepare(self, trainer: pl.Trainer) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING
         self.inject()
+        self._place_adapters()
+        self._refuse_different_ranks()
         if fitting or self._held_back is not None:
             unmerge(self._module)
         if self._held_back is not None:
@@ -234,6 +260,29 @@ class PEFTStrategy(Strategy):
         if fitting:
             self._stepped.clear()
             self._set_modes()
+
+    def _place_adapters(self) -> None:
+        """Put the adapters where they belong, before the base strategy moves or wraps the module."""
+        self._load_base_weights()
+
+    def _refuse_different_ranks(self) -> None:
+        """Check that every process trains the same adapters: a collective over different ones would hang or mix them.
+
+        Raises:
+            PEFTError: One does not; raised on every process.
+        """
+        shapes = {name: list(p.shape) for name, p in adapter_parameters_and_whole(self._module).items()}
+        first = self.broadcast(shapes)
+        differing = sorted(n for n in first.keys() | shapes.keys() if first.get(n) != shapes.get(n))
+        count = self.reduce(torch.tensor(float(bool(differing)), device=self.root_device), reduce_op="sum")
+        if count:
+            name = next(iter(differing), None)
+            where = (
+                f"here {name!r} is {shapes.get(name)}, on rank 0 {first.get(name)}" if name else "see the other ranks"
+            )
+            raise PEFTError(
+                f"{int(count)} processes have other adapters than rank 0: {where}. Build the same model on each."
+            )
 
     def _set_modes(self) -> None:
         """Put transformers models in train mode, and frozen batch norms in eval mode."""
@@ -287,6 +336,11 @@ class PEFTStrategy(Strategy):
             return files.unmerged_state_dict(super().lightning_module_state_dict(), self._module)
         return dict(adapter_state_dict(self._module))
 
+    @property
+    def _saves_shards(self) -> bool:
+        """Whether the base strategy writes every process's pieces of a checkpoint into one directory."""
+        return False
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the optimizer's state by parameter name."""
         return state_by_name(optimizer, super().optimizer_state(optimizer), self._module)
@@ -294,7 +348,12 @@ class PEFTStrategy(Strategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint file, or a directory if ``storage_options`` is an ``AdapterDirectory``."""
         files.finish(checkpoint, self._module, self._full_checkpoints)
-        if not isinstance(storage_options, files.AdapterDirectory):
+        directory = isinstance(storage_options, files.AdapterDirectory)
+        if directory or not self._saves_shards:
+            checkpoint = map_tensors(checkpoint, whole)
+        else:
+            split_values(checkpoint)
+        if not directory:
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
         elif self.is_global_zero:
             files.write_directory(checkpoint, filepath, self._module)
@@ -303,7 +362,7 @@ class PEFTStrategy(Strategy):
         """Merge. Lightning calls this last, after every checkpoint has been written."""
         super().on_train_end()
         if self._merge_on_train_end and self._is_real_run() and not is_merged(self._module):
-            report = merge(self._module)
+            report = merge(self._module, gathered=self._gathered)
             (rank_zero_warn if report.largest_loss > _MERGE_LOSS_WARNING else rank_zero_info)(str(report))
 
     def _is_real_run(self) -> bool:
@@ -338,12 +397,9 @@ def register_strategies() -> None:
 
 @cache
 def _class_for(base: type[Strategy]) -> type[PEFTStrategy]:
-    name = f"PEFT{base.__name__}"
-    return type(name, (PEFTStrategy, base), {"__module__": __name__, "__doc__": PEFTStrategy.__doc__})
-
-
-def _base_of(strategy: type[PEFTStrategy]) -> type[Strategy] | None:
-    return None if strategy is PEFTStrategy else strategy.__mro__[2]
+    above, below = behaviour(base)
+    content = {"__module__": __name__, "__doc__": PEFTStrategy.__doc__, "_base_class": base}
+    return type(f"PEFT{base.__name__}", (*above, PEFTStrategy, *below, base), content)
 
 
 def _rebuild(base: type[Strategy] | None) -> PEFTStrategy:

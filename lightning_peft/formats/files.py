@@ -103,7 +103,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         PEFTError: The file is missing or damaged.
     """
-    with _open_tensors(path) as file:
+    with open_tensors(path) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
 
 
@@ -113,12 +113,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         PEFTError: The file is missing or damaged.
     """
-    with _open_tensors(path) as file:
+    with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
 
 
 @contextmanager
-def _open_tensors(path: Path) -> Iterator[Any]:
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file to read tensors one by one.
+
+    Raises:
+        PEFTError: The file is missing or damaged.
+    """
     _require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
