@@ -5,8 +5,8 @@ from __future__ import annotations
 from weakref import proxy
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed import all_gather_object
 
 from lightning_peft.checkpoint import AdapterDirectory
 from lightning_peft.errors import PEFTError
@@ -54,8 +54,9 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def _compare(self, trainer: pl.Trainer, number: int, what: str) -> None:
         # Every process looks for the last checkpoint by itself; if they differ, they train apart until one hangs.
-        own = torch.tensor([number], device=trainer.strategy.root_device)
-        numbers = trainer.strategy.all_gather(own).flatten().tolist()
+        numbers = [number] * trainer.world_size
+        if trainer.world_size > 1:
+            all_gather_object(numbers, number)
         if len(set(numbers)) > 1:
             raise PEFTError(
                 f"The processes would not resume from one checkpoint. Checkpoints {what}, by rank: {numbers}. Give a "

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 pytestmark = pytest.mark.skipif(bool(reason := network.why_not()), reason=str(reason))
 
-FIT = ["-m", "lightning_peft", "fit"]
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "launch" / "torchrun.sh"
 
 
 @pytest.fixture(scope="module")
@@ -55,23 +55,25 @@ def adapters(out: Path, rank: int) -> dict[str, torch.Tensor]:
     return state
 
 
-def torchrun(node: Node, host: Node, run: Path, *arguments: str) -> Any:
-    """Start torchrun on ``node``; ``host`` keeps the rendezvous."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3"]
-    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={host.address}:29400", "--rdzv-id=test"]
-    # What torchrun would find out by the host names of machines, and sooner than after 15 seconds that a node is gone.
-    command += [f"--local-addr={node.address}", f"--rdzv-conf=is_host={int(node is host)},keep_alive_interval=1"]
-    # Without it a node that takes a lost one's place waits for an address that is not told again.
-    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return node.start(
-        [*command, *FIT, f"--config={run}", *arguments], run.with_suffix(f".{node.name}.log"), **environment
-    )
+def torchrun(node: Node, host: Node, run: Path) -> Any:
+    """Start the script that users are given; ``host`` keeps the rendezvous."""
+    environment = {
+        "HEAD": f"{host.address}:29400",
+        "GPUS": "1",
+        "CONFIG": str(run),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        # What torchrun finds out by the names of machines, which these nodes have in common; and sooner than after 15
+        # seconds that a node is gone.
+        "PET_LOCAL_ADDR": node.address,
+        "PET_RDZV_CONF": f"is_host={int(node is host)},keep_alive_interval=1",
+    }
+    return node.start([str(SCRIPT)], run.with_suffix(f".{node.name}.log"), **environment)
 
 
 def lightning(node: Node, host: Node, rank: int, run: Path, *arguments: str) -> Any:
     """Start the command on ``node`` without a launcher."""
     environment = {"MASTER_ADDR": host.address, "MASTER_PORT": "29500", "NODE_RANK": str(rank)}
-    command = [sys.executable, *FIT, f"--config={run}", *arguments]
+    command = [sys.executable, "-m", "lightning_peft", "fit", f"--config={run}", *arguments]
     return node.start(command, run.with_suffix(f".{node.name}.log"), **environment)
 
 
@@ -129,11 +131,11 @@ def test_a_node_is_lost_and_replaced(idle: tuple[Node, Node], folder: Path, alon
     """
     first, second = idle
     run = config(folder, nodes=2, batch=4, out=folder / "lost", hold=3)
-    survivor, _ = (torchrun(node, first, run, "--ckpt_path=last") for node in (first, second))
+    survivor, _ = (torchrun(node, first, run) for node in (first, second))
     wait_for(lambda: all((run.parent / f"waits{rank}").exists() for rank in (0, 1)), "step 3 on both nodes")
     second.kill()
     (run.parent / "go").touch()
-    printed = finish([survivor, torchrun(second, first, run, "--ckpt_path=last")], run.parent)
+    printed = finish([survivor, torchrun(second, first, run)], run.parent)
     assert "there is no last checkpoint available" in printed
     assert f"Restored all states from the checkpoint at {run.parent / 'checkpoints' / 'last'}" in printed
     assert_trained_as_one(run.parent, alone)
