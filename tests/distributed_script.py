@@ -139,6 +139,10 @@ BASES: dict[str, tuple[Callable[[], Strategy | str], type[Recorded]]] = {
 }
 
 
+# On a CPU, where gathered parameters are already, offloading them there frees memory that is still read (torch 2.13).
+NO_FULL_STATE = ("fsdp", "fsdp_by_size", "fsdp_whole")
+
+
 def record(module: Recorded, model: nn.Module, name: str) -> None:
     """Write down the adapters, whole, and the outputs of the model as the strategy holds it."""
     with torch.no_grad():
@@ -148,18 +152,19 @@ def record(module: Recorded, model: nn.Module, name: str) -> None:
     torch.save(content, module.out / f"{name}.pt")
 
 
-def make(base: str, out: Path, tag: str, devices: int, epochs: int, **options: Any) -> tuple[L.Trainer, Recorded]:
+def make(
+    base: str, out: Path, tag: str, devices: int, epochs: int, checkpoint: Any = "adapter"
+) -> tuple[L.Trainer, Recorded]:
     callbacks = [
         AdapterCheckpoint(out / f"{tag}-directories", save_last=True, save_top_k=-1, filename="{epoch}"),
         ModelCheckpoint(out / f"{tag}-files", save_last=True, save_top_k=0),
     ]
-    options = {"max_epochs": epochs, "devices": devices, "use_distributed_sampler": False, **options}
+    options: dict[str, Any] = {"max_epochs": epochs, "devices": devices, "use_distributed_sampler": False}
     # The adapters' initial values depend on it, here and in the process of the tests.
     L.seed_everything(0)
-    strategy, module_class = BASES[base]
-    return trainer(out, PEFTStrategy(LoRA(r=2), base=strategy()), callbacks=callbacks, **options), module_class(
-        out, tag
-    )
+    below, module_class = BASES[base]
+    strategy = PEFTStrategy(LoRA(r=2), base=below(), checkpoint=checkpoint)
+    return trainer(out, strategy, callbacks=callbacks, **options), module_class(out, tag)
 
 
 def run(out: Path, tag: str, base: str, devices: int, epochs: int, resume: Path | None = None) -> None:
@@ -194,6 +199,21 @@ def go_on(out: Path, base: str, devices: int) -> None:
         torch.save(losses, out / "on.pt")
 
 
+def whole_checkpoints(out: Path, base: str, devices: int) -> None:
+    """Save the frozen weights as well, go on from there, and test a checkpoint after the merge."""
+    fitted, module = make(base, out, "full", devices, 2, checkpoint="full")
+    fitted.fit(module, loader(batch_size=8))
+    last = out / "full-files" / "last.ckpt"
+    loss = fitted.test(module, loader(batch_size=16), ckpt_path=last)[0]["test_loss"]
+    fitted, module = make(base, out, "full3", devices, 3, checkpoint="full")
+    with torch.no_grad():
+        # The checkpoint has its own.
+        module.net[0].bias.add_(1.0)
+    fitted.fit(module, loader(batch_size=8), ckpt_path=last)
+    if fitted.is_global_zero:
+        torch.save({"loss": loss}, out / "full.pt")
+
+
 def evaluate(out: Path, base: str, devices: int) -> None:
     """Test and predict without training."""
     fitted, module = make(base, out, "evaluate", devices, 1)
@@ -215,6 +235,8 @@ def main() -> None:
     if base != "ddp_spawn":  # Lightning allows it one fit
         go_on(out, base, devices)
         evaluate(out, base, devices)
+        if base not in NO_FULL_STATE:
+            whole_checkpoints(out, base, devices)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

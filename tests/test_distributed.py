@@ -1,15 +1,18 @@
 """Real processes on every base strategy that runs on CPUs, against one process on the same global batches."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import distributed_script
 import pytest
+import refusals_script
 import torch
 from launch import run_script
-from modules import Regression, assert_same, by_hand, inputs, trainer
+from modules import Regression, assert_same, by_hand, inputs, loader, trainer
 
-from lightning_peft import load_adapter
+from lightning_peft import PEFTError, PEFTStrategy, load_adapter
 
 NAMES = {f"net.{layer}.peft.default.lora_{which}" for layer in (0, 2) for which in "AB"}
 BASES = [base for base in distributed_script.BASES if base != "auto"]
@@ -144,6 +147,24 @@ def test_evaluation_without_training(out: Path) -> None:
     torch.testing.assert_close(content["outputs"], outputs, rtol=0, atol=BOUND)
 
 
+@pytest.mark.usefixtures("runs_once")
+def test_full_checkpoints(out: Path, base: str) -> None:
+    if base in distributed_script.NO_FULL_STATE:
+        pytest.skip("torch's FSDP1 cannot gather a whole model on CPUs")
+    three = load(out / "three-rank0.pt")
+    resumed = load(out / "full3-rank0.pt")
+    assert_same(resumed["adapters"], three["adapters"])
+    torch.testing.assert_close(resumed["outputs"], three["outputs"], rtol=0, atol=BOUND)
+    outputs = by_hand(load(out / "two-rank0.pt")["adapters"], inputs())
+    expected = (outputs - inputs()[:, :4]).square().mean()
+    assert load(out / "full.pt")["loss"] == pytest.approx(float(expected), abs=BOUND)
+    if not base.endswith("shards"):
+        state = torch.load(out / "full-files" / "last.ckpt", weights_only=True)["state_dict"]
+        stock = Regression()
+        stock.load_state_dict({name: tensor for name, tensor in state.items() if name not in NAMES})
+        assert_same(stock.state_dict(), Regression().state_dict())
+
+
 def test_the_main_process_of_a_spawn_ends_with_the_workers_model(base: str, out: Path) -> None:
     if base not in ("ddp", "ddp_spawn"):
         pytest.skip("the main process is itself a worker")
@@ -151,3 +172,33 @@ def test_the_main_process_of_a_spawn_ends_with_the_workers_model(base: str, out:
     assert_same(main["adapters"], worker["adapters"])
     assert torch.equal(main["outputs"], worker["outputs"])
     assert main["merged"]
+
+
+@pytest.fixture(scope="module")
+def messages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    path = tmp_path_factory.mktemp("refusals")
+    run_script(refusals_script.__file__, path)
+    return [json.loads((path / f"messages-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("case", "pattern"),
+    [
+        ("differing", "1 processes have other adapters than rank 0"),
+        ("tied", "'net.0' is adapted and shares its weight with another module"),
+        *((f"rank-{base}", r"r=2 \(here 3\)") for base in ("ddp", "fsdp", "fsdp2")),
+        *((f"targets-{base}", r"Superfluous: net\.2\.peft") for base in ("ddp", "fsdp", "fsdp2")),
+    ],
+)
+def test_every_process_refuses(messages: list[dict[str, str]], case: str, pattern: str) -> None:
+    for rank in messages:
+        assert re.search(pattern, rank[case])
+
+
+def test_a_differing_rank_says_what_differs(messages: list[dict[str, str]]) -> None:
+    assert "here 'net.0.peft.default.lora_B' is [24, 2], on rank 0 [16, 2]" in messages[1]["differing"]
+
+
+def test_fsdp_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PEFTError, match="FSDP needs GPUs"):
+        trainer(tmp_path, PEFTStrategy(base="fsdp"), devices=1).fit(Regression(), loader())

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_peft.errors import PEFTError
+from lightning_peft.merge import is_merged
 from lightning_peft.sharding import local_part
 
 if TYPE_CHECKING:
@@ -47,6 +49,19 @@ class OnShards(_Strategy):
     def _reshard(self) -> None:
         """Bring every parameter back to its shards: after evaluation some stay gathered, and writes get lost."""
         raise TypeError(f"{type(self).__name__} does not say how to reshard")
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return what is saved of the module.
+
+        Raises:
+            PEFTError: That is the frozen weights too, and adapters are merged into them.
+        """
+        if self._full_checkpoints and is_merged(self._module):
+            raise PEFTError(
+                "checkpoint='full' was asked for while adapters are merged into sharded weights, and the weights as "
+                "they are without them cannot be gathered. Call unmerge(module) first, or save adapters only."
+            )
+        return super().lightning_module_state_dict()
 
     def on_train_end(self) -> None:
         """Merge, shard by shard."""
