@@ -20,6 +20,7 @@ from lightning_peft.errors import PEFTError
 MARKER = "lightning_peft.json"
 """The file that makes a directory ours to overwrite."""
 
+_ASIDE = ".old"
 _MAX_JSON_BYTES = 16 * 2**20
 
 
@@ -59,6 +60,12 @@ def restore_interrupted(path: str | os.PathLike[str]) -> None:
     if aside.is_dir() and not target.exists():
         with suppress(OSError):
             aside.rename(target)
+
+
+def restore_all_interrupted(directory: str | os.PathLike[str]) -> None:
+    """Do the same for every directory that was written in ``directory``."""
+    for aside in Path(directory).glob(_aside(Path("*")).name):
+        restore_interrupted(aside.with_name(aside.name[1 : -len(_ASIDE)]))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -133,7 +140,7 @@ def _require_file(path: Path) -> None:
 
 
 def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
+    return target.with_name(f".{target.name}{_ASIDE}")
 
 
 def _replace(staging: Path, target: Path) -> None:
