@@ -106,7 +106,7 @@ class OnFSDP(OnShards):
 
     def _reshard(self) -> None:
         for unit in FullyShardedDataParallel.fsdp_modules(self._wrapped) if self._wrapped is not None else ():
-            if unit._handle is not None:
+            if unit._handle is not None and unit._handle.uses_sharded_strategy:
                 _reshard(unit, unit._handle, True)
 
     def _reshard_merged(self, *_: Any) -> None:
