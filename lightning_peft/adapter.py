@@ -5,11 +5,13 @@ The host keeps its class, its object, its parameters and their names. This is th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.errors import PEFTError
 
@@ -27,25 +29,34 @@ class Adapter(nn.Module):
 
     Subclasses hold bare parameters (no ``nn.Linear`` inside, no parameter name that ends in ``weight``: both are
     taken for the base's by quantising plugins) and are always called through ``adapter(...)``, so that hooks of
-    sharding wrappers fire.
+    sharding wrappers fire. What is random but not trained is a buffer. Tensors that several adapters share stand in
+    one ``nn.Module``, made once and assigned to an attribute of each of them.
     """
 
     mergeable: bool = False
     """Whether :meth:`fold` gives a weight with the same effect as the adapter."""
 
+    def before(
+        self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the host should be called with instead; runs only if a subclass defines it."""
+        return args, kwargs
+
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return what the host should return instead of ``output``.
+        """Return what the host should return instead of ``output``; as defined here, ``output``.
 
         Args:
             base: The adapted module.
-            args: Positional arguments of its call.
-            kwargs: Keyword arguments of its call.
+            args: Positional arguments of its call, as :meth:`before` returned them.
+            kwargs: Keyword arguments of its call, likewise.
             output: What its own forward returned.
         """
-        raise TypeError(f"{type(self).__name__} does not define forward")
+        return output
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the weight ``[out, in]`` and bias ``[out]`` that make the adapter superfluous.
+
+        A bias where there was none becomes a parameter of the host.
 
         Raises:
             PEFTError: The adapter is no change of weights.
@@ -78,11 +89,21 @@ class Slot(nn.ModuleDict):
         self.merged: dict[str, Any] | None = None
         """While merged: what :mod:`lightning_peft.merge` needs to restore the weights."""
         self._handle = host.register_forward_hook(self._run, with_kwargs=True)
+        self._handle_before: RemovableHandle | None = None
 
     def _run(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.merged is not None or self.active not in self._modules:
             return output
         return self[self.active](base, args, kwargs, output)
+
+    def _run_before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        adapter = self.active_adapter
+        return None if self.merged is not None or adapter is None else adapter.before(base, args, kwargs)
+
+    def hook_before(self, host: nn.Module) -> None:
+        """Let adapters change what ``host`` is called with."""
+        if self._handle_before is None:
+            self._handle_before = host.register_forward_pre_hook(self._run_before, with_kwargs=True)
 
     @property
     def active_adapter(self) -> Adapter | None:
@@ -91,8 +112,10 @@ class Slot(nn.ModuleDict):
         return adapter if isinstance(adapter, Adapter) else None
 
     def remove_hook(self) -> None:
-        """Take the forward hook off the host."""
+        """Take the forward hooks off the host."""
         self._handle.remove()
+        if self._handle_before is not None:
+            self._handle_before.remove()
 
 
 def attach(host: nn.Module, name: str, adapter: Adapter) -> None:
@@ -102,6 +125,8 @@ def attach(host: nn.Module, name: str, adapter: Adapter) -> None:
         slot = Slot(host)
         host.add_module(CHILD, slot)
     slot[name] = adapter
+    if type(adapter).before is not Adapter.before:
+        slot.hook_before(host)
     slot.active = slot.active or name
 
 
@@ -133,9 +158,64 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter of every adapter, by its name in ``model``."""
-    found: dict[str, nn.Parameter] = {}
+    """Every parameter of every adapter, by its name in ``model``; one that adapters share has its first name."""
+    found = {name: tensor for name, tensor in adapter_tensors(model).items() if isinstance(tensor, nn.Parameter)}
+    return found
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer of every adapter, likewise."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for host_name, _, slot in slots(model):
         prefix = f"{host_name}.{CHILD}" if host_name else CHILD
-        found.update({f"{prefix}.{clean_name(name)}": p for name, p in slot.named_parameters()})
+        for name, tensor in slot.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[f"{prefix}.{clean_name(name)}"] = tensor
     return found
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of ``model`` that are no adapter's, by clean name."""
+    adapters = {id(p) for _, _, slot in slots(model) for p in slot.parameters()}
+    return {clean_name(name): p for name, p in model.named_parameters() if id(p) not in adapters}
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of ``model`` that are no adapter's, by clean name."""
+    adapters = {id(b) for _, _, slot in slots(model) for b in slot.buffers()}
+    buffers = {clean_name(name): b for name, b in model.named_buffers() if id(b) not in adapters}
+    return {**buffers, **base_parameters(model)}
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the first argument of a call: the hidden state."""
+    first: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return first
+
+
+def with_input(args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments with ``value`` in place of the first one."""
+    return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value})
+
+
+def on_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return ``output``, a tensor, a tuple, a list or a dataclass, with the hidden state (its first element) changed.
+
+    Raises:
+        PEFTError: ``output`` is none of these.
+    """
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, tuple) and hasattr(output, "_replace"):
+        return output._replace(**{output._fields[0]: change(output[0])})  # type: ignore[attr-defined]
+    if isinstance(output, tuple | list):
+        return type(output)([change(output[0]), *output[1:]])
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        first = dataclasses.fields(output)[0].name
+        return dataclasses.replace(output, **{first: change(getattr(output, first))})
+    raise PEFTError(
+        f"An adapted module returned a {type(output).__name__}; a tensor, or a tuple or dataclass beginning with one, "
+        "was expected. Adapt a module inside it."
+    )

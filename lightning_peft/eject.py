@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lightning_peft.inject import base_parameters, remove
+from lightning_peft.adapter import base_tensors
+from lightning_peft.inject import remove
 from lightning_peft.merge import unmerge
 from lightning_peft.registry import required
 
@@ -21,8 +22,8 @@ def eject(model: nn.Module) -> None:
     roots = required(model)
     unmerge(model)
     for _, root, registry in roots:
-        parameters = base_parameters(root)
+        tensors = base_tensors(root)
         with torch.no_grad():
             for name, value in registry.whole.items():
-                parameters[name].copy_(value)
+                tensors[name].copy_(value)
         remove(root, registry)

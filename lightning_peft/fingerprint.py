@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_peft.adapter import slots, unwrap
 from lightning_peft.errors import PEFTError
+from lightning_peft.registry import registries
 from lightning_peft.select import named_modules, transformers_models
 
 _MODULES = 64
@@ -63,11 +64,15 @@ def _samples(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, 
     """Return a few elements of the weights of the adapted modules, or of ``names``, as they are without adapters."""
     adapted = {name: slot for name, host, slot in slots(model) if "weight" in host._parameters}
     modules = named_modules(model)
-    chosen = list(adapted)[:: max(1, len(adapted) // _MODULES)] if names is None else names
+    # Methods that adapt no weights leave all of them to choose from.
+    candidates = list(adapted) or [name for name, module in modules.items() if "weight" in module._parameters]
+    chosen = candidates[:: max(1, len(candidates) // _MODULES)] if names is None else names
+    trained = _before_training(model)
     found = {}
     for name in chosen:
         slot = adapted.get(name)
         weight = slot.merged["weight"] if slot and slot.merged else getattr(modules.get(name), "weight", None)
+        weight = trained.get(f"{name}.weight", weight)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or not weight.numel():
             continue
         if weight.is_meta or isinstance(weight, DTensor):
@@ -76,3 +81,12 @@ def _samples(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, 
         positions = [flat.numel() * (2 * k + 1) // (2 * _SAMPLES) for k in range(_SAMPLES)]
         found[name] = flat[torch.tensor(positions, device=flat.device)].to("cpu", torch.float32).tolist()
     return found
+
+
+def _before_training(model: nn.Module) -> dict[str, Tensor]:
+    """Return the old values of the base's parameters that are trained whole, by name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: value
+        for prefix, _, registry in registries(model)
+        for name, value in registry.whole.items()
+    }

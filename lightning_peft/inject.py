@@ -5,14 +5,26 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.adapter import Adapter, Slot, attach, clean_name, detach, slots, unwrap
+from lightning_peft.adapter import (
+    CHILD,
+    Adapter,
+    Slot,
+    attach,
+    base_parameters,
+    base_tensors,
+    clean_name,
+    detach,
+    slots,
+    unwrap,
+)
 from lightning_peft.errors import PEFTError
-from lightning_peft.method import PEFTMethod
+from lightning_peft.method import PEFTMethod, methods_of
 from lightning_peft.registry import Registry, drop, keep, own_registry, registries, required
 from lightning_peft.select import match_names, named_modules, require_matches
 
@@ -21,7 +33,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 def inject(
     model: nn.Module,
-    method: PEFTMethod,
+    method: PEFTMethod | Sequence[PEFTMethod],
     *,
     name: str = "default",
     train_also: Sequence[str] = (),
@@ -35,39 +47,64 @@ def inject(
 
     Args:
         model: Any module. One that was compiled is compiled anew at its next call.
-        method: What to inject, for example ``LoRA(r=8)``.
+        method: What to inject, for example ``LoRA(r=8)``; several methods make one adapter together.
         name: Name of this adapter.
         train_also: Patterns of modules to train whole and to save with the adapter, such as a classification head.
         seed: Seed of the initial values; ``torch.initial_seed()`` if not given.
 
     Returns:
-        The names of the adapted modules.
+        The names of the adapted modules, then those of the base's parameters that the method trains.
 
     Raises:
         PEFTError: The method does not fit the model; the model is as it was before.
     """
     model = unwrap(model)
+    methods = methods_of(method)
     registry = own_registry(model)
-    if registry is not None and registry.methods.get(name) == method:
-        return list(registry.hosts[name])
+    if registry is not None and registry.methods.get(name) == methods:
+        return [*registry.hosts[name], *registry.chosen]
     whole = _whole_modules(model, train_also)
     _check_state(model, registry, name, whole)
-    inside = {id(part) for module in whole.values() for part in module.modules()}
-    hosts = {host: module for host, module in method.select(model).items() if id(module) not in inside}
-    if not hosts:
-        raise PEFTError(f"{method}: every module it selects is trained whole by train_also={list(train_also)!r}.")
-    seed = torch.initial_seed() if seed is None else seed
-    adapters: dict[str, Adapter] = {host: method.adapter(host, module, seed) for host, module in hosts.items()}
+    plan = _plan(model, methods, whole, torch.initial_seed() if seed is None else seed)
+    if registry is not None and plan.chosen:
+        raise PEFTError(
+            f"{' + '.join(type(m).__name__ for m in methods)} trains parameters of the model itself ({plan.chosen[0]}, "
+            "…), which cannot be switched with an adapter. Inject it first and alone, or call eject(model) first."
+        )
 
     if registry is None:
-        registry = _freeze(model, name, whole)
-    registry.methods[name] = method
-    registry.hosts[name] = tuple(hosts)
-    for host, module in hosts.items():
-        attach(module, name, adapters[host])
+        registry = _freeze(model, name, whole, plan.chosen)
+    registry.methods[name] = methods
+    registry.hosts[name] = plan.hosts
+    for host, adapter in plan.adapters.items():
+        attach(plan.modules[host], name, adapter)
     set_adapter(model, registry.active)
     _forget_compiled()
-    return list(hosts)
+    return [*plan.hosts, *registry.chosen]
+
+
+def planned_shapes(
+    model: nn.Module, methods: Sequence[PEFTMethod], name: str, train_also: Sequence[str]
+) -> tuple[dict[str, torch.Size], set[str]]:
+    """Return the shapes of the tensors that an adapter would have in ``model``, by name, and which are buffers.
+
+    Raises:
+        PEFTError: As :func:`inject`.
+    """
+    whole = _whole_modules(model, train_also)
+    plan = _plan(model, methods, whole, seed=0)
+    shapes: dict[str, torch.Size] = {}
+    buffers: set[str] = set()
+    seen: set[int] = set()
+    for host, adapter in plan.adapters.items():
+        for key, tensor in adapter.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                full = ".".join(part for part in (host, CHILD, name, key) if part)
+                shapes[full] = tensor.shape
+                buffers |= set() if isinstance(tensor, nn.Parameter) else {full}
+    trained = {*plan.chosen, *_parameter_names(whole)}
+    return {**shapes, **{key: tensor.shape for key, tensor in _kept(model, trained).items()}}, buffers
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -107,27 +144,84 @@ def refuse_merged(model: nn.Module, action: str) -> None:
         raise PEFTError(f"Cannot {action}: the adapters are merged into the weights. Call unmerge(model) first.")
 
 
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of ``model`` that are no adapter's, by clean name."""
-    adapters = {id(p) for _, _, slot in slots(model) for p in slot.parameters()}
-    return {clean_name(name): p for name, p in model.named_parameters() if id(p) not in adapters}
+@dataclass(frozen=True)
+class _Plan:
+    """What methods want of a model."""
+
+    modules: dict[str, nn.Module]
+    """The modules to adapt."""
+    adapters: dict[str, Adapter]
+    hosts: dict[str, int]
+    """Position of the method, by module."""
+    chosen: tuple[str, ...]
+    """The parameters to train that no module trained whole holds."""
 
 
-def _freeze(model: nn.Module, name: str, whole: dict[str, nn.Module]) -> Registry:
-    """Freeze ``model`` but for the modules trained whole, and keep on it what :func:`remove` needs."""
+def _plan(model: nn.Module, methods: Sequence[PEFTMethod], whole: dict[str, nn.Module], seed: int) -> _Plan:
+    """Make the adapters, in the model's order, without attaching them."""
+    inside = {id(part) for module in whole.values() for part in module.modules()}
+    modules: dict[str, nn.Module] = {}
+    adapters: dict[str, Adapter] = {}
+    owners: dict[str, int] = {}
+    chosen: set[str] = set()
+    for position, method in enumerate(methods):
+        selected = method.select(model)
+        hosts = {host: module for host, module in selected.items() if id(module) not in inside}
+        trained = list(method.trained(model))
+        if not hosts and not trained:
+            reason = "train_also trains every module that it selects whole" if selected else "it selects nothing"
+            raise PEFTError(f"{method} has nothing to do in this {type(model).__name__}: {reason}.")
+        if twice := [host for host in hosts if host in owners]:
+            other = methods[owners[twice[0]]]
+            raise PEFTError(
+                f"{type(other).__name__} and {type(method).__name__} would both adapt {twice[0]!r}; a module takes one "
+                "adapter. Give one of them other target_modules, or exclude_modules."
+            )
+        modules.update(hosts)
+        owners.update(dict.fromkeys(hosts, position))
+        adapters.update(method.adapters(model, hosts, seed) if hosts else {})
+        chosen.update(trained)
+    order = [host for host in named_modules(model) if host in owners]
+    names = [n for n in base_parameters(model) if n in chosen - _parameter_names(whole)]
+    return _Plan(modules, {h: adapters[h] for h in order}, {h: owners[h] for h in order}, tuple(names))
+
+
+def _parameter_names(modules: dict[str, nn.Module]) -> set[str]:
+    return {clean_name(name) for prefix, module in modules.items() for name, _ in module.named_parameters(prefix)}
+
+
+def _freeze(model: nn.Module, name: str, whole: dict[str, nn.Module], chosen: Sequence[str]) -> Registry:
+    """Freeze ``model`` but for what is trained whole, and keep on it what :func:`remove` needs."""
     parameters = base_parameters(model)
     registry = Registry(
-        active=name, train_also=tuple(whole), requires_grad={n: p.requires_grad for n, p in parameters.items()}
+        active=name,
+        train_also=tuple(whole),
+        chosen=tuple(chosen),
+        requires_grad={n: p.requires_grad for n, p in parameters.items()},
     )
     for parameter in parameters.values():
         parameter.requires_grad_(False)
         parameter.grad = None
-    for module_name, module in whole.items():
-        for parameter_name, parameter in module.named_parameters(prefix=module_name):
-            registry.whole[clean_name(parameter_name)] = parameter.detach().clone()
-            parameter.requires_grad_(True)
+    trained = {*chosen, *_parameter_names(whole)}
+    for parameter_name in trained:
+        parameters[parameter_name].requires_grad_(True)
+    for tensor_name, tensor in _kept(model, trained).items():
+        # In host memory: with full fine-tuning this is a copy of the whole model.
+        registry.whole[tensor_name] = tensor.detach().to("meta" if tensor.is_meta else "cpu", copy=True)
     keep(model, registry)
     return registry
+
+
+def _kept(model: nn.Module, trained: set[str]) -> dict[str, Tensor]:
+    """Return the tensors that change when the parameters ``trained`` are: they, and running statistics beside them."""
+    base = base_tensors(model)
+    norms = {
+        name
+        for name, module in named_modules(model).items()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        if any(f"{name}.{parameter}".lstrip(".") in trained for parameter in module._parameters)
+    }
+    return {name: t for name, t in base.items() if name in trained or name.rpartition(".")[0] in norms}
 
 
 def _whole_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
@@ -161,10 +255,11 @@ def _check_state(model: nn.Module, registry: Registry | None, name: str, whole: 
             f"The model already has an adapter {name!r}: {registry.methods[name]}. Choose another name, or call "
             "eject(model) first."
         )
-    if registry is not None and (whole or registry.train_also):
+    if registry is not None and (whole or registry.whole):
         raise PEFTError(
-            "A module trained whole belongs to one adapter: train_also cannot be combined with several adapters in "
-            "one model. Call eject(model) first, or inject without train_also."
+            "A module or parameter of the model that is trained itself belongs to one adapter: train_also and methods "
+            "that train parameters of the model cannot be combined with several adapters in one model. Call "
+            "eject(model) first, or inject without it."
         )
     others = [other for other, _, found in registries(model) if found is not registry]
     if others:

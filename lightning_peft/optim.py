@@ -11,19 +11,25 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
-from lightning_peft.adapter import CHILD, clean_name
+from lightning_peft.adapter import CHILD, clean_name, slots
 from lightning_peft.errors import PEFTError
+from lightning_peft.registry import method_of, registries
 from lightning_peft.state import adapter_parameters_and_whole
 
-# The lists in which torch's schedulers keep one entry per param group.
-_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_momentums", "max_momentums")
+# The lists in which torch's schedulers keep one entry per param group; first those of learning rates.
+_LEARNING_RATES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")
+_PER_GROUP = (*_LEARNING_RATES, "lr_lambdas", "base_momentums", "max_momentums")
+# What schedulers and optimizers keep in a param group.
+_GROUP_LEARNING_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 
 
 def restrict_to_trainable(optimizers: Sequence[Optimizer], schedulers: Iterable[Any], model: nn.Module) -> None:
     """Take frozen parameters out of every param group and put forgotten adapter parameters in.
 
     A forgotten one joins the group that held a parameter of the module that it adapts. A group that is left empty goes,
-    and with it its entry in every scheduler. The optimizers are changed in place, before their first step.
+    and with it its entry in every scheduler. A group whose parameters have other learning rates by their method
+    (:meth:`~lightning_peft.method.PEFTMethod.lr_ratio`) is split, and schedulers keep the ratio. The optimizers are
+    changed in place, before their first step.
 
     Args:
         optimizers: What ``configure_optimizers`` returned.
@@ -59,6 +65,7 @@ def restrict_to_trainable(optimizers: Sequence[Optimizer], schedulers: Iterable[
                 "self.parameters(), or name modules in target_modules or train_also."
             )
         _drop_groups(optimizer, schedulers, empty)
+        _split_groups(optimizer, schedulers, _ratios(model))
 
 
 def state_by_name(optimizer: Optimizer, state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -135,7 +142,7 @@ def state_elements(optimizer: Optimizer) -> int | None:
 
 def _forgotten(model: nn.Module, homes: Mapping[int, Any]) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in adapter_parameters_and_whole(model).items():
-        if parameter.requires_grad and id(parameter) not in homes:
+        if isinstance(parameter, nn.Parameter) and parameter.requires_grad and id(parameter) not in homes:
             yield name, parameter
 
 
@@ -165,18 +172,55 @@ def _drop_frozen(optimizer: Optimizer) -> None:
 def _drop_groups(optimizer: Optimizer, schedulers: Iterable[Any], dropped: Sequence[int]) -> None:
     if not dropped:
         return
-    count = len(optimizer.param_groups)
+    for _, values in _lists(optimizer, schedulers, len(optimizer.param_groups)):
+        values[:] = [value for i, value in enumerate(values) if i not in dropped]
+    optimizer.param_groups[:] = [group for i, group in enumerate(optimizer.param_groups) if i not in dropped]
+
+
+def _ratios(model: nn.Module) -> dict[int, float]:
+    """Return what methods multiply learning rates by, by the parameter's id, where it is not 1."""
+    found: dict[int, float] = {}
+    for _, root, registry in registries(model):
+        for host, _, slot in slots(root):
+            for adapter, module in slot.items():
+                method = method_of(registry, adapter, host)
+                found.update({id(p): method.lr_ratio(clean_name(name)) for name, p in module.named_parameters()})
+    return {parameter: ratio for parameter, ratio in found.items() if ratio != 1}
+
+
+def _split_groups(optimizer: Optimizer, schedulers: Iterable[Any], ratios: Mapping[int, float]) -> None:
+    """Give parameters with a ratio groups of their own, behind the others."""
+    for index, group in enumerate(list(optimizer.param_groups)):
+        of_each = [ratios.get(id(p), 1.0) for p in group["params"]]
+        first, *others = dict.fromkeys(of_each) or [1.0]
+        listed: dict[str, list[Any]] = {key: list(group[key]) for key in ("params", "param_names") if key in group}
+        for ratio in others:
+            chosen = {k: [e for e, r in zip(v, of_each, strict=True) if r == ratio] for k, v in listed.items()}
+            optimizer.param_groups.append(_scaled({**group, **chosen}, ratio))
+        for key, entries in listed.items():
+            group[key][:] = [entry for entry, r in zip(entries, of_each, strict=True) if r == first]
+        group.update(_scaled(group, first))
+        count = len(optimizer.param_groups) - len(others)
+        for key, values in _lists(optimizer, schedulers, count):
+            scaled = key in _LEARNING_RATES
+            values += [values[index] * ratio if scaled else values[index] for ratio in others]
+            values[index] = values[index] * first if scaled else values[index]
+
+
+def _scaled(group: dict[str, Any], ratio: float) -> dict[str, Any]:
+    return {key: value * ratio if key in _GROUP_LEARNING_RATES else value for key, value in group.items()}
+
+
+def _lists(optimizer: Optimizer, schedulers: Iterable[Any], count: int) -> Iterator[tuple[str, list[Any]]]:
+    """Yield the lists of ``count`` entries, one per param group, that the schedulers of ``optimizer`` keep."""
     seen: set[int] = set()
     for scheduler in _flatten(schedulers):
-        if scheduler.optimizer is not optimizer:
-            continue
-        for key in _PER_GROUP:
+        for key in _PER_GROUP if scheduler.optimizer is optimizer else ():
             values = getattr(scheduler, key, None)
             # Two attributes may be one list.
             if isinstance(values, list) and len(values) == count and id(values) not in seen:
                 seen.add(id(values))
-                values[:] = [value for i, value in enumerate(values) if i not in dropped]
-    optimizer.param_groups[:] = [group for i, group in enumerate(optimizer.param_groups) if i not in dropped]
+                yield key, values
 
 
 def _flatten(schedulers: Iterable[Any]) -> Iterator[Any]:

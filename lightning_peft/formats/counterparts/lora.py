@@ -1,0 +1,116 @@
+"""LoRA in HF PEFT's format."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lightning_peft.errors import PEFTError
+from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, targets_for_hf, targets_from
+from lightning_peft.method import PEFTMethod
+from lightning_peft.methods.lora import LoRA
+from lightning_peft.select import fullmatch, named_modules
+from lightning_peft.weights import features, is_conv1d, is_linear
+
+_LINEAR = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
+_EMBEDDING = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
+
+# Keys that change what the tensors mean, with the values that leave them plain LoRA.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    **dict.fromkeys(
+        (
+            *("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices"),
+            *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config"),
+            *("monteclora_config", "megatron_config"),
+        ),
+        (False, None, {}, []),
+    ),
+}
+
+
+class LoRAInHF(Counterpart):
+    """``LORA`` without DoRA, biases and the like."""
+
+    method = LoRA
+    peft_type = "LORA"
+    parameters: ClassVar[Mapping[str, str]] = {**_LINEAR, **_EMBEDDING}
+
+    def parameters_of(self, module: nn.Module) -> Mapping[str, str]:
+        """Return other names for embeddings."""
+        return _EMBEDDING if isinstance(module, nn.Embedding) else _LINEAR
+
+    def config(self, root: nn.Module, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
+        """Return the most common rank and alpha, and the others as patterns."""
+        modules = named_modules(root)
+        pairs = {host: method.rank_and_alpha(host) for host in hosts}
+        r = Counter(rank for rank, _ in pairs.values()).most_common(1)[0][0]
+        alpha = Counter(alpha for _, alpha in pairs.values()).most_common(1)[0][0]
+        return {
+            "r": r,
+            "lora_alpha": alpha,
+            "lora_dropout": method.dropout,
+            "target_modules": targets_for_hf(pairs, root),
+            "rank_pattern": {host: rank for host, (rank, _) in pairs.items() if rank != r},
+            "alpha_pattern": {host: value for host, (_, value) in pairs.items() if value != alpha},
+            "use_rslora": method.use_rslora,
+            "bias": "none",
+            "fan_in_fan_out": all(is_conv1d(modules[host]) for host in pairs),
+            "init_lora_weights": "gaussian" if method.init == "gaussian" else True,
+        }
+
+    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+        """Return the LoRA; refuse what is not plain."""
+        _refuse_unknown(config, source)
+        modules = named_modules(root)
+        hosts = self.hosts(root, shapes, source)
+        ranks, alphas = {}, {}
+        for host in hosts:
+            ranks[host] = _pattern(config, "rank_pattern", "r", host, source)
+            alphas[host] = _pattern(config, "alpha_pattern", "lora_alpha", host, source)
+            self._check_shapes(host, modules[host], ranks[host], shapes, source)
+        return LoRA(
+            r=config["r"],
+            alpha=config["lora_alpha"],
+            dropout=config.get("lora_dropout", 0.0),
+            target_modules=targets_from(hosts, root),
+            rank_pattern={host: rank for host, rank in ranks.items() if rank != config["r"]},
+            alpha_pattern={host: alpha for host, alpha in alphas.items() if alpha != config["lora_alpha"]},
+            use_rslora=bool(config.get("use_rslora", False)),
+        )
+
+    def _check_shapes(self, host: str, module: nn.Module, r: int, shapes: Shapes, source: str) -> None:
+        if not (is_linear(module) or isinstance(module, nn.Embedding)):
+            raise PEFTError(
+                f"{source} adapts {host!r}, which is a {type(module).__name__} here. Load its own base model."
+            )
+        d_in, d_out = features(module)
+        for suffix, expected in zip(self.parameters_of(module), ((r, d_in), (d_out, r)), strict=True):
+            given = shapes.get(f"{PREFIX}{host}.{suffix}")
+            if given != expected:
+                raise PEFTError(
+                    f"{source}: {host}.{suffix} has the shape {given}; rank {r} of its configuration and this model's "
+                    f"{d_in} → {d_out} layer make {expected}. It belongs to another base model, or is damaged."
+                )
+
+
+def _refuse_unknown(config: Mapping[str, Any], source: str) -> None:
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float):
+            raise PEFTError(f"{source}: its configuration has {key}={config.get(key)!r}; a number was expected.")
+    for key, plain in _PLAIN.items():
+        if key in config and config[key] not in plain:
+            raise PEFTError(f"{source} uses {key}={config[key]!r}, which is not plain LoRA and cannot be read.")
+
+
+def _pattern(config: Mapping[str, Any], patterns: str, default: str, host: str, source: str) -> Any:
+    table = config.get(patterns) or {}
+    if not isinstance(table, dict):
+        raise PEFTError(f"{source}: its configuration has {patterns}={table!r}; an object was expected.")
+    if host in table:
+        return table[host]
+    return next((value for key, value in table.items() if fullmatch(rf"(?:.*\.)?(?:{key})", host)), config[default])
