@@ -194,6 +194,8 @@ def _split_groups(optimizer: Optimizer, schedulers: Iterable[Any], ratios: Mappi
         of_each = [ratios.get(id(p), 1.0) for p in group["params"]]
         first, *others = dict.fromkeys(of_each) or [1.0]
         listed: dict[str, list[Any]] = {key: list(group[key]) for key in ("params", "param_names") if key in group}
+        if others and isinstance(optimizer, torch.optim.LBFGS):
+            raise PEFTError("LBFGS has one learning rate for all parameters; the method asks for several. Use AdamW.")
         for ratio in others:
             chosen = {k: [e for e, r in zip(v, of_each, strict=True) if r == ratio] for k, v in listed.items()}
             optimizer.param_groups.append(_scaled({**group, **chosen}, ratio))

@@ -157,10 +157,11 @@ class PEFTStrategy(Strategy):
         module = self._module
         present = [methods for _, _, registry in registries(module) for methods in registry.methods.values()]
         for methods in present:
-            theirs, ours = (" + ".join(method.name for method in found) for found in (methods, self.methods))
+            theirs, ours = ([type(method) for method in found] for found in (methods, self.methods))
             if theirs != ours:
+                names = [" + ".join(method.__name__ for method in found) for found in (theirs, ours)]
                 raise PEFTError(
-                    f"The model already has adapters of method {theirs!r}, the strategy was given {ours!r}. Give both "
+                    f"The model already has adapters of method {names[0]}, the strategy was given {names[1]}. Give both "
                     "the same method, or call eject(model) first."
                 )
         if present and self._train_also and not any(registry.train_also for _, _, registry in registries(module)):

@@ -65,13 +65,13 @@ def changed_config(**changes: Any) -> Any:
 
 DAMAGE = {
     "NaN": (with_nan, "NaN or infinity"),
-    "missing tensor": (without_a_tensor, "alone; A and B were expected"),
+    "missing tensor": (without_a_tensor, "alone; lora_A.weight, lora_B.weight were expected"),
     "truncated": (truncated, "damaged or truncated"),
     "absurd header": (absurd_header, "damaged or truncated"),
     "no tensors": (lambda d: (d / TENSORS).unlink(), "does not exist"),
     "no configuration": (lambda d: (d / CONFIG).unlink(), "does not exist"),
     "broken JSON": (lambda d: (d / CONFIG).write_text("{"), "not valid JSON"),
-    "wrong method": (changed_config(peft_type="IA3"), "type 'IA3'"),
+    "wrong method": (changed_config(peft_type="OFT"), "type 'OFT'"),
     "not plain LoRA": (changed_config(use_dora=True), "use_dora=True"),
     "PiSSA": (changed_config(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
     "other rank": (changed_config(r=4), "rank 4"),
