@@ -23,26 +23,32 @@ _SAMPLES = 4
 _TOLERANCE = 0.02
 
 
-def describe_base(model: nn.Module) -> dict[str, Any]:
-    """Return the base's class, its name or path if it has one, and samples of the weights that adapters adapt."""
-    model = unwrap(model)
+def describe_base(model: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """Return the base's class, its name or path if it has one, and samples of the weights that adapters adapt.
+
+    Args:
+        model: A model with adapters.
+        prefix: The part of it that is the base.
+    """
+    trained = _before_training(model, prefix)
+    model = unwrap(model).get_submodule(prefix)
     named = next(iter(transformers_models(model).values()), model)
     return {
         "class": type(named).__name__,
         "name_or_path": str(getattr(getattr(named, "config", None), "_name_or_path", "") or ""),
-        "samples": _samples(model),
+        "samples": _samples(model, trained),
     }
 
 
-def refuse_other_base(model: nn.Module, saved: Mapping[str, Any], source: str) -> None:
-    """Check that ``saved``, from :func:`describe_base`, is about the base of ``model``.
+def refuse_other_base(model: nn.Module, saved: Mapping[str, Any], source: str, prefix: str = "") -> None:
+    """Check that ``saved``, from :func:`describe_base`, is about the base of ``model``, its part ``prefix``.
 
     Raises:
         PEFTError: It is about another one; both are named.
     """
-    present = describe_base(model)
+    present = describe_base(model, prefix)
     theirs = saved.get("samples", {})
-    ours = _samples(unwrap(model), list(theirs))
+    ours = _samples(unwrap(model).get_submodule(prefix), _before_training(model, prefix), list(theirs))
     pairs = [pair for name in ours.keys() & theirs.keys() for pair in zip(ours[name], theirs[name], strict=False)]
     norm = math.sqrt(sum(b * b for _, b in pairs))
     distance = math.sqrt(sum((a - b) ** 2 for a, b in pairs))
@@ -60,14 +66,18 @@ def _name(base: Mapping[str, Any]) -> str:
     return f"{base.get('class')} ({path!r})" if path else str(base.get("class"))
 
 
-def _samples(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, list[float]]:
-    """Return a few elements of the weights of the adapted modules, or of ``names``, as they are without adapters."""
+def _samples(
+    model: nn.Module, trained: Mapping[str, Tensor], names: Sequence[str] | None = None
+) -> dict[str, list[float]]:
+    """Return a few elements of the weights of the adapted modules, or of ``names``, as they are without adapters.
+
+    ``trained`` are the old values of parameters that are trained themselves.
+    """
     adapted = {name: slot for name, host, slot in slots(model) if "weight" in host._parameters}
     modules = named_modules(model)
     # Methods that adapt no weights leave all of them to choose from.
     candidates = list(adapted) or [name for name, module in modules.items() if "weight" in module._parameters]
     chosen = candidates[:: max(1, len(candidates) // _MODULES)] if names is None else names
-    trained = _before_training(model)
     found = {}
     for name in chosen:
         slot = adapted.get(name)
@@ -83,10 +93,12 @@ def _samples(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, 
     return found
 
 
-def _before_training(model: nn.Module) -> dict[str, Tensor]:
-    """Return the old values of the base's parameters that are trained whole, by name."""
-    return {
-        f"{prefix}.{name}" if prefix else name: value
-        for prefix, _, registry in registries(model)
+def _before_training(model: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """Return the old values of the parameters in ``prefix`` that are trained whole, by name relative to it."""
+    lead = f"{prefix}." if prefix else ""
+    values = {
+        f"{root}.{name}" if root else name: value
+        for root, _, registry in registries(model)
         for name, value in registry.whole.items()
     }
+    return {name.removeprefix(lead): value for name, value in values.items() if name.startswith(lead)}

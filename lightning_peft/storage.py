@@ -171,7 +171,7 @@ class _Load:
             content = hf.read_content(root, config, shapes, source)
         if (directory / MARKER).is_file():
             base = read_json(directory / MARKER).get("base")
-            refuse_other_base(root, base if isinstance(base, dict) else {}, source)
+            refuse_other_base(model, base if isinstance(base, dict) else {}, source, prefix)
         lead = f"{prefix}." if prefix else ""
         stored = read_tensors(file)
         _refuse_changed_base(root, {name: stored.pop(key) for key, name in content.copies.items()}, source)
@@ -342,6 +342,6 @@ def _write_part(directory: Path, model: nn.Module, part: Part, state: Mapping[st
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / TENSOR_FILE, {in_file: state[in_model] for in_file, in_model in names.items()})
     write_json(directory / CONFIG_FILE, config)
-    marker = {"version": 1, "prefix": part.prefix, "base": describe_base(root)}
+    marker = {"version": 1, "prefix": part.prefix, "base": describe_base(model, part.prefix)}
     write_json(directory / MARKER, {**marker, "lightning": is_lightning_module(root)})
     return names

@@ -1,7 +1,9 @@
 """Every method on every family: the whole life of an adapter. What makes no sense is refused, with a reason."""
 
 import copy
+import dataclasses
 import pickle
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,8 @@ METHODS: dict[str, PEFTMethod | list[PEFTMethod]] = {
     "parallel_adapter everywhere": ParallelAdapter(placement=["attention", "mlp"], bottleneck=4),
     "bitfit and parallel_adapter": [BitFit(create_missing=True), ParallelAdapter(bottleneck=4)],
 }
+# torch has another kernel for models without gradients and hooks.
+ROUNDING = {"torch_encoder": 1e-6, "torch_decoder": 1e-6}
 # How far from the base model's outputs a method starts, where it is not the identity.
 START = {
     "series_adapter": 0.1,
@@ -53,7 +57,9 @@ START = {
     "series_adapter before the mlp": 0.1,
 }
 
-NO_BIAS = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "mixtral", "qwen3_moe", "phi3", "t5")
+MIXTURES = ("mixtral", "qwen3_moe")
+NO_BIAS = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "t5", *MIXTURES)
+NO_BIAS_IN_MLP = ("qwen2", "falcon", *(family for family in NO_BIAS if family not in MIXTURES))
 BLOCKS = [name for name in METHODS if name.startswith(("series", "parallel", "ia3"))] + ["bitfit and parallel_adapter"]
 # Cells that make no sense, with the reason that the error gives.
 REFUSED: dict[tuple[str, str], str] = {
@@ -61,15 +67,12 @@ REFUSED: dict[tuple[str, str], str] = {
     **{(method, "sequential"): "No (attention|mlp) block was found" for method in BLOCKS},
     ("layer_norm_tuning", "sequential"): "has no LayerNorm",
     # The experts' 3-D parameters belong to no linear layer.
-    **{("ia3", family): "'model.layers.0.mlp'.*no linear layers" for family in ("mixtral", "qwen3_moe")},
+    **{("ia3", family): "'model.layers.0.mlp'.*no linear layers" for family in MIXTURES},
     # nn.MultiheadAttention has one parameter for all projections, and never calls its output projection.
     **{("ia3", family): "MultiheadAttention.*no linear layers" for family in ("torch_encoder", "torch_decoder")},
     # Both would hang on the MLP's linear layers, which have no biases.
-    **{
-        ("bitfit and parallel_adapter", f): "BitFit and ParallelAdapter would both"
-        for f in (*NO_BIAS[:5], "phi3", "t5")
-    },
-    ("bitfit and parallel_adapter", "falcon"): "BitFit and ParallelAdapter would both",
+    **{("bitfit and parallel_adapter", family): "BitFit and ParallelAdapter would both" for family in NO_BIAS_IN_MLP},
+    ("lora", "sequential"): "rank of an update of it is at most 4",
 }
 
 
@@ -78,12 +81,25 @@ def loss_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return (result - torch.linspace(-1, 1, result.numel()).view_as(result)).square().mean()
 
 
+def evaluate(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return outputs(model, inputs)
+
+
+def partly_frozen(family: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A model of which the user froze something."""
+    model, inputs = build(family)
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(index % 5 != 0)
+    return model, inputs
+
+
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def train(model: nn.Module, inputs: dict[str, Any], steps: int = 3) -> list[float]:
-    optimizer, losses = torch.optim.Adam(trained(model).values(), lr=2e-3), []
+    optimizer, losses = torch.optim.Adam(trained(model).values(), lr=1e-4), []
     for _ in range(steps):
         optimizer.zero_grad()
         loss = loss_of(model, inputs)
@@ -93,9 +109,11 @@ def train(model: nn.Module, inputs: dict[str, Any], steps: int = 3) -> list[floa
     return [*losses, loss_of(model, inputs).item()]
 
 
+@cache
 def without_gradient(family: str) -> set[str]:
     """Parameters of the base that its outputs do not depend on."""
     model, inputs = build(family)
+    model.requires_grad_(True)
     loss_of(model, inputs).backward()
     return {name for name, p in model.named_parameters() if p.grad is None}
 
@@ -103,10 +121,8 @@ def without_gradient(family: str) -> set[str]:
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("name", METHODS)
 def test_life_cycle(name: str, family: str, tmp_path: Path) -> None:
-    method, (model, inputs) = METHODS[name], build(family)
-    for index, parameter in enumerate(model.parameters()):
-        parameter.requires_grad_(index % 5 != 0)
-    before, expected = snapshot(model), outputs(model, inputs)
+    method, (model, inputs) = METHODS[name], partly_frozen(family)
+    before, expected = snapshot(model), evaluate(model, inputs)
     if (name, family) in REFUSED:
         with pytest.raises(PEFTError, match=REFUSED[name, family]):
             inject(model, method)
@@ -116,8 +132,8 @@ def test_life_cycle(name: str, family: str, tmp_path: Path) -> None:
     stream = torch.get_rng_state()
     assert inject(model, method, seed=3)
     assert torch.equal(torch.get_rng_state(), stream)
-    start = outputs(model, inputs)
-    assert torch.equal(start, expected) or (start - expected).abs().max() < START.get(name, 0.0)
+    start = evaluate(model, inputs)
+    assert torch.equal(start, expected) or (start - expected).abs().max() < START.get(name, ROUNDING.get(family, 0.0))
     assert before["state"].keys() <= model.state_dict().keys()
 
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -128,17 +144,17 @@ def test_life_cycle(name: str, family: str, tmp_path: Path) -> None:
     with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == declared - without_gradient(family)
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
-    tuned = outputs(model, inputs)
+    tuned = evaluate(model, inputs)
     assert not torch.equal(tuned, start)
 
     save_adapter(model, tmp_path / "adapter")
-    fresh = build(family)[0]
+    fresh = partly_frozen(family)[0]
     load_adapter(fresh, tmp_path / "adapter")
-    assert torch.equal(outputs(fresh, inputs), tuned)
+    assert torch.equal(evaluate(fresh, inputs), tuned)
     state = {key: tensor.clone() for key, tensor in adapter_state_dict(model).items()}
     randomise(model)
     load_adapter_state_dict(model, state)
-    assert torch.equal(outputs(model, inputs), tuned)
+    assert torch.equal(evaluate(model, inputs), tuned)
 
     report = merge(model)
     assert_same(dict(adapter_state_dict(model)), state)
@@ -146,11 +162,11 @@ def test_life_cycle(name: str, family: str, tmp_path: Path) -> None:
         assert "stay attached" in str(report)
         with pytest.raises(PEFTError, match="cannot be merged"):
             merge(model, unload=True)
-    assert (outputs(model, inputs) - tuned).abs().max() <= 1e-4
+    assert (evaluate(model, inputs) - tuned).abs().max() <= 1e-4
     unmerge(model)
-    assert torch.equal(outputs(model, inputs), tuned)
+    assert torch.equal(evaluate(model, inputs), tuned)
     eject(model)
-    assert torch.equal(outputs(model, inputs), expected)
+    assert torch.equal(evaluate(model, inputs), expected)
     assert_unchanged(model, before)
 
 
@@ -273,5 +289,5 @@ def test_every_hyper_parameter_has_a_default_and_a_line(name: str) -> None:
     cls = OURS[name]
     method = cls()
     assert method == type(method)(**{k: v for k, v in method.config().items() if k != "method"})
-    for key in cls.__dataclass_fields__:  # type: ignore[attr-defined]
-        assert f"\n        {key}: " in (cls.__doc__ or ""), key
+    for key in dataclasses.fields(cls):  # type: ignore[arg-type]
+        assert f"\n        {key.name}: " in (cls.__doc__ or ""), key.name
