@@ -161,8 +161,8 @@ class PEFTStrategy(Strategy):
             if theirs != ours:
                 names = [" + ".join(method.__name__ for method in found) for found in (theirs, ours)]
                 raise PEFTError(
-                    f"The model already has adapters of method {names[0]}, the strategy was given {names[1]}. Give both "
-                    "the same method, or call eject(model) first."
+                    f"The model already has adapters of method {names[0]}, the strategy was given {names[1]}. Give "
+                    "both the same method, or call eject(model) first."
                 )
         if present and self._train_also and not any(registry.train_also for _, _, registry in registries(module)):
             raise PEFTError(

@@ -123,7 +123,8 @@ def capture(model: nn.Module, inputs: dict[str, Any], block: Block) -> tuple[Ten
         seen["input"] = args[0] if args else next(iter(kwargs.values()))
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        seen["output"] = output[0] if isinstance(output, tuple) else output
+        # Falcon adds to it in place.
+        seen["output"] = (output[0] if isinstance(output, tuple) else output).clone()
 
     handles = [
         model.get_submodule(block.first).register_forward_pre_hook(before, with_kwargs=True, prepend=True),
@@ -140,16 +141,24 @@ def capture(model: nn.Module, inputs: dict[str, Any], block: Block) -> tuple[Ten
 @pytest.mark.parametrize("family", sorted(ALL_FAMILIES.keys() - {"sequential"}))
 def test_the_equations_around_a_block(family: str, kind: Any) -> None:
     """In the first layer both models see the same input, so what an adapter adds there can be computed by hand."""
-    model, inputs = (x.double() if isinstance(x, nn.Module) else x for x in build(family))
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    # Experts are multiplied by a kernel that knows no float64.
+    dtype, tolerance = (torch.float32, 1e-5) if family in ("mixtral", "qwen3_moe") else (torch.float64, 1e-9)
+    model, inputs = build(family)
+    model.to(dtype)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     block = first_of(find_blocks(model), kind)
     x, h = capture(model, inputs, block)
     for method, given, scale, function in (
         (ParallelAdapter(placement=[kind], bottleneck=3, scale=2.5, activation="relu"), x, 2.5, torch.relu),
-        (SeriesAdapter(placement=[kind], bottleneck=3, activation="tanh", scale=0.5), h, 0.5, torch.tanh),
+        (
+            SeriesAdapter(placement=[kind], bottleneck=3, activation="tanh", scale=0.5, train_norms=False),
+            h,
+            0.5,
+            torch.tanh,
+        ),
     ):
         adapted, _ = build(family)
-        adapted.double()
+        adapted.to(dtype)
         inject(adapted, method)
         randomise(adapted)
         lead = f"{block.last}.peft.default."
@@ -160,7 +169,7 @@ def test_the_equations_around_a_block(family: str, kind: Any) -> None:
         expected = h + scale * (torch.einsum("...b,ob->...o", hidden, up) + up_bias)
         _, found = capture(adapted, inputs, block)
         assert (found - h).abs().max() > 1e-3
-        assert (found - expected).abs().max() <= 1e-9
+        assert (found - expected).abs().max() <= tolerance
 
 
 def test_the_equation_before_the_mlp_and_after_the_layer() -> None:

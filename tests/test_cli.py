@@ -185,7 +185,7 @@ def test_an_unknown_strategy_lists_those_that_exist() -> None:
     message = refused(["fit", MODEL, "--trainer.strategy=peft_lorra"])
     assert "'peft_lorra'" in message
     assert "Did you mean 'peft_lora'?" in message
-    assert "METHOD: bitfit, full_finetuning" in message
+    assert re.search(r"METHOD: .*lora", message)
     assert "ddp, ddp_spawn" in message
 
 

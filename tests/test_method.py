@@ -1,4 +1,4 @@
-"""What a method may do besides: run before its host, share modules, ask for learning rates, follow a schedule, combine."""
+"""What a method may do besides: run before its host, share modules, ask for learning rates, follow a schedule."""
 
 import copy
 import json
@@ -106,10 +106,8 @@ def test_a_shared_module_is_one() -> None:
         assert first is not model[0].peft["default"].common
         assert torch.equal(outputs(twin, inputs), expected)
         assert adapter_state_dict(twin).keys() == names
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trained == ["0.peft.default.common.slow", "0.peft.default.fast", "2.peft.default.fast"] or set(
-        trained
-    ) == names - {"0.peft.default.common.frozen"}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == names - {"0.peft.default.common.frozen"}
 
 
 def test_a_shared_module_is_saved_once(tmp_path: Path) -> None:
@@ -136,7 +134,7 @@ def test_before_runs_only_while_its_adapter_does() -> None:
     model.get_submodule("model.layers.0.mlp.down_proj").peft.active = "b"
     assert not torch.equal(outputs(model, inputs), with_a)
     hooks = sum(len(m._forward_pre_hooks) for m in model.modules())
-    assert hooks == 6  # every host of IA3, which has a common base class
+    assert hooks == 2  # the down projections
     eject(model)
     assert torch.equal(outputs(model, inputs), expected)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
@@ -346,7 +344,7 @@ DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", DAMAGE)
 def test_a_damaged_directory_of_our_own_is_refused(case: str, tmp_path: Path) -> None:
     changes, message = DAMAGE[case]
-    model, inputs = build("llama")
+    model, _ = build("llama")
     inject(model, ParallelAdapter(bottleneck=3))
     save_adapter(model, tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"

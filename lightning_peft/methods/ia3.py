@@ -76,6 +76,8 @@ class IA3(PEFTMethod):
     """
 
     name: ClassVar[str] = "ia3"
+    # The shape of a vector shows which side it rescales.
+    free: ClassVar[frozenset[str]] = PEFTMethod.free | {"feedforward_modules"}
 
     target_modules: list[str] | str | None = None
     feedforward_modules: list[str] | str | None = None
