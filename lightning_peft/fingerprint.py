@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.adapter import slots, unwrap
+from lightning_peft.adapter import base_tensors, slots, unwrap
 from lightning_peft.errors import PEFTError
 from lightning_peft.registry import registries
 from lightning_peft.select import named_modules, transformers_models
@@ -30,7 +30,7 @@ def describe_base(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         model: A model with adapters.
         prefix: The part of it that is the base.
     """
-    trained = _before_training(model, prefix)
+    trained = _before_training(model)
     model = unwrap(model).get_submodule(prefix)
     named = next(iter(transformers_models(model).values()), model)
     return {
@@ -48,7 +48,7 @@ def refuse_other_base(model: nn.Module, saved: Mapping[str, Any], source: str, p
     """
     present = describe_base(model, prefix)
     theirs = saved.get("samples", {})
-    ours = _samples(unwrap(model).get_submodule(prefix), _before_training(model, prefix), list(theirs))
+    ours = _samples(unwrap(model).get_submodule(prefix), _before_training(model), list(theirs))
     pairs = [pair for name in ours.keys() & theirs.keys() for pair in zip(ours[name], theirs[name], strict=False)]
     norm = math.sqrt(sum(b * b for _, b in pairs))
     distance = math.sqrt(sum((a - b) ** 2 for a, b in pairs))
@@ -67,11 +67,11 @@ def _name(base: Mapping[str, Any]) -> str:
 
 
 def _samples(
-    model: nn.Module, trained: Mapping[str, Tensor], names: Sequence[str] | None = None
+    model: nn.Module, trained: Mapping[int, Tensor], names: Sequence[str] | None = None
 ) -> dict[str, list[float]]:
     """Return a few elements of the weights of the adapted modules, or of ``names``, as they are without adapters.
 
-    ``trained`` are the old values of parameters that are trained themselves.
+    ``trained`` are the old values of parameters that are trained themselves, by id.
     """
     adapted = {name: slot for name, host, slot in slots(model) if "weight" in host._parameters}
     modules = named_modules(model)
@@ -81,8 +81,8 @@ def _samples(
     found = {}
     for name in chosen:
         slot = adapted.get(name)
-        weight = slot.merged["weight"] if slot and slot.merged else getattr(modules.get(name), "weight", None)
-        weight = trained.get(f"{name}.weight", weight)
+        present = getattr(modules.get(name), "weight", None)
+        weight = trained.get(id(present), slot.merged["weight"] if slot and slot.merged else present)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or not weight.numel():
             continue
         if weight.is_meta or isinstance(weight, DTensor):
@@ -93,12 +93,11 @@ def _samples(
     return found
 
 
-def _before_training(model: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """Return the old values of the parameters in ``prefix`` that are trained whole, by name relative to it."""
-    lead = f"{prefix}." if prefix else ""
-    values = {
-        f"{root}.{name}" if root else name: value
-        for root, _, registry in registries(model)
-        for name, value in registry.whole.items()
+def _before_training(model: nn.Module) -> dict[int, Tensor]:
+    """Return the old values of the base's parameters that are trained whole, by the parameter's id."""
+    return {
+        id(tensor): registry.whole[name]
+        for _, root, registry in registries(model)
+        for name, tensor in base_tensors(root).items()
+        if name in registry.whole
     }
-    return {name.removeprefix(lead): value for name, value in values.items() if name.startswith(lead)}

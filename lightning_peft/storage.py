@@ -1,4 +1,4 @@
-"""Adapters in directories: which part of a model goes into which directory, saving and loading."""
+"""Adapters in directories: saving and loading."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ from lightning_peft.formats.files import (
     write_json,
     write_tensors,
 )
-from lightning_peft.inject import inject, planned_shapes, refuse_merged
+from lightning_peft.inject import inject, refuse_merged
+from lightning_peft.layout import is_lightning_module, parts_of
 from lightning_peft.method import PEFTMethod
-from lightning_peft.registry import Registry, registries, required
+from lightning_peft.plan import planned_shapes
+from lightning_peft.registry import registries, required
 from lightning_peft.select import transformers_models
 from lightning_peft.state import (
     adapter_parameters_and_whole,
@@ -78,7 +80,7 @@ def write_adapters(
     """
     model = unwrap(model)
     places: dict[str, list[str]] = {}
-    parts, beside = _parts(model, names)
+    parts, beside = parts_of(model, names)
     several = len({part.prefix for part in parts}) > 1
     adapters = [part.adapter for part in parts]
     primary = "default" if "default" in adapters else adapters[0]
@@ -232,11 +234,6 @@ def _refuse_changed_base(root: nn.Module, copies: Mapping[str, Tensor], source: 
             )
 
 
-def is_lightning_module(model: nn.Module) -> bool:
-    """Whether ``model`` is a LightningModule; known by what it offers, since nothing here imports lightning."""
-    return hasattr(model, "configure_optimizers") and hasattr(model, "training_step")
-
-
 def _root_of(model: nn.Module, marker: Mapping[str, Any]) -> str:
     """Return the name of the part of ``model`` that an adapter directory is about."""
     if not is_lightning_module(model):
@@ -253,79 +250,6 @@ def _root_of(model: nn.Module, marker: Mapping[str, Any]) -> str:
         f"{type(model).__name__} holds {len(inner)} transformers models, so it is not clear which one the adapter is "
         "for. Pass that model: load_adapter(module.model, path)."
     )
-
-
-def _parts(model: nn.Module, names: Iterable[str] | None) -> tuple[list[Part], list[str]]:
-    """Return the content of each directory, and the parameters trained whole that have a place in none."""
-    parts: dict[tuple[str, str], Part] = {}
-    for registry_prefix, _, registry in registries(model):
-        adapters = list(registry.methods) if names is None else [n for n in names if n in registry.methods]
-        for adapter in adapters:
-            methods = registry.methods[adapter]
-            everything = _full_names(registry_prefix, registry, adapter)
-            for what, full_names in everything.items():
-                for name in full_names:
-                    # HF PEFT reads one transformers model at a time; the own format has room for what is around it.
-                    if for_methods(methods) is None:
-                        prefix = _common_prefix(model, registry_prefix, everything)
-                    else:
-                        prefix = _prefix_of(model, name)
-                    part = parts.setdefault((prefix, adapter), Part(prefix, adapter, methods))
-                    getattr(part, what).append(_relative(name, prefix))
-    kept = [part for part in parts.values() if part.hosts or part.chosen]
-    beside = [part for part in parts.values() if not (part.hosts or part.chosen)]
-    return kept, [f"{part.prefix}.{name}".lstrip(".") for part in beside for name in part.whole]
-
-
-def _full_names(prefix: str, registry: Registry, adapter: str) -> dict[str, list[str]]:
-    """Return what a part lists, by attribute, with names in the whole model."""
-    listed = {
-        "hosts": list(registry.hosts[adapter]),
-        "chosen": list(registry.chosen),
-        "train_also": list(registry.train_also),
-        "whole": [name for name in registry.whole if name not in registry.chosen],
-    }
-    lead = f"{prefix}." if prefix else ""
-    return {what: [lead + name for name in names] for what, names in listed.items()}
-
-
-def _common_prefix(model: nn.Module, registry_prefix: str, names: Mapping[str, list[str]]) -> str:
-    """Return the transformers model that all ``names`` are in, or else what the adapters were injected into."""
-    flat = [name for listed in names.values() for name in listed]
-    inner = [p for p in transformers_models(model) if p and all(n == p or n.startswith(f"{p}.") for n in flat)]
-    return inner[0] if inner and len(inner[0]) > len(registry_prefix) else registry_prefix
-
-
-def _prefix_of(model: nn.Module, full_name: str) -> str:
-    """Return the model in ``model`` that a module or parameter belongs to."""
-    inner = next((p for p in transformers_models(model) if p and full_name.startswith(f"{p}.")), None)
-    if inner is not None:
-        return inner
-    return full_name.split(".")[0] if _splits(model) else ""
-
-
-def _splits(model: nn.Module) -> bool:
-    """Whether the attributes of ``model`` are models of their own.
-
-    A layer that is itself an attribute of the LightningModule cannot be the model that it is a layer of.
-    """
-    owners = [
-        f"{prefix}.{name}".lstrip(".")
-        for prefix, _, registry in registries(model)
-        for name in (
-            *(h for hosts in registry.hosts.values() for h in hosts),
-            *(_module_of(c) for c in registry.chosen),
-        )
-    ]
-    return is_lightning_module(model) and all("." in owner for owner in owners)
-
-
-def _module_of(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
-
-
-def _relative(name: str, prefix: str) -> str:
-    return name.removeprefix(f"{prefix}.") if prefix else name
 
 
 def _write_part(directory: Path, model: nn.Module, part: Part, state: Mapping[str, Tensor]) -> dict[str, str]:

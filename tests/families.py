@@ -140,6 +140,10 @@ def _built(family: str) -> tuple[nn.Module, dict[str, Any]]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, inputs = ALL_FAMILIES[family]()
+        for name, parameter in model.named_parameters():
+            # transformers starts them at zero, where a bias that got lost would not be seen.
+            if name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.1)
     return model.eval(), inputs
 
 

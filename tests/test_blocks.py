@@ -11,8 +11,8 @@ from families import ALL_FAMILIES, build, outputs, randomise
 from torch import Tensor, nn
 
 from lightning_peft import BitFit, ParallelAdapter, PEFTError, SeriesAdapter, inject
-from lightning_peft.adapter import on_hidden
 from lightning_peft.blocks import Block, find_blocks, layer_norms
+from lightning_peft.calls import on_hidden
 
 LLAMA = ("model.layers.0", ("self_attn.q_proj", "self_attn.o_proj"), ("mlp.gate_proj", "mlp.down_proj"))
 BERT = ("attention.self.query", "attention.output.dense"), ("intermediate.dense", "output.dense")
@@ -102,6 +102,20 @@ def test_a_single_layer_is_a_model_too() -> None:
         ("attention", "", "self_attn", "self_attn"),
         ("mlp", "", "linear1", "linear2"),
     ]
+
+
+class AttentionOnly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"self_attn": nn.MultiheadAttention(8, 2)}) for _ in range(3))
+        self.project = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
+
+
+def test_what_is_beside_a_stack_of_layers_is_no_mlp() -> None:
+    model = AttentionOnly()
+    assert [b.last for b in find_blocks(model, ["attention"])] == [f"layers.{i}.self_attn" for i in range(3)]
+    with pytest.raises(PEFTError, match="No mlp block"):
+        find_blocks(model)
 
 
 def test_norms_are_found() -> None:

@@ -35,14 +35,15 @@ from lightning_peft import (
     save_adapter,
     unmerge,
 )
-from lightning_peft.adapter import Adapter, with_input
+from lightning_peft.adapter import Adapter
 from lightning_peft.callbacks import AdapterCheckpoint
+from lightning_peft.calls import with_input
 from lightning_peft.optim import restrict_to_trainable
 from lightning_peft.seeding import fill
 from lightning_peft.select import select
 from lightning_peft.weights import features, is_linear
 
-CALLS: list[tuple[int, int | None, bool]] = []
+CALLS: list[tuple[int, int | None, list[str]]] = []
 
 
 class Common(nn.Module):
@@ -90,7 +91,8 @@ class Everything(PEFTMethod):
         return 16.0 if parameter == "fast" else 1.0
 
     def after_step(self, adapters: Mapping[str, Adapter], step: int, total_steps: int | None) -> None:
-        CALLS.append((step, total_steps, all(p.grad is not None for a in adapters.values() for p in a.parameters())))
+        with_gradient = [host for host, a in adapters.items() if all(p.grad is not None for p in a.parameters())]
+        CALLS.append((step, total_steps, with_gradient))
 
 
 def test_a_shared_module_is_one() -> None:
@@ -149,7 +151,7 @@ def calls() -> list[Any]:
 def test_the_schedule_is_called_after_each_step(tmp_path: Path, calls: list[Any]) -> None:
     run = trainer(tmp_path, PEFTStrategy(Everything()), max_steps=2, accumulate_grad_batches=2)
     run.fit(Regression(), loader())
-    assert calls == [(1, 2, True), (2, 2, True)]
+    assert calls == [(1, 2, ["net.0", "net.2"]), (2, 2, ["net.0", "net.2"])]
 
 
 def test_the_schedule_goes_on_after_a_resume(tmp_path: Path, calls: list[Any]) -> None:

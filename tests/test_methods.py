@@ -98,7 +98,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def train(model: nn.Module, inputs: dict[str, Any], steps: int = 3) -> list[float]:
+def train(model: nn.Module, inputs: dict[str, Any], steps: int = 6) -> list[float]:
     optimizer, losses = torch.optim.Adam(trained(model).values(), lr=1e-4), []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -107,6 +107,15 @@ def train(model: nn.Module, inputs: dict[str, Any], steps: int = 3) -> list[floa
         losses.append(loss.item())
         optimizer.step()
     return [*losses, loss_of(model, inputs).item()]
+
+
+def perturb(model: nn.Module) -> None:
+    """Move what is trained so far that a tensor which is lost or ignored shows in the outputs."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in trained(model).items():
+            width = 0.3 if ".peft." in name else 0.05
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * width)
 
 
 @cache
@@ -144,8 +153,10 @@ def test_life_cycle(name: str, family: str, tmp_path: Path) -> None:
     with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == declared - without_gradient(family)
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    perturb(model)
     tuned = evaluate(model, inputs)
-    assert not torch.equal(tuned, start)
+    effect, scale = (tuned - start).abs().max(), tuned.abs().max().clamp(min=1.0)
+    assert effect > 1e-5
 
     save_adapter(model, tmp_path / "adapter")
     fresh = partly_frozen(family)[0]
@@ -162,7 +173,7 @@ def test_life_cycle(name: str, family: str, tmp_path: Path) -> None:
         assert "stay attached" in str(report)
         with pytest.raises(PEFTError, match="cannot be merged"):
             merge(model, unload=True)
-    assert (evaluate(model, inputs) - tuned).abs().max() <= 1e-4
+    assert (evaluate(model, inputs) - tuned).abs().max() <= max(0.01 * effect, 2e-6 * scale)
     unmerge(model)
     assert torch.equal(evaluate(model, inputs), tuned)
     eject(model)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_peft.adapter import Adapter, input_of
+from lightning_peft.adapter import Adapter
+from lightning_peft.calls import input_of
 from lightning_peft.errors import PEFTError
 from lightning_peft.method import PEFTMethod
 from lightning_peft.seeding import fill

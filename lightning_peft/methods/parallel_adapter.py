@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from lightning_peft.adapter import Adapter, input_of, on_hidden
+from lightning_peft.adapter import Adapter
 from lightning_peft.blocks import Block, find_blocks, widths
 from lightning_peft.bottleneck import Bottleneck, Shape
+from lightning_peft.calls import input_of, on_hidden
 from lightning_peft.errors import PEFTError
 from lightning_peft.method import PEFTMethod
 from lightning_peft.select import select
