@@ -31,12 +31,13 @@ def summary_table(module: pl.LightningModule, optimizers: Iterable[Optimizer], s
     """
     lines = [("strategy", strategy)]
     for prefix, _, registry in registries(module):
-        for name, method in registry.methods.items():
+        for name, methods in registry.methods.items():
             where = f" in {prefix}" if prefix else ""
-            lines.append(("method", f"{type(method).__name__}, adapter {name!r}{where}"))
-            hosts = registry.hosts[name]
-            kinds = sorted({host.rsplit(".", 1)[-1] for host in hosts})
-            lines.append(("adapted", f"{len(hosts)} modules: {', '.join(kinds)}"))
+            lines.append(("method", f"{' + '.join(type(m).__name__ for m in methods)}, adapter {name!r}{where}"))
+            for what, hosts in (("adapted", registry.hosts[name]), ("trained in place", registry.chosen)):
+                kinds = sorted({host.rsplit(".", 1)[-1] for host in hosts})
+                unit = "modules" if what == "adapted" else "parameters"
+                lines += [(what, f"{len(hosts)} {unit}: {', '.join(kinds)}")] if hosts else []
         if registry.train_also:
             lines.append(("trained whole", ", ".join(registry.train_also)))
     adapters = {id(p) for p in adapter_parameters(module).values()}

@@ -6,14 +6,14 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.inject import inject, set_adapter
 from lightning_peft.merge import MergeReport, merge, unmerge
 from lightning_peft.method import PEFTMethod
-from lightning_peft.methods import LoRA
+from lightning_peft.methods import *  # noqa: F403 (one export line per method, in that package)
+from lightning_peft.methods import __all__ as _methods
 from lightning_peft.restore import install
 from lightning_peft.state import adapter_state_dict
 from lightning_peft.storage import load_adapter, save_adapter
 from lightning_peft.strategy import PEFTStrategy, register_strategies
 
 __all__ = [
-    "LoRA",
     "MergeReport",
     "PEFTError",
     "PEFTMethod",
@@ -28,6 +28,7 @@ __all__ = [
     "set_adapter",
     "unmerge",
 ]
+__all__ += _methods
 
 register_strategies()
 install()

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.errors import PEFTError
 
@@ -27,7 +28,8 @@ class Adapter(nn.Module):
 
     Subclasses hold bare parameters (no ``nn.Linear`` inside, no parameter name that ends in ``weight``: both are
     taken for the base's by quantising plugins) and are always called through ``adapter(...)``, so that hooks of
-    sharding wrappers fire.
+    sharding wrappers fire. What is random but not trained is a buffer. Tensors that several adapters share stand in
+    one ``nn.Module``, made once and assigned to an attribute of each of them.
     """
 
     mergeable: bool = False
@@ -35,19 +37,27 @@ class Adapter(nn.Module):
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
     """Which dimension of a parameter runs over the host's ``"in"`` or ``"out"`` features, for hosts that are split."""
 
+    def before(
+        self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the host should be called with instead; runs only if a subclass defines it."""
+        return args, kwargs
+
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return what the host should return instead of ``output``.
+        """Return what the host should return instead of ``output``; as defined here, ``output``.
 
         Args:
             base: The adapted module.
-            args: Positional arguments of its call.
-            kwargs: Keyword arguments of its call.
+            args: Positional arguments of its call, as :meth:`before` returned them.
+            kwargs: Keyword arguments of its call, likewise.
             output: What its own forward returned.
         """
-        raise TypeError(f"{type(self).__name__} does not define forward")
+        return output
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the weight ``[out, in]`` and bias ``[out]`` that make the adapter superfluous.
+
+        A bias where there was none becomes a parameter of the host.
 
         Raises:
             PEFTError: The adapter is no change of weights.
@@ -81,11 +91,21 @@ class Slot(nn.ModuleDict):
         """While merged: what :mod:`lightning_peft.merge` needs to restore the weights."""
         # First of all hooks: beside a layer that tensor parallelism has split, the next one gathers the output.
         self._handle = host.register_forward_hook(self._run, with_kwargs=True, prepend=True)
+        self._handle_before: RemovableHandle | None = None
 
     def _run(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.merged is not None or self.active not in self._modules:
             return output
         return self[self.active](base, args, kwargs, output)
+
+    def _run_before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        adapter = self.active_adapter
+        return None if self.merged is not None or adapter is None else adapter.before(base, args, kwargs)
+
+    def hook_before(self, host: nn.Module) -> None:
+        """Let adapters change what ``host`` is called with."""
+        if self._handle_before is None:
+            self._handle_before = host.register_forward_pre_hook(self._run_before, with_kwargs=True)
 
     @property
     def active_adapter(self) -> Adapter | None:
@@ -94,8 +114,10 @@ class Slot(nn.ModuleDict):
         return adapter if isinstance(adapter, Adapter) else None
 
     def remove_hook(self) -> None:
-        """Take the forward hook off the host."""
+        """Take the forward hooks off the host."""
         self._handle.remove()
+        if self._handle_before is not None:
+            self._handle_before.remove()
 
 
 def attach(host: nn.Module, name: str, adapter: Adapter) -> None:
@@ -105,6 +127,8 @@ def attach(host: nn.Module, name: str, adapter: Adapter) -> None:
         slot = Slot(host)
         host.add_module(CHILD, slot)
     slot[name] = adapter
+    if type(adapter).before is not Adapter.before:
+        slot.hook_before(host)
     slot.active = slot.active or name
 
 
@@ -136,9 +160,32 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter of every adapter, by its name in ``model``."""
-    found: dict[str, nn.Parameter] = {}
+    """Every parameter of every adapter, by its name in ``model``; one that adapters share has its first name."""
+    found = {name: tensor for name, tensor in adapter_tensors(model).items() if isinstance(tensor, nn.Parameter)}
+    return found
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer of every adapter, likewise."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for host_name, _, slot in slots(model):
         prefix = f"{host_name}.{CHILD}" if host_name else CHILD
-        found.update({f"{prefix}.{clean_name(name)}": p for name, p in slot.named_parameters()})
+        for name, tensor in slot.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[f"{prefix}.{clean_name(name)}"] = tensor
     return found
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of ``model`` that are no adapter's, by clean name."""
+    adapters = {id(p) for _, _, slot in slots(model) for p in slot.parameters()}
+    return {clean_name(name): p for name, p in model.named_parameters() if id(p) not in adapters}
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of ``model`` that are no adapter's, by clean name."""
+    adapters = {id(b) for _, _, slot in slots(model) for b in slot.buffers()}
+    buffers = {clean_name(name): b for name, b in model.named_buffers() if id(b) not in adapters}
+    return {**buffers, **base_parameters(model)}

@@ -25,6 +25,7 @@ from lightning_peft.state import (
     check_metadata,
     load_adapter_state_dict,
     metadata,
+    values_before_merge,
 )
 from lightning_peft.storage import read_adapters, write_adapters
 
@@ -61,10 +62,9 @@ def finish(checkpoint: dict[str, Any], model: nn.Module, full: bool) -> None:
 def unmerged_state_dict(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Return ``state``, the state dict of ``model``, with the weights as they are without a merge."""
     for name, _, slot in slots(model):
-        for parameter, value in (slot.merged or {}).items():
-            if parameter in ("weight", "bias") and value is not None:
-                state[f"{name}.{parameter}"] = value.detach()
-    return state
+        if slot.merged is not None and slot.merged.get("added_bias"):
+            state.pop(f"{name}.bias" if name else "bias")
+    return {**state, **values_before_merge(model)}
 
 
 def apply(
@@ -111,8 +111,9 @@ def inject_from(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
     """
     for prefix, injection in checkpoint_metadata(checkpoint)["injections"].items():
         root = model.get_submodule(prefix)
-        for name, config in injection["adapters"].items():
-            inject(root, method_from_config(config), name=name, train_also=injection["train_also"])
+        for name, configs in injection["adapters"].items():
+            methods = [method_from_config(config) for config in configs]
+            inject(root, methods, name=name, train_also=injection["train_also"])
         set_adapter(root, injection["active"])
 
 

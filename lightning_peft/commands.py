@@ -13,6 +13,7 @@ import transformers
 
 from lightning_peft.checkpoint import KEY
 from lightning_peft.errors import PEFTError
+from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
 from lightning_peft.formats.files import (
     MARKER,
     atomic_directory,
@@ -23,7 +24,6 @@ from lightning_peft.formats.files import (
     write_json,
     write_tensors,
 )
-from lightning_peft.formats.hf import CONFIG_FILE, TENSOR_FILE
 from lightning_peft.formats.serving import serving_copy
 from lightning_peft.merge import merge as merge_adapters
 from lightning_peft.storage import load_adapter
@@ -164,7 +164,7 @@ def _describe_checkpoint(file: Path) -> list[_Row]:
     rows = [("kind", f"Lightning checkpoint, {_content(saved)}")]
     for prefix, injection in saved["injections"].items() if isinstance(saved, dict) else ():
         rows += _base_row(injection["base"])
-        for name, method in injection["adapters"].items():
+        for name, method in [(name, method) for name, all_ in injection["adapters"].items() for method in all_]:
             settings = {key: value for key, value in method.items() if key != "method"}
             label = name if not prefix else f"{name} in {prefix}"
             rows.append(("method", " ".join([f"{method['method']} ({label})", *_settings(settings)])))

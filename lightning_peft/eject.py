@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lightning_peft.inject import base_parameters, remove
+from lightning_peft.adapter import base_tensors
+from lightning_peft.inject import remove
 from lightning_peft.merge import unmerge
 from lightning_peft.registry import required
+from lightning_peft.sharding import whole, write
 
 
 def eject(model: nn.Module) -> None:
@@ -21,8 +23,8 @@ def eject(model: nn.Module) -> None:
     roots = required(model)
     unmerge(model)
     for _, root, registry in roots:
-        parameters = base_parameters(root)
+        tensors = base_tensors(root)
         with torch.no_grad():
             for name, value in registry.whole.items():
-                parameters[name].copy_(value)
+                write(tensors[name], whole(value))
         remove(root, registry)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.adapter import slots, unwrap
+from lightning_peft.adapter import base_tensors, slots, unwrap
 from lightning_peft.errors import PEFTError
 from lightning_peft.registry import own_registry, registries
 from lightning_peft.select import named_modules, transformers_models
@@ -30,7 +30,7 @@ def describe_base(model: nn.Module, prefix: str = "") -> dict[str, Any]:
 
     Args:
         model: A model with adapters.
-        prefix: The part of it to describe; names of samples are relative to it.
+        prefix: The part of it that is the base; names of samples are relative to it.
     """
     model = unwrap(model)
     part = model.get_submodule(prefix)
@@ -39,7 +39,7 @@ def describe_base(model: nn.Module, prefix: str = "") -> dict[str, Any]:
     return {
         "class": _class_name(named),
         "name_or_path": str(getattr(getattr(named, "config", None), "_name_or_path", "") or ""),
-        "samples": _samples(part) if recorded is None else recorded,
+        "samples": _samples(part, _before_training(model)) if recorded is None else recorded,
     }
 
 
@@ -50,7 +50,7 @@ def record_base(model: nn.Module) -> None:
     """
     for _, root, registry in registries(model):
         if registry.samples is None:
-            registry.samples = _samples(root, gather=True)
+            registry.samples = _samples(root, _before_training(root), gather=True)
 
 
 def _recorded(model: nn.Module, prefix: str = "") -> dict[str, list[float]] | None:
@@ -66,16 +66,18 @@ def _class_name(module: nn.Module) -> str:
     return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
-def refuse_other_base(model: nn.Module, saved: Mapping[str, Any], source: str) -> None:
-    """Check that ``saved``, from :func:`describe_base`, is about the base of ``model``.
+def refuse_other_base(model: nn.Module, saved: Mapping[str, Any], source: str, prefix: str = "") -> None:
+    """Check that ``saved``, from :func:`describe_base`, is about the base of ``model``, its part ``prefix``.
 
     Raises:
         PEFTError: It is about another one; both are named.
     """
-    present = describe_base(model)
+    present = describe_base(model, prefix)
     theirs = saved.get("samples", {})
-    recorded = _recorded(unwrap(model))
-    ours = _samples(unwrap(model), list(theirs)) if recorded is None else recorded
+    recorded = _recorded(unwrap(model), prefix)
+    if recorded is None:
+        recorded = _samples(unwrap(model).get_submodule(prefix), _before_training(model), list(theirs))
+    ours = recorded
     pairs = [pair for name in ours.keys() & theirs.keys() for pair in zip(ours[name], theirs[name], strict=False)]
     norm = math.sqrt(sum(b * b for _, b in pairs))
     distance = math.sqrt(sum((a - b) ** 2 for a, b in pairs))
@@ -93,15 +95,23 @@ def _name(base: Mapping[str, Any]) -> str:
     return f"{base.get('class')} ({path!r})" if path else str(base.get("class"))
 
 
-def _samples(model: nn.Module, names: Sequence[str] | None = None, gather: bool = False) -> dict[str, list[float]]:
-    """Return a few elements of the weights of the adapted modules, or of ``names``, as they are without adapters."""
+def _samples(
+    model: nn.Module, trained: Mapping[int, Tensor], names: Sequence[str] | None = None, gather: bool = False
+) -> dict[str, list[float]]:
+    """Return a few elements of the weights of the adapted modules, or of ``names``, as they are without adapters.
+
+    ``trained`` are the old values of parameters that are trained themselves, by id.
+    """
     adapted = {name: slot for name, host, slot in slots(model) if "weight" in host._parameters}
     modules = named_modules(model)
-    chosen = list(adapted)[:: max(1, len(adapted) // _MODULES)] if names is None else names
+    # Methods that adapt no weights leave all of them to choose from.
+    candidates = list(adapted) or [name for name, module in modules.items() if "weight" in module._parameters]
+    chosen = candidates[:: max(1, len(candidates) // _MODULES)] if names is None else names
     found = {}
     for name in chosen:
         slot = adapted.get(name)
-        weight = slot.merged["weight"] if slot and slot.merged else getattr(modules.get(name), "weight", None)
+        present = getattr(modules.get(name), "weight", None)
+        weight = trained.get(id(present), slot.merged["weight"] if slot and slot.merged else present)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or not weight.numel():
             continue
         if weight.is_meta or (isinstance(weight, DTensor) and not gather):
@@ -110,3 +120,13 @@ def _samples(model: nn.Module, names: Sequence[str] | None = None, gather: bool 
         positions = [flat.numel() * (2 * k + 1) // (2 * _SAMPLES) for k in range(_SAMPLES)]
         found[name] = flat[torch.tensor(positions, device=flat.device)].to("cpu", torch.float32).tolist()
     return found
+
+
+def _before_training(model: nn.Module) -> dict[int, Tensor]:
+    """Return the old values of the base's parameters that are trained whole, by the parameter's id."""
+    return {
+        id(tensor): registry.whole[name]
+        for _, root, registry in registries(model)
+        for name, tensor in base_tensors(root).items()
+        if name in registry.whole
+    }

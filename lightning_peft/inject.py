@@ -10,18 +10,25 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.adapter import Adapter, Slot, attach, clean_name, detach, slots, unwrap
+from lightning_peft.adapter import (
+    Slot,
+    attach,
+    base_parameters,
+    detach,
+    slots,
+    unwrap,
+)
 from lightning_peft.errors import PEFTError
-from lightning_peft.method import PEFTMethod
+from lightning_peft.method import PEFTMethod, methods_of
+from lightning_peft.plan import changing_tensors, make_plan, parameter_names, whole_modules
 from lightning_peft.registry import Registry, drop, keep, own_registry, registries, required
-from lightning_peft.select import match_names, named_modules, require_matches
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
 def inject(
     model: nn.Module,
-    method: PEFTMethod,
+    method: PEFTMethod | Sequence[PEFTMethod],
     *,
     name: str = "default",
     train_also: Sequence[str] = (),
@@ -36,7 +43,7 @@ def inject(
 
     Args:
         model: Any module. One that was compiled is compiled anew at its next call.
-        method: What to inject, for example ``LoRA(r=8)``.
+        method: What to inject, for example ``LoRA(r=8)``; several methods make one adapter together.
         name: Name of this adapter.
         train_also: Patterns of modules to train whole and to save with the adapter, such as a classification head.
         seed: Seed of the initial values; ``torch.initial_seed()`` if not given.
@@ -44,35 +51,36 @@ def inject(
             equal between processes, as ``PEFTStrategy`` does.
 
     Returns:
-        The names of the adapted modules.
+        The names of the adapted modules, then those of the base's parameters that the method trains.
 
     Raises:
         PEFTError: The method does not fit the model; the model is as it was before.
     """
     model = unwrap(model)
+    methods = methods_of(method)
     registry = own_registry(model)
-    if registry is not None and registry.methods.get(name) == method:
-        return list(registry.hosts[name])
-    whole = _whole_modules(model, train_also)
+    if registry is not None and registry.methods.get(name) == methods:
+        return [*registry.hosts[name], *registry.chosen]
+    whole = whole_modules(model, train_also)
     _check_state(model, registry, name, whole)
     if not allow_sharded:
         _refuse_sharded(model)
-    inside = {id(part) for module in whole.values() for part in module.modules()}
-    hosts = {host: module for host, module in method.select(model).items() if id(module) not in inside}
-    if not hosts:
-        raise PEFTError(f"{method}: every module it selects is trained whole by train_also={list(train_also)!r}.")
-    seed = torch.initial_seed() if seed is None else seed
-    adapters: dict[str, Adapter] = {host: method.adapter(host, module, seed) for host, module in hosts.items()}
+    plan = make_plan(model, methods, whole, torch.initial_seed() if seed is None else seed)
+    if registry is not None and plan.chosen:
+        raise PEFTError(
+            f"{' + '.join(type(m).__name__ for m in methods)} trains parameters of the model itself ({plan.chosen[0]}, "
+            "…), which cannot be switched with an adapter. Inject it first and alone, or call eject(model) first."
+        )
 
     if registry is None:
-        registry = _freeze(model, name, whole)
-    registry.methods[name] = method
-    registry.hosts[name] = tuple(hosts)
-    for host, module in hosts.items():
-        attach(module, name, adapters[host])
+        registry = _freeze(model, name, whole, plan.chosen)
+    registry.methods[name] = methods
+    registry.hosts[name] = plan.hosts
+    for host, adapter in plan.adapters.items():
+        attach(plan.modules[host], name, adapter)
     set_adapter(model, registry.active)
     _forget_compiled()
-    return list(hosts)
+    return [*plan.hosts, *registry.chosen]
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -112,50 +120,26 @@ def refuse_merged(model: nn.Module, action: str) -> None:
         raise PEFTError(f"Cannot {action}: the adapters are merged into the weights. Call unmerge(model) first.")
 
 
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of ``model`` that are no adapter's, by clean name."""
-    adapters = {id(p) for _, _, slot in slots(model) for p in slot.parameters()}
-    return {clean_name(name): p for name, p in model.named_parameters() if id(p) not in adapters}
-
-
-def _freeze(model: nn.Module, name: str, whole: dict[str, nn.Module]) -> Registry:
-    """Freeze ``model`` but for the modules trained whole, and keep on it what :func:`remove` needs."""
+def _freeze(model: nn.Module, name: str, whole: dict[str, nn.Module], chosen: Sequence[str]) -> Registry:
+    """Freeze ``model`` but for what is trained whole, and keep on it what :func:`remove` needs."""
     parameters = base_parameters(model)
     registry = Registry(
-        active=name, train_also=tuple(whole), requires_grad={n: p.requires_grad for n, p in parameters.items()}
+        active=name,
+        train_also=tuple(whole),
+        chosen=tuple(chosen),
+        requires_grad={n: p.requires_grad for n, p in parameters.items()},
     )
     for parameter in parameters.values():
         parameter.requires_grad_(False)
         parameter.grad = None
-    for module_name, module in whole.items():
-        for parameter_name, parameter in module.named_parameters(prefix=module_name):
-            registry.whole[clean_name(parameter_name)] = parameter.detach().clone()
-            parameter.requires_grad_(True)
+    trained = {*chosen, *parameter_names(whole)}
+    for parameter_name in trained:
+        parameters[parameter_name].requires_grad_(True)
+    for tensor_name, tensor in changing_tensors(model, trained).items():
+        # In host memory: with full fine-tuning this is a copy of the whole model.
+        registry.whole[tensor_name] = tensor.detach().to("meta" if tensor.is_meta else "cpu", copy=True)
     keep(model, registry)
     return registry
-
-
-def _whole_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
-    modules = named_modules(model)
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    require_matches(patterns, modules, "train_also")
-    names = set().union(*(match_names(pattern, modules) for pattern in patterns))
-    outermost = {n: modules[n] for n in modules if n in names and not any(n.startswith(f"{o}.") for o in names)}
-    owners: dict[int, set[str]] = {}
-    for module_name, module in modules.items():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(module_name)
-    for module_name, module in outermost.items():
-        if not any(True for _ in module.parameters()):
-            raise PEFTError(f"train_also: {module_name!r} ({type(module).__name__}) has no parameters to train.")
-        for parameter in module.parameters():
-            outside = [o for o in owners[id(parameter)] if o != module_name and not o.startswith(f"{module_name}.")]
-            if outside:
-                raise PEFTError(
-                    f"train_also: {module_name!r} shares a parameter with {outside[0]!r}, which would be trained with "
-                    "it. Untie them first, or adapt the module by naming it in target_modules."
-                )
-    return outermost
 
 
 def _check_state(model: nn.Module, registry: Registry | None, name: str, whole: dict[str, nn.Module]) -> None:
@@ -166,10 +150,11 @@ def _check_state(model: nn.Module, registry: Registry | None, name: str, whole: 
             f"The model already has an adapter {name!r}: {registry.methods[name]}. Choose another name, or call "
             "eject(model) first."
         )
-    if registry is not None and (whole or registry.train_also):
+    if registry is not None and (whole or registry.whole):
         raise PEFTError(
-            "A module trained whole belongs to one adapter: train_also cannot be combined with several adapters in "
-            "one model. Call eject(model) first, or inject without train_also."
+            "A module or parameter of the model that is trained itself belongs to one adapter: train_also and methods "
+            "that train parameters of the model cannot be combined with several adapters in one model. Call "
+            "eject(model) first, or inject without it."
         )
     others = [other for other, _, found in registries(model) if found is not registry]
     if others:

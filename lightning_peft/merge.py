@@ -38,6 +38,9 @@ class MergeReport:
     """Modules whose adapters cannot be merged: they stay attached."""
 
     def __str__(self) -> str:
+        if not self.merged:
+            kept = f": {len(self.kept)} adapters are no change of weights and stay attached" if self.kept else ""
+            return f"Nothing to merge{kept or ': what was trained is in the weights'}."
         text = (
             f"Merged {self.merged} adapters into the weights; rounding took {self.mean_loss:.2%} of their effect on "
             f"average, {self.largest_loss:.2%} at most ({self.worst or 'none'})."
@@ -116,7 +119,9 @@ def unmerge(model: nn.Module) -> None:
                 config.tie_word_embeddings = True
         else:
             local_part(weight_of(host)).copy_(old)
-        if slot.merged["bias"] is not None:
+        if slot.merged.get("added_bias"):
+            host.register_parameter("bias", None)
+        elif slot.merged["bias"] is not None:
             local_part(host.get_parameter("bias")).copy_(slot.merged["bias"])
         slot.merged = None
 
@@ -167,7 +172,10 @@ def _merge_host(
             host.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
         else:
             write(weight, stored)
-        if whole_bias is not None and new_bias is not None and not torch.equal(new_bias, whole_bias):
+        if bias is None and new_bias is not None:
+            host.bias = nn.Parameter(new_bias.to(weight.dtype), requires_grad=False)
+            backup["added_bias"] = True
+        elif whole_bias is not None and new_bias is not None and not torch.equal(new_bias, whole_bias):
             backup["bias"] = old_bias
             write(cast(nn.Parameter, bias), new_bias)
     return float(lost / change) if change > 0 else 0.0, backup

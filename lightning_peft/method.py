@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -15,10 +14,11 @@ from lightning_peft.errors import PEFTError
 _METHODS: dict[str, type[PEFTMethod]] = {}
 
 
-class PEFTMethod(ABC):
-    """Base of all methods: a frozen keyword-only dataclass of hyper-parameters that makes adapters.
+class PEFTMethod:
+    """Base of all methods: a frozen keyword-only dataclass of hyper-parameters.
 
-    A concrete subclass with a ``name`` registers itself.
+    A subclass with a ``name`` registers itself. It defines :meth:`select` and :meth:`adapter` (it makes adapters),
+    :meth:`trained` (it trains parameters of the base), or all three.
     """
 
     name: ClassVar[str] = ""
@@ -26,26 +26,69 @@ class PEFTMethod(ABC):
     """Hyper-parameters that may differ between a checkpoint and the model that it is loaded into: they change neither
     what the adapters compute from the same tensors nor, but for the targets that the tensors' names show, which
     there are."""
+    needs_total_steps: ClassVar[bool] = False
+    """Whether :meth:`after_step` cannot do without the number of steps of the run."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.name and not inspect.isabstract(cls):
+        if cls.__dict__.get("name"):
             _METHODS[cls.name] = cls
 
-    @abstractmethod
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Return the modules to adapt, by name.
+        """Return the modules to adapt, by name; none, if the method makes no adapters.
 
         Raises:
             PEFTError: A pattern matches nothing, or a matched module cannot be adapted.
         """
+        return {}
 
-    @abstractmethod
+    def trained(self, model: nn.Module) -> Iterable[str]:
+        """Return the names of the base's parameters that are trained; none, if the method trains adapters alone.
+
+        Raises:
+            PEFTError: The model has no such parameters.
+        """
+        return ()
+
+    def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
+        """Make the adapters of ``hosts``, by name.
+
+        Methods define this instead of :meth:`adapter` if their adapters share something, or depend on the place of the
+        module in the model.
+
+        Args:
+            model: What :meth:`select` was given.
+            hosts: What it returned, but for modules that are trained whole.
+            seed: Of the initial values.
+
+        Raises:
+            PEFTError: The hyper-parameters do not fit a module.
+        """
+        return {name: self.adapter(name, module, seed) for name, module in hosts.items()}
+
     def adapter(self, name: str, module: nn.Module, seed: int) -> Adapter:
         """Make the adapter of one module; its initial values depend on ``(seed, name)`` alone.
 
         Raises:
             PEFTError: The hyper-parameters do not fit the module.
+        """
+        raise TypeError(f"{type(self).__name__} selects modules but makes no adapters")
+
+    def lr_ratio(self, parameter: str) -> float:
+        """Return what the learning rate of an adapter's parameter is multiplied by.
+
+        Args:
+            parameter: Its name in the adapter, such as ``lora_B``.
+        """
+        return 1.0
+
+    def after_step(self, adapters: Mapping[str, Adapter], step: int, total_steps: int | None) -> None:
+        """Change adapters after an optimizer step; gradients are still there. Called by the strategy.
+
+        Args:
+            adapters: This method's active adapters, by the name of their host.
+            step: Number of steps taken, from 1.
+            total_steps: Number of steps of the run, if it is known.
         """
 
     def config(self) -> dict[str, Any]:
@@ -60,6 +103,21 @@ class PEFTMethod(ABC):
 def registered_methods() -> dict[str, type[PEFTMethod]]:
     """Return every method class by its registered name."""
     return dict(sorted(_METHODS.items()))
+
+
+def methods_of(given: PEFTMethod | str | Sequence[PEFTMethod | str]) -> tuple[PEFTMethod, ...]:
+    """Return what a user gave as a method, its name, or a list of both, as methods.
+
+    Raises:
+        PEFTError: There is nothing, something else, or an unknown name.
+    """
+    entries = [given] if isinstance(given, PEFTMethod | str) else list(given)
+    for entry in entries:
+        if not isinstance(entry, PEFTMethod | str):
+            raise PEFTError(f"{entry!r} was given as a method; a PEFTMethod such as LoRA(r=8), or a name was expected.")
+    if not entries:
+        raise PEFTError("An empty list of methods was given; at least one was expected, for example LoRA(r=8).")
+    return tuple(method_from_name(entry) if isinstance(entry, str) else entry for entry in entries)
 
 
 def method_from_name(name: str) -> PEFTMethod:

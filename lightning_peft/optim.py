@@ -13,18 +13,18 @@ from torch.optim import Optimizer
 
 from lightning_peft.adapter import CHILD, clean_name
 from lightning_peft.errors import PEFTError
+from lightning_peft.param_groups import drop_groups, learning_rate_ratios, split_groups
 from lightning_peft.sharding import like
 from lightning_peft.state import adapter_parameters_and_whole
-
-# The lists in which torch's schedulers keep one entry per param group.
-_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_momentums", "max_momentums")
 
 
 def restrict_to_trainable(optimizers: Sequence[Optimizer], schedulers: Iterable[Any], model: nn.Module) -> None:
     """Take frozen parameters out of every param group and put forgotten adapter parameters in.
 
     A forgotten one joins the group that held a parameter of the module that it adapts. A group that is left empty goes,
-    and with it its entry in every scheduler. The optimizers are changed in place, before their first step.
+    and with it its entry in every scheduler. A group whose parameters have other learning rates by their method
+    (:meth:`~lightning_peft.method.PEFTMethod.lr_ratio`) is split, and schedulers keep the ratio. The optimizers are
+    changed in place, before their first step.
 
     Args:
         optimizers: What ``configure_optimizers`` returned.
@@ -59,7 +59,8 @@ def restrict_to_trainable(optimizers: Sequence[Optimizer], schedulers: Iterable[
                 f"{len(had)} frozen parameters ({', '.join(had[:3])}, …) and none that an adapter belongs to. Give it "
                 "self.parameters(), or name modules in target_modules or train_also."
             )
-        _drop_groups(optimizer, schedulers, empty)
+        drop_groups(optimizer, schedulers, empty)
+        split_groups(optimizer, schedulers, learning_rate_ratios(model))
 
 
 def state_by_name(optimizer: Optimizer, state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def _placed_like(parameter: nn.Parameter, value: Any) -> Any:
 
 def _forgotten(model: nn.Module, homes: Mapping[int, Any]) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in adapter_parameters_and_whole(model).items():
-        if parameter.requires_grad and id(parameter) not in homes:
+        if isinstance(parameter, nn.Parameter) and parameter.requires_grad and id(parameter) not in homes:
             yield name, parameter
 
 
@@ -171,30 +172,6 @@ def _drop_frozen(optimizer: Optimizer) -> None:
             if key in group:
                 # In place: LBFGS and others hold on to the list itself.
                 group[key][:] = [entry for entry, keep in zip(group[key], trained, strict=True) if keep]
-
-
-def _drop_groups(optimizer: Optimizer, schedulers: Iterable[Any], dropped: Sequence[int]) -> None:
-    if not dropped:
-        return
-    count = len(optimizer.param_groups)
-    seen: set[int] = set()
-    for scheduler in _flatten(schedulers):
-        if scheduler.optimizer is not optimizer:
-            continue
-        for key in _PER_GROUP:
-            values = getattr(scheduler, key, None)
-            # Two attributes may be one list.
-            if isinstance(values, list) and len(values) == count and id(values) not in seen:
-                seen.add(id(values))
-                values[:] = [value for i, value in enumerate(values) if i not in dropped]
-    optimizer.param_groups[:] = [group for i, group in enumerate(optimizer.param_groups) if i not in dropped]
-
-
-def _flatten(schedulers: Iterable[Any]) -> Iterator[Any]:
-    """Yield schedulers and those inside ``SequentialLR`` and ``ChainedScheduler``."""
-    for scheduler in schedulers:
-        yield scheduler
-        yield from _flatten(getattr(scheduler, "_schedulers", ()))
 
 
 def _names(optimizer: Optimizer, model: nn.Module) -> list[str]:

@@ -18,15 +18,17 @@ _ATTRIBUTE = "_peft_registry"
 class Registry:
     """The adapters of one model. Names are relative to the module that it is kept on."""
 
-    methods: dict[str, PEFTMethod] = field(default_factory=dict)
-    """Method by adapter name."""
-    hosts: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Names of the adapted modules by adapter name."""
+    methods: dict[str, tuple[PEFTMethod, ...]] = field(default_factory=dict)
+    """Methods by adapter name."""
+    hosts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By adapter name: the adapted modules by name, each with the position of its method in ``methods``."""
     active: str = ""
     train_also: tuple[str, ...] = ()
     """Names of the modules trained whole."""
+    chosen: tuple[str, ...] = ()
+    """Names of the base's parameters that methods train."""
     whole: dict[str, Tensor] = field(default_factory=dict)
-    """Parameters trained whole: the values they had before."""
+    """Parameters trained whole, by ``train_also`` or by a method: the values they had before."""
     requires_grad: dict[str, bool] = field(default_factory=dict)
     """``requires_grad`` of the base's parameters before the injection."""
     samples: dict[str, list[float]] | None = None
@@ -57,6 +59,11 @@ def own_registry(model: nn.Module) -> Registry | None:
     """Return the registry kept on ``model`` itself."""
     registry = model.__dict__.get(_ATTRIBUTE)
     return registry if isinstance(registry, Registry) else None
+
+
+def method_of(registry: Registry, adapter: str, host: str) -> PEFTMethod:
+    """Return the method whose adapter named ``adapter`` hangs on ``host``."""
+    return registry.methods[adapter][registry.hosts[adapter][host]]
 
 
 def keep(model: nn.Module, registry: Registry) -> None:

@@ -55,7 +55,7 @@ def select(
     uncalled = _uncalled(modules)
     blocks = _blocks(model, modules)
     chosen: set[str] = set()
-    for pattern in _as_list(targets):
+    for pattern in as_list(targets):
         if pattern in PRESETS:
             found = _preset(model, modules, blocks, pattern) - uncalled
         else:
@@ -64,7 +64,7 @@ def select(
         if not found:
             raise PEFTError(_nothing_matched(pattern, modules, candidates))
         chosen |= found
-    for pattern in _as_list(exclude or ()):
+    for pattern in as_list(exclude or ()):
         found = match_names(pattern, modules)
         if not found:
             raise PEFTError(_nothing_matched(pattern, modules, candidates, what="exclude_modules"))
@@ -82,6 +82,16 @@ def select(
             "leave nothing. Drop one of the restrictions."
         )
     return {name: module for name, module in candidates.items() if name in chosen}
+
+
+def in_layers(model: nn.Module, names: Iterable[str], layers: str | Sequence[int] | None) -> list[str]:
+    """Return those of ``names`` that are in the blocks that ``layers`` names, all if that is ``None``.
+
+    Raises:
+        PEFTError: There is no such layer.
+    """
+    wanted = None if layers is None else _in_layers(_blocks(model, named_modules(model)), layers)
+    return [name for name in names if wanted is None or name in wanted]
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -158,19 +168,20 @@ def transformers_models(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _as_list(names: Names) -> list[str]:
+def as_list(names: Names) -> list[str]:
+    """Return one pattern or several as a list."""
     return [names] if isinstance(names, str) else list(names)
 
 
 def _preset(
     model: nn.Module, modules: Mapping[str, nn.Module], blocks: Mapping[str, tuple[str, int]], preset: str
 ) -> set[str]:
-    heads = _head_modules(model)
+    heads = head_modules(model)
     linears = {name for name, module in modules.items() if is_linear(module) and id(module) not in heads}
     if preset == ALL_LINEAR:
         return linears
     in_blocks = linears & blocks.keys()
-    attention = {name for name in in_blocks if any(_ATTENTION.match(part) for part in name.split("."))}
+    attention = {name for name in in_blocks if any(is_attention_name(part) for part in name.split("."))}
     return attention if preset == "attention" else in_blocks - attention
 
 
@@ -190,7 +201,12 @@ def _uncalled(modules: Mapping[str, nn.Module]) -> set[str]:
     }
 
 
-def _head_modules(model: nn.Module) -> set[int]:
+def is_attention_name(segment: str) -> bool:
+    """Whether a segment of a module's name is one that attention blocks have."""
+    return _ATTENTION.match(segment) is not None
+
+
+def head_modules(model: nn.Module) -> set[int]:
     """Ids of the modules of the output heads: what a transformers model has beside its base model."""
     heads: set[int] = set()
     for module in transformers_models(model).values():

@@ -23,6 +23,14 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def from_local_part(target: Tensor, part: Tensor) -> Tensor:
+    """Return the tensor that is ``target`` but for what this process holds, which is ``part``."""
+    if not isinstance(target, DTensor):
+        return part
+    mesh, placements, stride = target.device_mesh, target.placements, target.stride()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=target.shape, stride=stride)
+
+
 def local_slices(tensor: Tensor) -> tuple[slice, ...]:
     """Return where the part that this process holds lies in the whole."""
     shape, offset = tuple(tensor.shape), (0,) * tensor.dim()

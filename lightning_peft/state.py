@@ -9,24 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapter import adapter_parameters, clean_name, unwrap
+from lightning_peft.adapter import adapter_tensors, base_tensors, clean_name, slots, unwrap
 from lightning_peft.errors import PEFTError
 from lightning_peft.fingerprint import describe_base, refuse_other_base
-from lightning_peft.inject import base_parameters, refuse_merged
+from lightning_peft.inject import refuse_merged
 from lightning_peft.method import PEFTMethod
 from lightning_peft.registry import registries, required
-from lightning_peft.sharding import write
+from lightning_peft.sharding import from_local_part, write
 
 _VERSION = 1
 _SHOWN = 5
 
 
-def adapter_parameters_and_whole(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return every parameter that belongs to adapters: theirs, and those of modules trained whole, by clean name."""
+def adapter_parameters_and_whole(model: nn.Module) -> dict[str, Tensor]:
+    """Return every tensor that belongs to adapters: theirs, and those of the base trained whole, by clean name.
+
+    An adapter's tensors are its parameters and its persistent buffers.
+    """
     model = unwrap(model)
-    found = adapter_parameters(model)
+    found = adapter_tensors(model)
     for prefix, root, registry in registries(model):
-        base = base_parameters(root)
+        base = base_tensors(root)
         found.update({f"{prefix}.{name}" if prefix else name: base[name] for name in registry.whole})
     return found
 
@@ -34,14 +37,26 @@ def adapter_parameters_and_whole(model: nn.Module) -> dict[str, nn.Parameter]:
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the adapter state of ``model``: a part of its ``state_dict()``, with the same names and tensors.
 
-    It holds every adapter's parameters and those of modules trained whole (``train_also``). The tensors share memory
-    with the parameters.
+    It holds every adapter's tensors and the parameters of the base that are trained whole, as they are without a merge.
+    The tensors share memory with the parameters.
 
     Raises:
         PEFTError: There are no adapters.
     """
     required(model)
-    return {name: parameter.detach() for name, parameter in adapter_parameters_and_whole(model).items()}
+    state = {name: parameter.detach() for name, parameter in adapter_parameters_and_whole(model).items()}
+    state.update({name: value for name, value in values_before_merge(model).items() if name in state})
+    return state
+
+
+def values_before_merge(model: nn.Module) -> dict[str, Tensor]:
+    """Return what merging replaced in the base's parameters, by clean name."""
+    return {
+        f"{name}.{parameter}" if name else parameter: from_local_part(host.get_parameter(parameter), value.detach())
+        for name, host, slot in slots(unwrap(model))
+        for parameter, value in (slot.merged or {}).items()
+        if parameter in ("weight", "bias") and value is not None
+    }
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], source: str = "The adapter state") -> None:
@@ -97,7 +112,7 @@ def metadata(model: nn.Module) -> dict[str, Any]:
         "version": _VERSION,
         "injections": {
             prefix: {
-                "adapters": {name: method.config() for name, method in registry.methods.items()},
+                "adapters": {name: [m.config() for m in methods] for name, methods in registry.methods.items()},
                 "active": registry.active,
                 "train_also": list(registry.train_also),
                 "base": describe_base(root),
@@ -127,18 +142,31 @@ def check_metadata(model: nn.Module, saved: Mapping[str, Any], source: str) -> N
                 f"{source} holds the adapters {sorted(injection['adapters'])}{where}; this model has "
                 f"{sorted(registry.methods)}."
             )
-        for name, method in registry.methods.items():
-            _refuse_other_method(method, injection["adapters"][name], source)
+        for name, methods in registry.methods.items():
+            refuse_other_methods(methods, injection["adapters"][name], source)
         refuse_other_base(root, injection["base"], source)
 
 
-def _refuse_other_method(method: PEFTMethod, saved: Mapping[str, Any], source: str) -> None:
-    present = method.config()
-    if saved.get("method") != present["method"]:
+def refuse_other_methods(
+    methods: Sequence[PEFTMethod], saved: Sequence[Mapping[str, Any]], source: str, names_only: bool = False
+) -> None:
+    """Check that ``saved``, configurations of methods, are those of ``methods``; only their names, if so asked.
+
+    Raises:
+        PEFTError: They are not.
+    """
+    theirs, ours = (" + ".join(names) for names in ([str(s.get("method")) for s in saved], [m.name for m in methods]))
+    if theirs != ours:
         raise PEFTError(
-            f"{source} was written with method {saved.get('method')!r}; this model has {present['method']!r}. Use the "
-            "method that it was written with."
+            f"{source} was written with method {theirs!r}; this model has {ours!r}. Use the method that it was written "
+            "with."
         )
+    for method, config in [] if names_only else zip(methods, saved, strict=True):
+        _refuse_other_config(method, config, source)
+
+
+def _refuse_other_config(method: PEFTMethod, saved: Mapping[str, Any], source: str) -> None:
+    present = method.config()
     differing = [key for key in present if key not in method.free and saved.get(key) != present[key]]
     if differing:
         both = ", ".join(f"{key}={saved.get(key)!r} (here {present[key]!r})" for key in differing)

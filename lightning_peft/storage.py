@@ -1,20 +1,22 @@
-"""Adapters in directories: which part of a model goes into which directory, saving and loading."""
+"""Adapters in directories: saving and loading."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapter import CHILD, unwrap
+from lightning_peft.adapter import adapter_tensors, unwrap
 from lightning_peft.errors import PEFTError
 from lightning_peft.fingerprint import describe_base, refuse_other_base
-from lightning_peft.formats import hf
+from lightning_peft.formats import hf, own
+from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, Content, Part, with_adapter, without_adapter
+from lightning_peft.formats.counterpart import for_methods
 from lightning_peft.formats.files import (
     MARKER,
     atomic_directory,
@@ -26,34 +28,28 @@ from lightning_peft.formats.files import (
     write_tensors,
 )
 from lightning_peft.inject import inject, refuse_merged
-from lightning_peft.methods.lora import LoRA
-from lightning_peft.registry import Registry, registries, required
+from lightning_peft.layout import is_lightning_module, parts_of
+from lightning_peft.method import PEFTMethod
+from lightning_peft.plan import planned_shapes
+from lightning_peft.registry import registries, required
 from lightning_peft.select import transformers_models
 from lightning_peft.sharding import write
-from lightning_peft.state import adapter_parameters_and_whole, adapter_state_dict, check_tensors
+from lightning_peft.state import (
+    adapter_parameters_and_whole,
+    adapter_state_dict,
+    check_tensors,
+    refuse_other_methods,
+)
 
 _BESIDE_FILE = "trained_whole.safetensors"
 
 
-@dataclass
-class _Part:
-    """What one adapter has in one model: the content of one directory in HF PEFT's format."""
-
-    prefix: str
-    """Name of that model in the whole."""
-    adapter: str
-    method: LoRA
-    pairs: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """Rank and alpha by name of the host, relative to ``prefix``."""
-    train_also: list[str] = field(default_factory=list)
-    whole: list[str] = field(default_factory=list)
-
-
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> None:
-    """Write an adapter as a directory in HF PEFT's format: ``PeftModel.from_pretrained(base, path)`` reads it.
+    """Write an adapter as a directory, in HF PEFT's format if HF PEFT has the method.
 
-    A LightningModule that holds one model gives that model's adapter; one that holds several gives a subdirectory
-    for each.
+    ``PeftModel.from_pretrained(base, path)`` reads that. Other methods, and several methods together, are written in a
+    format of this package's own, which HF PEFT refuses. A LightningModule that holds one model gives that model's
+    adapter; one that holds several gives a subdirectory for each.
 
     Args:
         model: A model with adapters, merged or not.
@@ -78,14 +74,14 @@ def write_adapters(
     """Write the adapters ``names`` (all, if not given) into an existing directory.
 
     Modules trained whole that belong to no adapted model, such as a head beside it, go into a file of their own: HF
-    PEFT has no place for them.
+    PEFT has no place for them. So do buffers that it does not write, if all adapters are written.
 
     Returns:
         For every tensor of ``state`` written, by name: ``[file, name in the file]``.
     """
     model = unwrap(model)
     places: dict[str, list[str]] = {}
-    parts, beside = _parts(model, names)
+    parts, beside = parts_of(model, names)
     several = len({part.prefix for part in parts}) > 1
     adapters = [part.adapter for part in parts]
     primary = "default" if "default" in adapters else adapters[0]
@@ -94,7 +90,8 @@ def write_adapters(
         segments = [part.prefix if several else "", "" if part.adapter == primary else part.adapter]
         subdirectory = "/".join(segment for segment in segments if segment)
         for in_file, in_model in _write_part(directory / subdirectory, model, part, state).items():
-            places[in_model] = [f"{subdirectory}/{hf.TENSOR_FILE}".lstrip("/"), in_file]
+            places[in_model] = [f"{subdirectory}/{TENSOR_FILE}".lstrip("/"), in_file]
+    beside += [] if names is not None else sorted(state.keys() & adapter_tensors(model).keys() - places.keys())
     if beside:
         write_tensors(directory / _BESIDE_FILE, {name: state[name] for name in beside})
         places.update({name: [_BESIDE_FILE, name] for name in beside})
@@ -160,7 +157,7 @@ class _Load:
 
     model: nn.Module
     prefix: str
-    content: hf.Content
+    content: Content
     tensors: dict[str, Tensor]
     """By name in the model as a whole."""
     name: str
@@ -169,34 +166,52 @@ class _Load:
     @classmethod
     def prepare(cls, model: nn.Module, prefix: str, directory: Path, name: str) -> _Load:
         root = model.get_submodule(prefix)
-        config, file = read_json(directory / hf.CONFIG_FILE), directory / hf.TENSOR_FILE
+        config, file = read_json(directory / CONFIG_FILE), directory / TENSOR_FILE
         shapes, source = read_shapes(file), str(directory)
-        content = hf.read_content(root, config, shapes, name, source)
+        if config.get("peft_type") == own.PEFT_TYPE:
+            content = own.read_content(config, shapes, source)
+        else:
+            content = hf.read_content(root, config, shapes, source)
         if (directory / MARKER).is_file():
             base = read_json(directory / MARKER).get("base")
-            refuse_other_base(root, base if isinstance(base, dict) else {}, source)
+            refuse_other_base(model, base if isinstance(base, dict) else {}, source, prefix)
         lead = f"{prefix}." if prefix else ""
         stored = read_tensors(file)
         _refuse_changed_base(root, {name: stored.pop(key) for key, name in content.copies.items()}, source)
-        tensors = {f"{lead}{content.names[key]}": tensor for key, tensor in stored.items()}
-        present = {key: p for key, p in adapter_parameters_and_whole(model).items() if f".{CHILD}.{name}." in key}
-        existing = any(key.startswith(lead) for key in present)
-        if existing:
-            whole = {key: p for key, p in adapter_parameters_and_whole(model).items() if f".{CHILD}." not in key}
-            expected = {key: p.shape for key, p in {**present, **whole}.items() if key.startswith(lead)}
+        if extra := sorted(stored.keys() - content.names.keys()):
+            raise PEFTError(f"{source} holds {extra[0]!r}, which its configuration does not explain. It is damaged.")
+        tensors = {f"{lead}{with_adapter(content.names[key], name)}": tensor for key, tensor in stored.items()}
+        present = _present(model, prefix, name)
+        if present is not None:
+            refuse_other_methods(present, [method.config() for method in content.methods], source, names_only=True)
+            held = {key: t for key, t in adapter_parameters_and_whole(model).items() if key.startswith(lead)}
+            held = {key: t for key, t in held.items() if with_adapter(without_adapter(key), name) == key}
+            expected = {key: t.shape for key, t in held.items()}
+            buffers = {key for key in held.keys() & adapter_tensors(model) if not isinstance(held[key], nn.Parameter)}
         else:
-            expected = {key: tensor.shape for key, tensor in tensors.items()}
-        check_tensors(expected, tensors, source)
-        return cls(model, prefix, content, tensors, name, existing)
+            planned, names = planned_shapes(root, content.methods, name, content.train_also)
+            expected, buffers = {f"{lead}{key}": s for key, s in planned.items()}, {f"{lead}{key}" for key in names}
+        # Formats of others have no place for some buffers, which start anew.
+        check_tensors({k: s for k, s in expected.items() if k in tensors or k not in buffers}, tensors, source)
+        return cls(model, prefix, content, tensors, name, present is not None)
 
     def run(self) -> None:
         if not self.existing:
             root = self.model.get_submodule(self.prefix)
-            inject(root, self.content.method, name=self.name, train_also=self.content.train_also)
+            inject(root, self.content.methods, name=self.name, train_also=self.content.train_also)
         parameters = adapter_parameters_and_whole(self.model)
         with torch.no_grad():
             for key, tensor in self.tensors.items():
                 write(parameters[key], tensor)
+
+
+def _present(model: nn.Module, prefix: str, adapter: str) -> tuple[PEFTMethod, ...] | None:
+    """Return the methods of the adapter in the part ``prefix`` of ``model``, if it has one of that name."""
+    for found, _, registry in registries(model):
+        names = [f"{found}.{name}".lstrip(".") for name in (*registry.hosts.get(adapter, ()), *registry.chosen)]
+        if adapter in registry.methods and any(not prefix or name.startswith(f"{prefix}.") for name in names):
+            return registry.methods[adapter]
+    return None
 
 
 def _read_beside(model: nn.Module, directory: Path) -> dict[str, Tensor]:
@@ -220,19 +235,16 @@ def _refuse_changed_base(root: nn.Module, copies: Mapping[str, Tensor], source: 
             )
 
 
-def is_lightning_module(model: nn.Module) -> bool:
-    """Whether ``model`` is a LightningModule; known by what it offers, since nothing here imports lightning."""
-    return hasattr(model, "configure_optimizers") and hasattr(model, "training_step")
-
-
 def _root_of(model: nn.Module, marker: Mapping[str, Any]) -> str:
     """Return the name of the part of ``model`` that an adapter directory is about."""
     if not is_lightning_module(model):
         return ""
+    recorded = marker.get("prefix")
+    if marker.get("lightning") and isinstance(recorded, str):
+        return recorded
     inner = list(transformers_models(model))
     if len(inner) == 1:
         return inner[0]
-    recorded = marker.get("prefix")
     if isinstance(recorded, str) and recorded in dict(model.named_modules()):
         return recorded
     raise PEFTError(
@@ -241,59 +253,20 @@ def _root_of(model: nn.Module, marker: Mapping[str, Any]) -> str:
     )
 
 
-def _parts(model: nn.Module, names: Iterable[str] | None) -> tuple[list[_Part], list[str]]:
-    """Return the content of each directory, and the parameters trained whole that have a place in none."""
-    parts: dict[tuple[str, str], _Part] = {}
-    inner = list(transformers_models(model))
-    hosts = {
-        f"{lead}.{host}" if lead else host for lead, _, r in registries(model) for h in r.hosts.values() for host in h
-    }
-    # A layer that is itself an attribute of the LightningModule cannot be the model that it is a layer of.
-    split = is_lightning_module(model) and all("." in host for host in hosts)
-
-    def part_of(full_name: str, adapter: str, method: LoRA) -> _Part:
-        prefix = next((p for p in inner if p and full_name.startswith(f"{p}.")), None)
-        if prefix is None:
-            prefix = full_name.split(".")[0] if split else ""
-        return parts.setdefault((prefix, adapter), _Part(prefix, adapter, method))
-
-    for registry_prefix, _, registry in registries(model):
-        lead = f"{registry_prefix}." if registry_prefix else ""
-        for adapter in registry.methods if names is None else [n for n in names if n in registry.methods]:
-            _fill_parts(part_of, lead, registry, adapter)
-    beside = [part for part in parts.values() if not part.pairs]
-    return (
-        [part for part in parts.values() if part.pairs],
-        [f"{part.prefix}.{_relative(name, part.prefix)}".lstrip(".") for part in beside for name in part.whole],
-    )
-
-
-def _fill_parts(part_of: Any, lead: str, registry: Registry, adapter: str) -> None:
-    method = registry.methods[adapter]
-    assert isinstance(method, LoRA)
-    for host in registry.hosts[adapter]:
-        part = part_of(lead + host, adapter, method)
-        part.pairs[_relative(lead + host, part.prefix)] = method.rank_and_alpha(host)
-    for what, attribute in ((registry.train_also, "train_also"), (registry.whole, "whole")):
-        for name in what:
-            part = part_of(lead + name, adapter, method)
-            getattr(part, attribute).append(_relative(lead + name, part.prefix))
-
-
-def _relative(name: str, prefix: str) -> str:
-    return name.removeprefix(f"{prefix}.") if prefix else name
-
-
-def _write_part(directory: Path, model: nn.Module, part: _Part, state: Mapping[str, Tensor]) -> dict[str, str]:
+def _write_part(directory: Path, model: nn.Module, part: Part, state: Mapping[str, Tensor]) -> dict[str, str]:
     """Write one directory and return the tensors' names in the model by their names in the file."""
     root = model.get_submodule(part.prefix)
     lead = f"{part.prefix}." if part.prefix else ""
-    names = {
-        in_file: lead + in_root
-        for in_file, in_root in hf.tensor_names(root, part.adapter, part.pairs, part.whole).items()
-    }
+    counterpart = for_methods(part.methods)
+    if counterpart is None:
+        relative = [name.removeprefix(lead) for name in state if name.startswith(lead)]
+        names, config = own.tensor_names(part, relative), own.config_of(root, part)
+    else:
+        names, config = hf.tensor_names(root, part, counterpart), hf.config_of(root, part, counterpart)
+    names = {in_file: lead + with_adapter(in_root, part.adapter) for in_file, in_root in names.items()}
     directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory / hf.TENSOR_FILE, {in_file: state[in_model] for in_file, in_model in names.items()})
-    write_json(directory / hf.CONFIG_FILE, hf.config_of(root, part.method, part.pairs, part.train_also))
-    write_json(directory / MARKER, {"version": 1, "prefix": part.prefix, "base": describe_base(model, part.prefix)})
+    write_tensors(directory / TENSOR_FILE, {in_file: state[in_model] for in_file, in_model in names.items()})
+    write_json(directory / CONFIG_FILE, config)
+    marker = {"version": 1, "prefix": part.prefix, "base": describe_base(model, part.prefix)}
+    write_json(directory / MARKER, {**marker, "lightning": is_lightning_module(root)})
     return names

@@ -7,7 +7,7 @@ Lightning's own ``isinstance`` checks keep their meaning. The methods stand in t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cache
 from typing import Any, ClassVar, Literal
@@ -33,9 +33,10 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.formats.distributed import split_values
 from lightning_peft.inject import inject
 from lightning_peft.merge import is_merged, merge, unmerge
-from lightning_peft.method import PEFTMethod, method_from_name, registered_methods
+from lightning_peft.method import PEFTMethod, methods_of, registered_methods
 from lightning_peft.optim import restrict_to_trainable, state_by_name, state_by_position
 from lightning_peft.registry import registries
+from lightning_peft.schedule import after_step, has_schedule, known_steps
 from lightning_peft.select import transformers_models
 from lightning_peft.sharding import map_tensors, whole
 from lightning_peft.state import adapter_parameters_and_whole, adapter_state_dict
@@ -51,7 +52,8 @@ class PEFTStrategy(Strategy):
     state only; after training the adapters are merged into the weights.
 
     Args:
-        method: What to train: a method such as ``LoRA(r=8)``, its registered name, or a list with one of them.
+        method: What to train: a method such as ``LoRA(r=8)``, its registered name, or a list of several that make one
+            adapter together.
         base: The strategy underneath: ``"auto"``, a registered name such as ``"ddp"``, or a configured strategy.
         merge_on_train_end: Merge the adapters into the weights when training has ended. The adapters and a copy of the
             adapted weights in host memory are kept, so that ``unmerge``, ``test(ckpt_path="best")`` and another ``fit``
@@ -111,7 +113,7 @@ class PEFTStrategy(Strategy):
         base_weights: str | None = None,
     ) -> None:
         # `__new__` has taken over the state of `base`: its own __init__ must not run again.
-        self.method = _one_method(method)
+        self.methods = methods_of(method)
         self._base_name = base if isinstance(base, str) else type(base).__name__
         if checkpoint not in ("adapter", "full"):
             raise PEFTError(f"checkpoint={checkpoint!r} was given; it is 'adapter' or 'full'.")
@@ -122,6 +124,7 @@ class PEFTStrategy(Strategy):
         self._base_weights = base_weights
         self._is_set_up = False
         self._held_back: tuple[Mapping[str, Any], bool] | None = None
+        self._total_steps: int | None = None
         self._stepped: set[int] = set()
 
     def __reduce__(self) -> Any:
@@ -169,12 +172,14 @@ class PEFTStrategy(Strategy):
             PEFTError: The method does not fit the model, or the model has adapters of another method.
         """
         module = self._module
-        present = [method for _, _, registry in registries(module) for method in registry.methods.values()]
-        for method in present:
-            if type(method) is not type(self.method):
+        present = [methods for _, _, registry in registries(module) for methods in registry.methods.values()]
+        for methods in present:
+            theirs, ours = ([type(method) for method in found] for found in (methods, self.methods))
+            if theirs != ours:
+                names = [" + ".join(method.__name__ for method in found) for found in (theirs, ours)]
                 raise PEFTError(
-                    f"The model already has adapters of method {method.name!r}, the strategy was given "
-                    f"{self.method.name!r}. Give both the same method, or call eject(model) first."
+                    f"The model already has adapters of method {names[0]}, the strategy was given {names[1]}. Give "
+                    "both the same method, or call eject(model) first."
                 )
         if present and self._train_also and not any(registry.train_also for _, _, registry in registries(module)):
             raise PEFTError(
@@ -184,7 +189,7 @@ class PEFTStrategy(Strategy):
         if not present:
             # One seed for all ranks: without it each would start from other values where nothing broadcasts them.
             seed = self.broadcast(torch.initial_seed())
-            inject(module, self.method, train_also=self._train_also, seed=seed, allow_sharded=self._takes_sharded)
+            inject(module, self.methods, train_also=self._train_also, seed=seed, allow_sharded=self._takes_sharded)
 
     def inject_in_main_process(self) -> None:
         """Inject where no ``setup`` ran: the process that spawned the workers."""
@@ -270,14 +275,18 @@ class PEFTStrategy(Strategy):
         self._refuse_different_ranks()
         if fitting or self._held_back is not None:
             unmerge(self._module)
-        if self._held_back is not None:
-            checkpoint, strict = self._held_back
-            files.apply(checkpoint, self._module, strict, self._gathered)
-            self._held_back = None
+        self._apply_held_back()
         self._is_set_up = True
         if fitting:
             self._stepped.clear()
             self._set_modes()
+
+    def _apply_held_back(self) -> None:
+        """Load what was to be loaded before there were adapters."""
+        if self._held_back is not None:
+            checkpoint, strict = self._held_back
+            files.apply(checkpoint, self._module, strict, self._gathered)
+            self._held_back = None
 
     def _place_adapters(self) -> None:
         """Put the adapters where they belong, before the base strategy moves or wraps the module."""
@@ -318,6 +327,8 @@ class PEFTStrategy(Strategy):
         super().setup_optimizers(trainer)
         schedulers = [config.scheduler for config in self.lr_scheduler_configs]
         restrict_to_trainable(self.optimizers, schedulers, self._module)
+        if has_schedule(self.methods):
+            self._total_steps = known_steps(self.methods, trainer.estimated_stepping_batches)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load optimizer states, which are saved by parameter name."""
@@ -336,6 +347,9 @@ class PEFTStrategy(Strategy):
         if id(optimizer) not in self._stepped:
             self._stepped.add(id(optimizer))
             self._warn_without_gradient(optimizer)
+        if has_schedule(self.methods):
+            # Lightning counts this step when it has returned.
+            after_step(self._module, self._module.trainer.global_step + 1, self._total_steps)
         return output
 
     def _warn_without_gradient(self, optimizer: Optimizer) -> None:
@@ -424,13 +438,6 @@ def _class_for(base: type[Strategy]) -> type[PEFTStrategy]:
 
 def _rebuild(base: type[Strategy] | None) -> PEFTStrategy:
     return object.__new__(PEFTStrategy if base is None else _class_for(base))  # type: ignore[type-abstract]
-
-
-def _one_method(method: PEFTMethod | str | Sequence[PEFTMethod | str]) -> PEFTMethod:
-    methods = [method] if isinstance(method, PEFTMethod | str) else list(method)
-    if len(methods) != 1:
-        raise PEFTError(f"{len(methods)} methods were given; one was expected.")
-    return method_from_name(methods[0]) if isinstance(methods[0], str) else methods[0]
 
 
 def _refuse_averaging(trainer: pl.Trainer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,15 @@ def adapter_dtype(module: nn.Module) -> torch.dtype:
     """Return the dtype for adapters of ``module``: its weight's, but never below float32."""
     dtype = weight_of(module).dtype
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def tensor_options(module: nn.Module) -> dict[str, Any]:
+    """Return dtype (never below float32) and device for the adapter of any module: those of its first parameter."""
+    first = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if first is None:
+        return {"dtype": torch.float32}
+    wide = first.dtype in (torch.float32, torch.float64)
+    return {"dtype": first.dtype if wide else torch.float32, "device": first.device}
 
 
 def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:

@@ -348,7 +348,7 @@ def test_another_configuration_is_refused(tmp_path: Path, saved: Path, strategy:
 
 def test_another_method_is_refused(tmp_path: Path, saved: Path) -> None:
     def edit(c: dict[str, Any]) -> None:
-        c["lightning_peft"]["injections"][""]["adapters"]["default"]["method"] = "other"
+        c["lightning_peft"]["injections"][""]["adapters"]["default"][0]["method"] = "other"
 
     with pytest.raises(PEFTError, match="method 'other'; this model has 'lora'"):
         fit(tmp_path, ckpt_path=edited(saved, tmp_path, edit))

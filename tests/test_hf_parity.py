@@ -6,10 +6,11 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 from families import FAMILIES, build, outputs, randomise
 from torch import nn
 
-from lightning_peft import LoRA, inject, load_adapter, merge, save_adapter
+from lightning_peft import IA3, LayerNormTuning, LoRA, PEFTMethod, inject, load_adapter, merge, save_adapter
 
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
@@ -136,3 +137,91 @@ def test_modules_trained_whole(tmp_path: Path) -> None:
     load_adapter(loaded, tmp_path / "theirs")
     assert (outputs(loaded, inputs) - outputs(model, inputs)).abs().max() <= 1e-5
     assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+
+
+IA3_TARGETS = {
+    "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "qwen2": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "t5": (["k", "v", "wo"], ["wo"]),
+    "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
+    "opt": (["k_proj", "v_proj", "fc2"], ["fc2"]),
+    "bert": (r".*\.(key|value)|.*layer\.\d\.output\.dense", r".*layer\.\d\.output\.dense"),
+    "bloom": (["query_key_value", "mlp.dense_4h_to_h"], ["mlp.dense_4h_to_h"]),
+}
+
+
+def near_one(model: nn.Module) -> None:
+    randomise(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+
+
+@pytest.mark.parametrize("family", IA3_TARGETS)
+def test_ia3_both_ways(family: str, tmp_path: Path) -> None:
+    model, inputs = build(family)
+    inject(model, IA3())
+    near_one(model)
+    save_adapter(model, tmp_path / "ours")
+    judge = peft.PeftModel.from_pretrained(build(family)[0], tmp_path / "ours", is_trainable=True).eval()
+    assert (outputs(model, inputs) - outputs(build(family)[0], inputs)).abs().max() > 1e-5
+    assert (outputs(judge, inputs) - outputs(model, inputs)).abs().max() <= 1e-5
+    outputs(model, inputs).square().sum().backward()
+    outputs(judge, inputs).square().sum().backward()
+    theirs = {name: p.grad for name, p in judge.named_parameters() if p.requires_grad}
+    ours = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert len(theirs) == len(ours) > 0
+    for name, gradient in ours.items():
+        other = theirs[f"base_model.model.{name.split('.peft.')[0]}.ia3_l.default"]
+        assert (gradient - other).abs().max() <= 1e-5 * other.abs().max().clamp(min=1.0), name
+
+    targets, feedforward = IA3_TARGETS[family]
+    config = peft.IA3Config(target_modules=targets, feedforward_modules=feedforward)
+    judge = peft.get_peft_model(build(family)[0], config).eval()
+    near_one(judge)
+    judge.save_pretrained(tmp_path / "theirs")
+    loaded = build(family)[0]
+    load_adapter(loaded, tmp_path / "theirs")
+    assert (outputs(loaded, inputs) - outputs(judge, inputs)).abs().max() <= 1e-5
+    fresh = build(family)[0]
+    inject(fresh, IA3())
+    load_adapter(fresh, tmp_path / "theirs")
+    assert torch.equal(outputs(fresh, inputs), outputs(loaded, inputs))
+    expected, plain = outputs(loaded, inputs), judge.merge_and_unload()
+    merge(loaded, unload=True)
+    assert (outputs(loaded, inputs) - expected).abs().max() <= 1e-5
+    for name, tensor in loaded.state_dict().items():
+        assert (tensor - plain.state_dict()[name]).abs().max() <= 1e-6, name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_layer_norms_both_ways(family: str, tmp_path: Path) -> None:
+    model, inputs = build(family)
+    inject(model, LayerNormTuning())
+    near_one(model)
+    save_adapter(model, tmp_path / "ours")
+    judge = peft.PeftModel.from_pretrained(build(family)[0], tmp_path / "ours").eval()
+    assert (outputs(model, inputs) - outputs(build(family)[0], inputs)).abs().max() > 1e-4
+    assert (outputs(judge, inputs) - outputs(model, inputs)).abs().max() <= 1e-5
+    targets = {"llama": ["input_layernorm", "norm"], "gpt2": ["ln_1", "ln_f"], "bert": ["LayerNorm"]}[family]
+    judge = peft.get_peft_model(build(family)[0], peft.LNTuningConfig(target_modules=targets)).eval()
+    near_one(judge)
+    judge.save_pretrained(tmp_path / "theirs")
+    loaded = build(family)[0]
+    load_adapter(loaded, tmp_path / "theirs")
+    assert (outputs(loaded, inputs) - outputs(judge, inputs)).abs().max() <= 1e-5
+    assert (outputs(loaded, inputs) - outputs(build(family)[0], inputs)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("method", [IA3(target_modules=["query"]), LayerNormTuning()], ids=["ia3", "norms"])
+def test_other_methods_with_modules_trained_whole(method: PEFTMethod, tmp_path: Path) -> None:
+    model, inputs = build("bert")
+    inject(model, method, train_also=["classifier"])
+    near_one(model)
+    save_adapter(model, tmp_path / "ours")
+    judge = peft.PeftModel.from_pretrained(build("bert")[0], tmp_path / "ours").eval()
+    assert (outputs(judge, inputs) - outputs(model, inputs)).abs().max() <= 1e-5
+    loaded = build("bert")[0]
+    load_adapter(loaded, tmp_path / "ours")
+    assert torch.equal(outputs(loaded, inputs), outputs(model, inputs))

@@ -14,7 +14,7 @@ from families import build, outputs, randomise
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_peft import LoRA, PEFTError, inject, load_adapter, save_adapter
+from lightning_peft import LayerNormTuning, LoRA, PEFTError, inject, load_adapter, save_adapter
 from lightning_peft.formats import files
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -65,13 +65,13 @@ def changed_config(**changes: Any) -> Any:
 
 DAMAGE = {
     "NaN": (with_nan, "NaN or infinity"),
-    "missing tensor": (without_a_tensor, "alone; A and B were expected"),
+    "missing tensor": (without_a_tensor, "alone; lora_A.weight, lora_B.weight were expected"),
     "truncated": (truncated, "damaged or truncated"),
     "absurd header": (absurd_header, "damaged or truncated"),
     "no tensors": (lambda d: (d / TENSORS).unlink(), "does not exist"),
     "no configuration": (lambda d: (d / CONFIG).unlink(), "does not exist"),
     "broken JSON": (lambda d: (d / CONFIG).write_text("{"), "not valid JSON"),
-    "wrong method": (changed_config(peft_type="IA3"), "type 'IA3'"),
+    "wrong method": (changed_config(peft_type="OFT"), "type 'OFT'"),
     "not plain LoRA": (changed_config(use_dora=True), "use_dora=True"),
     "PiSSA": (changed_config(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
     "other rank": (changed_config(r=4), "rank 4"),
@@ -89,6 +89,17 @@ def test_damaged_directories_are_refused(case: str, directory: Path) -> None:
         load_adapter(model, directory)
     assert list(model.state_dict()) == keys
     assert torch.equal(outputs(model, inputs), before)
+
+
+def test_a_tensor_that_nothing_explains_is_refused(tmp_path: Path) -> None:
+    model, _ = build("llama")
+    inject(model, LayerNormTuning())
+    save_adapter(model, tmp_path / "norms")
+    state = load_file(tmp_path / "norms" / TENSORS)
+    state["base_model.model.model.norm.ln_tuning_layers.bias"] = torch.zeros(32)
+    save_file(state, tmp_path / "norms" / TENSORS)
+    with pytest.raises(PEFTError, match=r"model\.norm\.ln_tuning_layers\.bias.*does not explain"):
+        load_adapter(build("llama")[0], tmp_path / "norms")
 
 
 def test_another_base_of_equal_shapes_is_refused(directory: Path) -> None:
@@ -168,7 +179,7 @@ def test_a_read_only_directory(tmp_path: Path) -> None:
     # Permissions do not bind root: the attempt is made as nobody.
     program = f"""
         import os, torch
-        from lightning_peft import LoRA, PEFTError, inject, save_adapter
+        from lightning_peft import LayerNormTuning, LoRA, PEFTError, inject, save_adapter
         model = torch.nn.Sequential(torch.nn.Linear(4, 4))
         inject(model, LoRA(r=1))
         if os.getuid() == 0:

@@ -124,7 +124,7 @@ def test_registered_names(tmp_path: Path, name: str, base: type) -> None:
     strategy = trainer(tmp_path, name).strategy
     assert isinstance(strategy, PEFTStrategy)
     assert isinstance(strategy, base)
-    assert strategy.method == LoRA()
+    assert strategy.methods == (LoRA(),)
 
 
 def test_every_base_has_a_registered_name() -> None:
@@ -144,8 +144,10 @@ def test_errors_list_what_there_is() -> None:
         PEFTStrategy(base=PEFTStrategy(base="ddp"))
     with pytest.raises(PEFTError, match=r"'peft_lora'.*auto"):
         PEFTStrategy(base="peft_lora")
-    with pytest.raises(PEFTError, match="2 methods"):
-        PEFTStrategy([LoRA(), "lora"])
+    with pytest.raises(PEFTError, match="empty list of methods"):
+        PEFTStrategy([])
+    with pytest.raises(PEFTError, match="8 was given as a method"):
+        PEFTStrategy([LoRA(), 8])  # type: ignore[list-item]
     with pytest.raises(PEFTError, match="'adapter' or 'full'"):
         PEFTStrategy(checkpoint="half")  # type: ignore[arg-type]
 
@@ -155,7 +157,7 @@ def test_pickle(base: str) -> None:
     strategy = pickle.loads(pickle.dumps(PEFTStrategy(LoRA(r=3), base=base, train_mode=False)))
     assert isinstance(strategy, PEFTStrategy)
     assert isinstance(strategy, DDPStrategy) == (base == "ddp")
-    assert strategy.method == LoRA(r=3)
+    assert strategy.methods == (LoRA(r=3),)
     assert strategy._train_mode is False
 
 

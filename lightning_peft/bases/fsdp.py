@@ -20,13 +20,13 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
 
-from lightning_peft.adapter import slots
+from lightning_peft.adapter import base_parameters, slots
 from lightning_peft.base_weights import allocate, has_meta, materialise
 from lightning_peft.bases.sharded import OnShards
 from lightning_peft.errors import PEFTError
 from lightning_peft.fingerprint import record_base
 from lightning_peft.merge import is_merged, refuse_ties
-from lightning_peft.registry import registries
+from lightning_peft.state import adapter_parameters_and_whole
 
 
 class OnFSDP(OnShards):
@@ -56,23 +56,25 @@ class OnFSDP(OnShards):
     def _place_adapters(self) -> None:
         if not self._is_wrapped:
             _refuse_wrapped(self._module)
+            _refuse_most(self._module)
             if self._merge_on_train_end:
                 refuse_ties(self._module)
             record_base(self._module)
-        for part in self._left_out():
-            materialise(part, self.root_device)
-            for parameter in part.parameters():
-                dist.broadcast(parameter.detach(), src=0)
+        for _, _, slot in slots(self._module):
+            materialise(slot, self.root_device)
+        for parameter in self._left_out():
+            parameter.data = parameter.data if parameter.is_meta else parameter.data.to(self.root_device)
         # Lightning refuses to clip by norm, since under FSDP each process would see a part of it. Ours are whole.
         plugin = self.precision_plugin
         plugin.clip_grad_by_norm = Precision.clip_grad_by_norm.__get__(plugin)  # type: ignore[method-assign]
 
-    def _left_out(self) -> list[nn.Module]:
-        """Return what FSDP has no part in: adapters, and modules trained whole."""
-        whole = [
-            root.get_submodule(name) for _, root, registry in registries(self._module) for name in registry.train_also
-        ]
-        return [*(slot for _, _, slot in slots(self._module)), *whole]
+    def _left_out(self) -> list[nn.Parameter]:
+        """Return what FSDP has no part in: adapters, and parameters of the base that are trained."""
+        tensors = adapter_parameters_and_whole(self._module).values()
+        return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+
+    def _apply_held_back(self) -> None:
+        """Wait until the module is wrapped: only then all that is trained has memory, and the base its weights."""
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         """Wrap the module without what is trained. One that was wrapped before keeps its wrapper.
@@ -81,6 +83,7 @@ class OnFSDP(OnShards):
         """
         if self._is_wrapped:
             assert self._wrapped is not None
+            super()._apply_held_back()
             return self._wrapped
         given = self.kwargs
         self.kwargs = _leaving_out(given, self._left_out())
@@ -96,6 +99,9 @@ class OnFSDP(OnShards):
         with FullyShardedDataParallel.summon_full_params(wrapped, recurse=False):
             pass  # The first unit that is gathered takes itself for the outermost one.
         self._load_base_weights()
+        for parameter in self._left_out():
+            dist.broadcast(parameter.detach(), src=0)
+        super()._apply_held_back()
         return wrapped
 
     def _materialise(self, initialise: Callable[[nn.Module], None] | None, module: nn.Module) -> None:
@@ -129,10 +135,20 @@ def _refuse_wrapped(module: nn.Module) -> None:
         )
 
 
-def _leaving_out(kwargs: dict[str, Any], modules: list[nn.Module]) -> dict[str, Any]:
-    """Return FSDP's arguments with ``modules`` added to what it ignores."""
-    states = list(kwargs.get("ignored_states") or ())
-    if states and isinstance(states[0], nn.Parameter):
-        return {**kwargs, "ignored_states": [*states, *(p for module in modules for p in module.parameters())]}
-    rest = {key: value for key, value in kwargs.items() if key != "ignored_states"}
-    return {**rest, "ignored_modules": [*states, *(kwargs.get("ignored_modules") or ()), *modules]}
+def _refuse_most(module: nn.Module) -> None:
+    base = base_parameters(module)
+    trained = sum(p.numel() for p in base.values() if p.requires_grad)
+    total = sum(p.numel() for p in base.values())
+    if trained > total / 2:
+        raise PEFTError(
+            f"{trained:,} of the base's {total:,} parameters are trained. On FSDP, PEFTStrategy keeps what is trained "
+            "whole on every process. Use Lightning's own FSDPStrategy, or PEFTStrategy on ModelParallelStrategy."
+        )
+
+
+def _leaving_out(kwargs: dict[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
+    """Return FSDP's arguments with ``parameters`` added to what it ignores."""
+    states = [*(kwargs.get("ignored_states") or ()), *(kwargs.get("ignored_modules") or ())]
+    given = [p for s in states for p in ([s] if isinstance(s, nn.Parameter) else s.parameters())]
+    rest = {key: value for key, value in kwargs.items() if key != "ignored_modules"}
+    return {**rest, "ignored_states": [*given, *parameters]}

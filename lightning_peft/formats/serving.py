@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats.hf import LowRank, read_low_rank
+from lightning_peft.formats.counterparts.lora import LowRank, read_low_rank
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's ``max_lora_rank`` can be."""

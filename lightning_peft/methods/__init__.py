@@ -1,5 +1,17 @@
-"""One file per method. Importing this package registers them all."""
+"""One file per method. Importing this package registers them all; ``__all__`` is what the package exports."""
 
+import pkgutil
+from importlib import import_module
+
+from lightning_peft.methods.bitfit import BitFit
+from lightning_peft.methods.full_finetuning import FullFinetuning
+from lightning_peft.methods.ia3 import IA3
+from lightning_peft.methods.layer_norm_tuning import LayerNormTuning
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.parallel_adapter import ParallelAdapter
+from lightning_peft.methods.series_adapter import SeriesAdapter
 
-__all__ = ["LoRA"]
+__all__ = ["IA3", "BitFit", "FullFinetuning", "LayerNormTuning", "LoRA", "ParallelAdapter", "SeriesAdapter"]
+
+for _module in pkgutil.iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_peft.adapter import Adapter
+from lightning_peft.calls import input_of
 from lightning_peft.errors import PEFTError
 from lightning_peft.method import PEFTMethod
 from lightning_peft.seeding import fill
@@ -63,7 +64,7 @@ class LoRAAdapter(Adapter):
 
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Add the low-rank term to ``output`` ``[..., out]``."""
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        x = input_of(args, kwargs)
         if isinstance(base, nn.Embedding):
             hidden = functional.embedding(  # [..., r]
                 x, self.lora_A.T, base.padding_idx, None, 2.0, base.scale_grad_by_freq, base.sparse

@@ -74,7 +74,7 @@ def show_plan(
     module = _module(run.get("model"))
     if peft is not None:
         strategy: Any = PEFTStrategy(_made(peft.get("method", "lora")))  # type: ignore[abstract]
-        inject(module, strategy.method, train_also=peft.get("train_also") or ())
+        inject(module, strategy.methods, train_also=peft.get("train_also") or ())
     batch = Batch(
         batch_size or data.get("batch_size") or 1,
         sequence_length or data.get("max_length") or 1024,

@@ -115,7 +115,7 @@ def _heading(module: nn.Module, layout: Layout, precision: Precision) -> Iterato
     yield "model", type(models[0]).__name__
     yield "parameters", f"{total:,}, of which {trained:,} are trained ({trained / max(total, 1):.2%})"
     for _, _, registry in registries(module):
-        for method in registry.methods.values():
+        for method in (method for methods in registry.methods.values() for method in methods):
             settings = {key: value for key, value in method.config().items() if value and key != "method"}
             yield "method", " ".join([method.name, *(f"{key}={value}" for key, value in settings.items())])
     yield "base", f"{layout}, {_devices(layout)}"

@@ -1,0 +1,43 @@
+"""The hidden state in what a module is called with, and in what it returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_peft.errors import PEFTError
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the first argument of a call: the hidden state."""
+    first: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return first
+
+
+def with_input(args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments with ``value`` in place of the first one."""
+    return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value})
+
+
+def on_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return ``output``, a tensor, a tuple, a list or a dataclass, with the hidden state (its first element) changed.
+
+    Raises:
+        PEFTError: ``output`` is none of these.
+    """
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, tuple) and hasattr(output, "_replace"):
+        return output._replace(**{output._fields[0]: change(output[0])})  # type: ignore[attr-defined]
+    if isinstance(output, tuple | list):
+        return type(output)([change(output[0]), *output[1:]])
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        first = dataclasses.fields(output)[0].name
+        return dataclasses.replace(output, **{first: change(getattr(output, first))})
+    raise PEFTError(
+        f"An adapted module returned a {type(output).__name__}; a tensor, or a tuple or dataclass beginning with one, "
+        "was expected. Adapt a module inside it."
+    )

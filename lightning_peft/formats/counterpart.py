@@ -1,0 +1,165 @@
+"""What has to be known about a method to write it in HF PEFT's format and to read it: a small class for each.
+
+The format is HF PEFT 0.21's (``adapter_config.json``, ``adapter_model.safetensors``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import regex
+from torch import nn
+
+from lightning_peft.adapter import CHILD
+from lightning_peft.errors import PEFTError
+from lightning_peft.method import PEFTMethod
+from lightning_peft.select import named_modules
+
+PREFIX = "base_model.model."
+
+_COUNTERPARTS: list[Counterpart] = []
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Counterpart:
+    """A method in HF PEFT's terms. A subclass with a ``method`` registers itself.
+
+    Names "in the model" are relative to its root and leave out the adapter's name: ``0.q_proj.peft.lora_A``.
+    """
+
+    method: ClassVar[type[PEFTMethod]]
+    peft_type: ClassVar[str]
+    """HF PEFT's name of the method."""
+    parameters: ClassVar[Mapping[str, str]] = {}
+    """What follows the module's name in the file, with the name of that parameter in the adapter."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "method" in cls.__dict__:
+            _COUNTERPARTS.append(cls())
+
+    def writes(self, method: PEFTMethod) -> bool:
+        """Whether HF PEFT has ``method``, of class :attr:`method`, with these hyper-parameters."""
+        return True
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        """Whether a configuration of this :attr:`peft_type` is this method's."""
+        return True
+
+    def config(self, root: nn.Module, method: Any, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
+        """Return the method's own keys of ``adapter_config.json``.
+
+        Args:
+            root: The model as HF PEFT will be given it.
+            method: The method.
+            hosts: Names of the adapted modules.
+            chosen: Names of the parameters that the method itself trains.
+        """
+        raise NotImplementedError
+
+    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+        """Return the method that a configuration and the tensors' names and shapes describe.
+
+        Raises:
+            PEFTError: They contradict each other or ``root``, or describe something that this package has not.
+        """
+        raise NotImplementedError
+
+    def parameters_of(self, module: nn.Module) -> Mapping[str, str]:
+        """Return those of :attr:`parameters` that an adapter of ``module`` has."""
+        return self.parameters
+
+    def names(self, root: nn.Module, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
+        """Return the name in the model of every tensor of the method, by its name in the file."""
+        modules = named_modules(root)
+        return {
+            f"{PREFIX}{host}.{suffix}": f"{host}.{CHILD}.{parameter}"
+            for host in hosts
+            for suffix, parameter in self.parameters_of(modules[host]).items()
+        }
+
+    def owns(self, name: str) -> bool:
+        """Whether a tensor in the file is the method's; others belong to modules trained whole."""
+        return any(name.endswith(f".{suffix}") for suffix in self.parameters)
+
+    def hosts(self, root: nn.Module, shapes: Shapes, source: str) -> list[str]:
+        """Return the names of the modules that the tensors of a file adapt.
+
+        Raises:
+            PEFTError: ``root`` lacks one, a tensor of one is missing, or there is none.
+        """
+        found: dict[str, set[str]] = {}
+        for name in shapes:
+            suffix = next((s for s in self.parameters if name.endswith(f".{s}")), None)
+            if suffix is not None:
+                found.setdefault(name[len(PREFIX) : -len(suffix) - 1], set()).add(suffix)
+        modules = named_modules(root)
+        if missing := sorted(found.keys() - modules.keys()):
+            raise PEFTError(
+                f"{source} adapts {missing[0]!r} and {len(missing) - 1} more modules that this {type(root).__name__} "
+                "does not have. Load the base model that the adapter was trained on."
+            )
+        for host, suffixes in found.items():
+            if suffixes != set(expected := self.parameters_of(modules[host])):
+                raise PEFTError(
+                    f"{source}: {host!r} has {', '.join(sorted(suffixes))} alone; {', '.join(expected)} were expected. "
+                    "It is damaged."
+                )
+        if not found:
+            raise PEFTError(f"{source} holds no {self.peft_type} tensors.")
+        return sorted(found)
+
+
+def for_methods(methods: Iterable[PEFTMethod]) -> Counterpart | None:
+    """Return the counterpart of ``methods``, if HF PEFT has one: never for several methods together."""
+    given = list(methods)
+    if len(given) != 1:
+        return None
+    return next((c for c in _COUNTERPARTS if c.method is type(given[0]) and c.writes(given[0])), None)
+
+
+def for_config(config: Mapping[str, Any], source: str) -> Counterpart:
+    """Return the counterpart that reads a configuration.
+
+    Raises:
+        PEFTError: There is none.
+    """
+    kind = config.get("peft_type")
+    for counterpart in _COUNTERPARTS:
+        if counterpart.peft_type == kind and counterpart.reads(config):
+            return counterpart
+    known = sorted({counterpart.peft_type for counterpart in _COUNTERPARTS})
+    raise PEFTError(f"{source} is an adapter of type {kind!r}; {', '.join(known)} can be read.")
+
+
+def suffixes(hosts: Iterable[str], modules: Iterable[str]) -> list[str] | None:
+    """Return the shortest list of name endings that names exactly ``hosts`` among ``modules``.
+
+    Last segments if they do, else whole names, else ``None``. Readers that match by the last segment only (vLLM)
+    need the first form.
+    """
+    hosts, modules = set(hosts), list(modules)
+    for endings in ({host.rsplit(".", 1)[-1] for host in hosts}, hosts):
+        named = {name for name in modules if name in endings or _ends_in(name, endings)}
+        if named == hosts:
+            return sorted(endings)
+    return None
+
+
+def targets_for_hf(hosts: Iterable[str], root: nn.Module) -> list[str] | str:
+    """Return ``target_modules`` as HF PEFT reads it."""
+    hosts = list(hosts)
+    return suffixes(hosts, named_modules(root)) or "|".join(map(regex.escape, hosts))
+
+
+def targets_from(hosts: Iterable[str], root: nn.Module) -> list[str] | str:
+    """Return ``target_modules`` as this package reads it."""
+    hosts = sorted(hosts)
+    return suffixes(hosts, named_modules(root)) or "re:" + "|".join(map(regex.escape, hosts))
+
+
+def _ends_in(name: str, endings: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[start:]) in endings for start in range(1, len(parts)))

@@ -1,0 +1,43 @@
+"""IA3 in HF PEFT's format. Which side a vector rescales is seen in its shape: ``[out, 1]`` or ``[1, in]``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, suffixes, targets_for_hf, targets_from
+from lightning_peft.method import PEFTMethod
+from lightning_peft.methods.ia3 import IA3
+from lightning_peft.select import matches, named_modules
+from lightning_peft.weights import is_conv1d
+
+
+class IA3InHF(Counterpart):
+    """``IA3``."""
+
+    method = IA3
+    peft_type = "IA3"
+    parameters: ClassVar[Mapping[str, str]] = {"ia3_l": "ia3_l"}
+
+    def config(self, root: nn.Module, method: IA3, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
+        """Return the targets; HF PEFT wants those whose input is rescaled to be a subset, word for word."""
+        modules = named_modules(root)
+        hosts = {host: modules[host] for host in hosts}
+        inputs = method.inputs(root, hosts)
+        targets = suffixes(hosts, modules) or sorted(hosts)
+        return {
+            "target_modules": targets_for_hf(hosts, root) if targets is None else targets,
+            "feedforward_modules": [t for t in targets if any(matches(t, host) for host in inputs)],
+            "fan_in_fan_out": all(is_conv1d(module) for module in hosts.values()),
+        }
+
+    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+        """Return the IA3."""
+        hosts = self.hosts(root, shapes, source)
+        inputs = [host for host in hosts if shapes[f"{PREFIX}{host}.ia3_l"][0] == 1]
+        return IA3(
+            target_modules=targets_from(hosts, root),
+            feedforward_modules=targets_from(inputs, root) if inputs else None,
+        )

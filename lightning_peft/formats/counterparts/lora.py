@@ -1,0 +1,183 @@
+"""LoRA in HF PEFT's format."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lightning_peft.errors import PEFTError
+from lightning_peft.formats.content import CONFIG_FILE
+from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, targets_for_hf, targets_from
+from lightning_peft.method import PEFTMethod
+from lightning_peft.methods.lora import LoRA
+from lightning_peft.select import fullmatch, named_modules
+from lightning_peft.weights import features, is_conv1d, is_linear
+
+_LINEAR = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
+_EMBEDDING = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
+
+# Keys that change what the tensors mean, with the values that leave them plain LoRA.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    **dict.fromkeys(
+        (
+            *("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices"),
+            *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config"),
+            *("monteclora_config", "megatron_config"),
+        ),
+        (False, None, {}, []),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One module's LoRA in a file: its change of the weight is ``scale`` · B A."""
+
+    a: str
+    """Name of A ``[r, in]`` in the file."""
+    b: str
+    """Name of B ``[out, r]`` in the file."""
+    r: int
+    scale: float
+
+
+class LoRAInHF(Counterpart):
+    """``LORA`` without DoRA, biases and the like."""
+
+    method = LoRA
+    peft_type = "LORA"
+    parameters: ClassVar[Mapping[str, str]] = {**_LINEAR, **_EMBEDDING}
+
+    def parameters_of(self, module: nn.Module) -> Mapping[str, str]:
+        """Return other names for embeddings."""
+        return _EMBEDDING if isinstance(module, nn.Embedding) else _LINEAR
+
+    def config(self, root: nn.Module, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
+        """Return the most common rank and alpha, and the others as patterns."""
+        modules = named_modules(root)
+        pairs = {host: method.rank_and_alpha(host) for host in hosts}
+        r = Counter(rank for rank, _ in pairs.values()).most_common(1)[0][0]
+        alpha = Counter(alpha for _, alpha in pairs.values()).most_common(1)[0][0]
+        return {
+            "r": r,
+            "lora_alpha": alpha,
+            "lora_dropout": method.dropout,
+            "target_modules": targets_for_hf(pairs, root),
+            "rank_pattern": {host: rank for host, (rank, _) in pairs.items() if rank != r},
+            "alpha_pattern": {host: value for host, (_, value) in pairs.items() if value != alpha},
+            "use_rslora": method.use_rslora,
+            "bias": "none",
+            "fan_in_fan_out": all(is_conv1d(modules[host]) for host in pairs),
+            "init_lora_weights": "gaussian" if method.init == "gaussian" else True,
+        }
+
+    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+        """Return the LoRA; refuse what is not plain."""
+        _refuse_unknown(config, source)
+        modules = named_modules(root)
+        hosts = self.hosts(root, shapes, source)
+        ranks, alphas = {}, {}
+        for host in hosts:
+            ranks[host] = _pattern(config, "rank_pattern", "r", host, source)
+            alphas[host] = _pattern(config, "alpha_pattern", "lora_alpha", host, source)
+            self._check_shapes(host, modules[host], ranks[host], shapes, source)
+        return LoRA(
+            r=config["r"],
+            alpha=config["lora_alpha"],
+            dropout=config.get("lora_dropout", 0.0),
+            target_modules=targets_from(hosts, root),
+            rank_pattern={host: rank for host, rank in ranks.items() if rank != config["r"]},
+            alpha_pattern={host: alpha for host, alpha in alphas.items() if alpha != config["lora_alpha"]},
+            use_rslora=bool(config.get("use_rslora", False)),
+        )
+
+    def _check_shapes(self, host: str, module: nn.Module, r: int, shapes: Shapes, source: str) -> None:
+        if not (is_linear(module) or isinstance(module, nn.Embedding)):
+            raise PEFTError(
+                f"{source} adapts {host!r}, which is a {type(module).__name__} here. Load its own base model."
+            )
+        d_in, d_out = features(module)
+        for suffix, expected in zip(self.parameters_of(module), ((r, d_in), (d_out, r)), strict=True):
+            given = shapes.get(f"{PREFIX}{host}.{suffix}")
+            if given != expected:
+                raise PEFTError(
+                    f"{source}: {host}.{suffix} has the shape {given}; rank {r} of its configuration and this model's "
+                    f"{d_in} → {d_out} layer make {expected}. It belongs to another base model, or is damaged."
+                )
+
+
+def read_low_rank(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], source: str
+) -> tuple[dict[str, LowRank], list[str]]:
+    """Read configuration and tensor names without the model that they are for.
+
+    Returns:
+        The low-rank change of every adapted module by its name, and the names of all other tensors.
+
+    Raises:
+        PEFTError: The file is no plain LoRA, or configuration and tensors contradict each other.
+    """
+    if config.get("peft_type") != "LORA":
+        raise PEFTError(f"{source} is an adapter of type {config.get('peft_type')!r}; LORA can be read.")
+    _refuse_unknown(config, source)
+    hosts, rest = _split(shapes, source)
+    found = {}
+    for host in sorted(hosts):
+        r = _pattern(config, "rank_pattern", "r", host, source)
+        alpha = _pattern(config, "alpha_pattern", "lora_alpha", host, source)
+        kinds = _EMBEDDING if f"{PREFIX}{host}.{next(iter(_EMBEDDING))}" in shapes else _LINEAR
+        a, b = (f"{PREFIX}{host}.{kind}" for kind in kinds)
+        if len(shapes[a]) != 2 or len(shapes[b]) != 2 or not shapes[a][0] == shapes[b][1] == r or r < 1:
+            raise PEFTError(
+                f"{source}: A and B of {host!r} have the shapes {shapes[a]} and {shapes[b]}; the rank {r} of "
+                f"{CONFIG_FILE} makes ({r}, in) and (out, {r}). The directory is damaged; take another copy."
+            )
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise PEFTError(f"{source}: {CONFIG_FILE} gives {host!r} the alpha {alpha!r}; a number was expected.")
+        found[host] = LowRank(a, b, r, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
+    return found, rest
+
+
+def _split(shapes: Shapes, source: str) -> tuple[set[str], list[str]]:
+    """Split tensor names into the adapted modules and the names of tensors trained whole."""
+    found: dict[str, set[str]] = {}
+    rest = []
+    for name in shapes:
+        if not name.startswith(PREFIX):
+            raise PEFTError(f"{source}: the tensor {name!r} does not start with {PREFIX!r}; it is no HF PEFT file.")
+        kind = next((k for k in (*_LINEAR, *_EMBEDDING) if name.endswith(f".{k}")), None)
+        if kind is None:
+            rest.append(name)
+        else:
+            found.setdefault(name[len(PREFIX) : -len(kind) - 1], set()).add(kind)
+    for host, kinds in found.items():
+        if kinds not in (set(_LINEAR), set(_EMBEDDING)):
+            raise PEFTError(f"{source}: {host!r} has {', '.join(sorted(kinds))} alone; A and B were expected.")
+    if not found:
+        raise PEFTError(f"{source} holds no LoRA tensors.")
+    return set(found), rest
+
+
+def _refuse_unknown(config: Mapping[str, Any], source: str) -> None:
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float):
+            raise PEFTError(f"{source}: its configuration has {key}={config.get(key)!r}; a number was expected.")
+    for key, plain in _PLAIN.items():
+        if key in config and config[key] not in plain:
+            raise PEFTError(f"{source} uses {key}={config[key]!r}, which is not plain LoRA and cannot be read.")
+
+
+def _pattern(config: Mapping[str, Any], patterns: str, default: str, host: str, source: str) -> Any:
+    table = config.get(patterns) or {}
+    if not isinstance(table, dict):
+        raise PEFTError(f"{source}: its configuration has {patterns}={table!r}; an object was expected.")
+    if host in table:
+        return table[host]
+    return next((value for key, value in table.items() if fullmatch(rf"(?:.*\.)?(?:{key})", host)), config[default])

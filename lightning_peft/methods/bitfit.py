@@ -1,0 +1,96 @@
+"""BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models (Ben Zaken et al., 2022).
+
+arXiv:2106.10199, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapter import Adapter, base_parameters
+from lightning_peft.errors import PEFTError
+from lightning_peft.method import PEFTMethod
+from lightning_peft.select import as_list, head_modules, match_names, named_modules, require_matches
+from lightning_peft.weights import features, is_linear, tensor_options
+
+
+class AddedBias(Adapter):
+    """h = W0 x + b for a layer that has no bias; b ``[out]``."""
+
+    mergeable = True
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(features(host)[1], **tensor_options(host)))
+
+    def reset_parameters(self) -> None:
+        """Set the bias to zero."""
+        nn.init.zeros_(self.bias)
+
+    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Add the bias to ``output`` ``[..., out]``."""
+        return output + self.bias.to(output.dtype)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the bias as the layer's own."""
+        return weight, self.bias.detach().to(weight.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitFit(PEFTMethod):
+    """Train the biases of the model, and nothing else.
+
+    Args:
+        create_missing: Give linear layers without a bias (but for the output head) one that starts at zero.
+        target_modules: Patterns of the modules whose biases are trained; all, if not given.
+    """
+
+    name: ClassVar[str] = "bitfit"
+
+    create_missing: bool = False
+    target_modules: list[str] | str | None = None
+
+    def trained(self, model: nn.Module) -> Iterable[str]:
+        """Return every parameter that is called a bias."""
+        chosen = self._chosen(model)
+        found = [
+            name
+            for name in base_parameters(model)
+            if name.rpartition(".")[0] in chosen and name.rsplit(".", 1)[-1].endswith("bias")
+        ]
+        if not found and not self.create_missing:
+            raise PEFTError(
+                f"BitFit: this {type(model).__name__} has no biases"
+                + (f" in target_modules={self.target_modules!r}" if self.target_modules else "")
+                + ". BitFit(create_missing=True) gives its linear layers biases that start at zero."
+            )
+        return found
+
+    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return the linear layers that lack a bias, if they are to get one."""
+        if not self.create_missing:
+            return {}
+        heads = head_modules(model)
+        return {
+            name: module
+            for name, module in self._chosen(model).items()
+            if is_linear(module) and module.bias is None and id(module) not in heads
+        }
+
+    def adapter(self, name: str, module: nn.Module, seed: int) -> AddedBias:
+        """Make the bias of the linear layer ``module``."""
+        return AddedBias(module)
+
+    def _chosen(self, model: nn.Module) -> dict[str, nn.Module]:
+        modules = named_modules(model)
+        if self.target_modules is None:
+            return modules
+        patterns = as_list(self.target_modules)
+        require_matches(patterns, modules, "target_modules")
+        names = set().union(*(match_names(pattern, modules) for pattern in patterns))
+        return {name: module for name, module in modules.items() if name in names}

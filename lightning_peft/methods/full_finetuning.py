@@ -1,0 +1,30 @@
+"""Full fine-tuning: everything is trained. The baseline that the methods are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from lightning_peft.adapter import base_parameters
+from lightning_peft.errors import PEFTError
+from lightning_peft.method import PEFTMethod
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullFinetuning(PEFTMethod):
+    """Train every parameter that the model itself trains. A copy of the old values is kept in host memory for eject."""
+
+    name: ClassVar[str] = "full_finetuning"
+
+    def trained(self, model: nn.Module) -> Iterable[str]:
+        """Return the parameters that are not frozen in ``model`` already."""
+        found = [name for name, p in base_parameters(model).items() if p.requires_grad and p.is_floating_point()]
+        if not found:
+            raise PEFTError(
+                f"FullFinetuning: every parameter of this {type(model).__name__} is frozen (requires_grad=False), or "
+                "holds no floating-point numbers. Unfreeze what is to be trained, or take another method."
+            )
+        return found

@@ -1,0 +1,136 @@
+"""(IA)³: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning (Liu et al., 2022).
+
+arXiv:2205.05638, section 3.3: learned vectors rescale keys, values, and the activations inside the MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapter import Adapter
+from lightning_peft.blocks import find_blocks
+from lightning_peft.calls import input_of, with_input
+from lightning_peft.errors import PEFTError
+from lightning_peft.method import PEFTMethod
+from lightning_peft.select import as_list, match_names, require_matches, select
+from lightning_peft.weights import features, is_linear, tensor_options
+
+
+class Rescale(Adapter):
+    """l ⊙ (W0 x + b); l ``[out, 1]``."""
+
+    mergeable = True
+
+    def __init__(self, size: tuple[int, int], host: nn.Module) -> None:
+        super().__init__()
+        self.ia3_l = nn.Parameter(torch.ones(size, **tensor_options(host)))
+
+    def reset_parameters(self) -> None:
+        """Set the vector to one."""
+        nn.init.ones_(self.ia3_l)
+
+    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Rescale ``output`` ``[..., out]``."""
+        return (output * self.ia3_l.flatten()).to(output.dtype)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return rescaled rows."""
+        scale = self.ia3_l.detach().to(weight.dtype)
+        return weight * scale, None if bias is None else bias * scale.flatten().to(bias.dtype)
+
+
+class RescaleInput(Rescale):
+    """W0 (l ⊙ x) + b; l ``[1, in]``."""
+
+    def before(
+        self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Rescale the input ``[..., in]``."""
+        x = input_of(args, kwargs)
+        return with_input(args, kwargs, (x * self.ia3_l.flatten()).to(x.dtype))
+
+    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Return ``output``."""
+        return output
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return rescaled columns."""
+        return weight * self.ia3_l.detach().to(weight.dtype), bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3(PEFTMethod):
+    """Rescale keys, values and the MLP's activations by learned vectors.
+
+    Args:
+        target_modules: Linear layers to rescale, by pattern. By default the key and value projections (where they are
+            fused with the query's, that layer as a whole, as in HF PEFT) and the last linear layer of the MLP.
+        feedforward_modules: Those of ``target_modules`` whose input is rescaled instead of the output. By default the
+            last linear layer of the MLP; with ``target_modules`` given, none.
+        exclude_modules: Patterns of modules to leave out, with ``target_modules``.
+        layers: Layers to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.
+    """
+
+    name: ClassVar[str] = "ia3"
+    # The shape of a vector shows which side it rescales.
+    free: ClassVar[frozenset[str]] = PEFTMethod.free | {"feedforward_modules"}
+
+    target_modules: list[str] | str | None = None
+    feedforward_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers: list[int] | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.feedforward_modules is not None and self.target_modules is None:
+            raise PEFTError(
+                "IA3: feedforward_modules was given without target_modules; it names those of them whose input is "
+                "rescaled. Give both, or neither."
+            )
+
+    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return the linear layers to rescale."""
+        if self.target_modules is None:
+            outputs, inputs = self._found(model)
+            return {name: model.get_submodule(name) for name in [*outputs, *inputs]}
+        hosts = select(
+            model, self.target_modules, adaptable=is_linear, exclude=self.exclude_modules, layers=self.layers
+        )
+        require_matches(as_list(self.feedforward_modules or ()), hosts, "feedforward_modules")
+        return hosts
+
+    def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
+        """Make the vectors, all one at first."""
+        inputs = self.inputs(model, hosts)
+        made: dict[str, Adapter] = {}
+        for name, module in hosts.items():
+            d_in, d_out = features(module)
+            made[name] = RescaleInput((1, d_in), module) if name in inputs else Rescale((d_out, 1), module)
+        return made
+
+    def inputs(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> set[str]:
+        """Return those of ``hosts`` whose input is rescaled."""
+        if self.target_modules is None:
+            return set(self._found(model)[1])
+        patterns = as_list(self.feedforward_modules or ())
+        return set().union(*(match_names(pattern, hosts) for pattern in patterns))
+
+    def _found(self, model: nn.Module) -> tuple[list[str], list[str]]:
+        """Return the modules whose output and those whose input is rescaled."""
+        outputs, inputs = [], []
+        for block in find_blocks(model, layers=self.layers):
+            if block.kind == "mlp" and block.inputs:
+                inputs.append(block.last)
+            elif block.roles:
+                roles = [role for role in ("k", "v", "kv") if role in block.roles] or ["qkv"]
+                outputs += [block.roles[role] for role in roles]
+            else:
+                raise PEFTError(
+                    f"IA3: {block.last!r} ({type(model.get_submodule(block.last)).__name__}) has no linear layers of "
+                    "its own that are called. Name linear layers in target_modules."
+                )
+        return outputs, inputs

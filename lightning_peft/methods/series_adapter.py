@@ -1,0 +1,184 @@
+"""Series adapters: Parameter-Efficient Transfer Learning for NLP (Houlsby et al., 2019), arXiv:1902.00751, section 2.1.
+
+Placements of later papers: after the whole layer (Pfeiffer et al., 2021, arXiv:2005.00247), and around the MLP's linear
+layers (LLM-Adapters: Hu et al., 2023, arXiv:2304.01933, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from lightning_peft.adapter import Adapter
+from lightning_peft.blocks import Block, find_blocks, layer_norms, widths
+from lightning_peft.bottleneck import Bottleneck, Shape
+from lightning_peft.calls import input_of, on_hidden, with_input
+from lightning_peft.errors import PEFTError
+from lightning_peft.method import PEFTMethod
+from lightning_peft.select import select
+from lightning_peft.weights import tensor_options
+
+Place = Literal["attention", "mlp", "mlp_input", "layer"]
+Preset = Literal["houlsby", "pfeiffer", "llm_adapters"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "houlsby": {
+        "placement": ["attention", "mlp"],
+        "activation": "gelu",
+        "bias": True,
+        "init": "truncated",
+        "train_norms": True,
+    },
+    "pfeiffer": {
+        "placement": ["layer"],
+        "activation": "relu",
+        "bias": True,
+        "init": "truncated",
+        "train_norms": False,
+    },
+    "llm_adapters": {
+        "placement": ["mlp"],
+        "activation": "tanh",
+        "bias": False,
+        "init": "normal",
+        "train_norms": False,
+    },
+}
+
+
+class SeriesBottleneck(Bottleneck):
+    """H <- H + f(H W_down) W_up on what its host returns."""
+
+    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Send the hidden state in ``output`` through the bottleneck."""
+        return on_hidden(output, lambda hidden: hidden + self.branch(hidden))
+
+
+class InputBottleneck(Bottleneck):
+    """H <- H + f(H W_down) W_up on what its host is given."""
+
+    def before(
+        self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Send the first argument through the bottleneck."""
+        hidden = input_of(args, kwargs)
+        return with_input(args, kwargs, hidden + self.branch(hidden))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesAdapter(PEFTMethod):
+    """Bottleneck layers with a residual connection, one after another with the model's own layers.
+
+    Args:
+        bottleneck: Width of the bottleneck.
+        preset: Defaults for the rest: ``houlsby`` (after attention and MLP, GELU, biases, LayerNorms trained),
+            ``pfeiffer`` (after each layer, ReLU, biases) or ``llm_adapters`` (after the MLP, tanh, no biases, both
+            matrices from N(0, 0.02²): not the identity at first).
+        placement: Where, in each layer: after ``attention``, after the ``mlp``, before each first linear layer of the
+            MLP (``mlp_input``), after the whole ``layer``. A list of these; the preset's, if not given. The first two
+            stand before dropout, residual connection and norm.
+        activation: The function between the two matrices.
+        bias: Whether the two linear maps have biases.
+        scale: The bottleneck's output is multiplied by it.
+        dropout: Probability with which an element of the adapter's input is zeroed during training.
+        init: ``truncated``, ``normal`` or ``zero_up`` (starts as the identity).
+        train_norms: Train the LayerNorms of the adapted layers too.
+        target_modules: Modules after which to put an adapter, by pattern, instead of a placement.
+        exclude_modules: Patterns of modules to leave out, with ``target_modules``.
+        layers: Layers to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.
+    """
+
+    name: ClassVar[str] = "series_adapter"
+
+    bottleneck: int = 64
+    preset: Preset = "houlsby"
+    placement: list[Place] | None = None
+    activation: str | None = None
+    bias: bool | None = None
+    scale: float = 1.0
+    dropout: float = 0.0
+    init: str | None = None
+    train_norms: bool | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers: list[int] | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise PEFTError(f"SeriesAdapter: preset={self.preset!r} was given; it is one of {', '.join(PRESETS)}.")
+        for key, value in PRESETS[self.preset].items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
+        places = [self.placement] if isinstance(self.placement, str) else list(self.placement or ())
+        object.__setattr__(self, "placement", places)
+        if not places or set(places) - {"attention", "mlp", "mlp_input", "layer"}:
+            raise PEFTError(
+                f"SeriesAdapter: placement={self.placement!r} was given; it is a list of 'attention', 'mlp', "
+                "'mlp_input' and 'layer'."
+            )
+        self._shape()
+
+    def _shape(self) -> Shape:
+        return Shape(
+            "SeriesAdapter", self.bottleneck, str(self.activation), bool(self.bias), self.dropout, self.scale,
+            str(self.init),
+        )  # fmt: skip
+
+    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return the modules after which (or before which) there is an adapter."""
+        if self.target_modules is not None:
+            return select(model, self.target_modules, adaptable=_any, exclude=self.exclude_modules, layers=self.layers)
+        return {name: model.get_submodule(name) for name in self._places(model)}
+
+    def trained(self, model: nn.Module) -> Iterable[str]:
+        """Return the parameters of the LayerNorms in the adapted layers."""
+        if not self.train_norms:
+            return []
+        norms = layer_norms(model)
+        if self.target_modules is None:
+            layers = tuple(f"{b.layer}." if b.layer else "" for b in self._blocks(model))
+            norms = {name: norm for name, norm in norms.items() if name.startswith(layers)}
+        return [f"{name}.{parameter}" for name, norm in norms.items() for parameter, _ in norm.named_parameters()]
+
+    def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
+        """Make one bottleneck for each host."""
+        places = self._places(model) if self.target_modules is None else {}
+        made: dict[str, Adapter] = {}
+        for name, module in hosts.items():
+            kind, width = places.get(name) or (SeriesBottleneck, widths(name, module)[1])
+            made[name] = kind(width, width, self._shape(), tensor_options(module), seed, name)
+        return made
+
+    def _blocks(self, model: nn.Module) -> list[Block]:
+        places = set(self.placement or ())
+        kinds: list[Literal["attention", "mlp"]] = []
+        if places & {"attention", "layer"}:
+            kinds.append("attention")
+        if places & {"mlp", "mlp_input"}:
+            kinds.append("mlp")
+        return find_blocks(model, kinds, self.layers)
+
+    def _places(self, model: nn.Module) -> dict[str, tuple[type[Bottleneck], int]]:
+        """Return, by name of the host, on which side of it the adapter is, and its width."""
+        found: dict[str, tuple[type[Bottleneck], int]] = {}
+        for block in self._blocks(model):
+            if block.kind in (self.placement or ()):
+                found[block.last] = (SeriesBottleneck, block.width)
+            if block.kind == "mlp" and "mlp_input" in (self.placement or ()):
+                for name in block.inputs or (block.first,):
+                    if name in found:
+                        raise PEFTError(
+                            f"SeriesAdapter: {name!r} is one module, which cannot have an adapter on both sides. Give "
+                            "'mlp' or 'mlp_input' as placement."
+                        )
+                    found[name] = (InputBottleneck, block.width)
+            if "layer" in (self.placement or ()):
+                found[block.layer] = (SeriesBottleneck, block.width)
+        return found
+
+
+def _any(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())

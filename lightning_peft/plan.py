@@ -1,0 +1,125 @@
+"""What methods want of a model, worked out before anything in it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapter import CHILD, Adapter, base_parameters, base_tensors, clean_name
+from lightning_peft.errors import PEFTError
+from lightning_peft.method import PEFTMethod
+from lightning_peft.select import match_names, named_modules, require_matches
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What methods want of a model."""
+
+    modules: dict[str, nn.Module]
+    """The modules to adapt."""
+    adapters: dict[str, Adapter]
+    hosts: dict[str, int]
+    """Position of the method, by module."""
+    chosen: tuple[str, ...]
+    """The parameters to train that no module trained whole holds."""
+
+
+def make_plan(model: nn.Module, methods: Sequence[PEFTMethod], whole: dict[str, nn.Module], seed: int) -> Plan:
+    """Make the adapters, in the model's order, without attaching them."""
+    inside = {id(part) for module in whole.values() for part in module.modules()}
+    modules: dict[str, nn.Module] = {}
+    adapters: dict[str, Adapter] = {}
+    owners: dict[str, int] = {}
+    chosen: set[str] = set()
+    for position, method in enumerate(methods):
+        selected = method.select(model)
+        hosts = {host: module for host, module in selected.items() if id(module) not in inside}
+        trained = list(method.trained(model))
+        if not hosts and not trained:
+            reason = "train_also trains every module that it selects whole" if selected else "it selects nothing"
+            raise PEFTError(f"{method} has nothing to do in this {type(model).__name__}: {reason}.")
+        if twice := [host for host in hosts if host in owners]:
+            other = methods[owners[twice[0]]]
+            raise PEFTError(
+                f"{type(other).__name__} and {type(method).__name__} would both adapt {twice[0]!r}; a module takes one "
+                "adapter. Give one of them other target_modules, or exclude_modules."
+            )
+        modules.update(hosts)
+        owners.update(dict.fromkeys(hosts, position))
+        adapters.update(method.adapters(model, hosts, seed) if hosts else {})
+        chosen.update(trained)
+    order = [host for host in named_modules(model) if host in owners]
+    names = [n for n in base_parameters(model) if n in chosen - parameter_names(whole)]
+    return Plan(modules, {h: adapters[h] for h in order}, {h: owners[h] for h in order}, tuple(names))
+
+
+def planned_shapes(
+    model: nn.Module, methods: Sequence[PEFTMethod], name: str, train_also: Sequence[str]
+) -> tuple[dict[str, torch.Size], set[str]]:
+    """Return the shapes of the tensors that an adapter would have in ``model``, by name, and which are buffers.
+
+    Raises:
+        PEFTError: As :func:`inject`.
+    """
+    whole = whole_modules(model, train_also)
+    plan = make_plan(model, methods, whole, seed=0)
+    shapes: dict[str, torch.Size] = {}
+    buffers: set[str] = set()
+    seen: set[int] = set()
+    for host, adapter in plan.adapters.items():
+        for key, tensor in adapter.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                full = ".".join(part for part in (host, CHILD, name, key) if part)
+                shapes[full] = tensor.shape
+                buffers |= set() if isinstance(tensor, nn.Parameter) else {full}
+    trained = {*plan.chosen, *parameter_names(whole)}
+    return {**shapes, **{key: tensor.shape for key, tensor in changing_tensors(model, trained).items()}}, buffers
+
+
+def changing_tensors(model: nn.Module, trained: set[str]) -> dict[str, Tensor]:
+    """Return the tensors that change when the parameters ``trained`` are: they, and running statistics beside them."""
+    base = base_tensors(model)
+    norms = {
+        name
+        for name, module in named_modules(model).items()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        if any(f"{name}.{parameter}".lstrip(".") in trained for parameter in module._parameters)
+    }
+    return {name: t for name, t in base.items() if name in trained or name.rpartition(".")[0] in norms}
+
+
+def whole_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the outermost modules that ``patterns`` (``train_also``) name.
+
+    Raises:
+        PEFTError: A pattern matches nothing, or a module has no parameters, or shares one with a module outside.
+    """
+    modules = named_modules(model)
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    require_matches(patterns, modules, "train_also")
+    names = set().union(*(match_names(pattern, modules) for pattern in patterns))
+    outermost = {n: modules[n] for n in modules if n in names and not any(n.startswith(f"{o}.") for o in names)}
+    owners: dict[int, set[str]] = {}
+    for module_name, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(module_name)
+    for module_name, module in outermost.items():
+        if not any(True for _ in module.parameters()):
+            raise PEFTError(f"train_also: {module_name!r} ({type(module).__name__}) has no parameters to train.")
+        for parameter in module.parameters():
+            outside = [o for o in owners[id(parameter)] if o != module_name and not o.startswith(f"{module_name}.")]
+            if outside:
+                raise PEFTError(
+                    f"train_also: {module_name!r} shares a parameter with {outside[0]!r}, which would be trained with "
+                    "it. Untie them first, or adapt the module by naming it in target_modules."
+                )
+    return outermost
+
+
+def parameter_names(modules: dict[str, nn.Module]) -> set[str]:
+    """Return the full names of all parameters of ``modules``."""
+    return {clean_name(name) for prefix, module in modules.items() for name, _ in module.named_parameters(prefix)}

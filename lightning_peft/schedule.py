@@ -1,0 +1,47 @@
+"""Schedules of methods: what they do to adapters after each optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from lightning_peft.adapter import Adapter, slots
+from lightning_peft.errors import PEFTError
+from lightning_peft.method import PEFTMethod
+from lightning_peft.registry import registries
+
+
+def has_schedule(methods: Sequence[PEFTMethod]) -> bool:
+    """Whether one of ``methods`` does something after each step."""
+    return any(type(method).after_step is not PEFTMethod.after_step for method in methods)
+
+
+def known_steps(methods: Sequence[PEFTMethod], count: float) -> int | None:
+    """Return the number of optimizer steps of a run, ``count``, or ``None`` if that is infinite.
+
+    Raises:
+        PEFTError: It is infinite, and a method cannot do without it.
+    """
+    if math.isfinite(count):
+        return int(count)
+    for method in methods:
+        if method.needs_total_steps:
+            raise PEFTError(
+                f"{type(method).__name__} divides the run's optimizer steps among its phases, but their number is not "
+                "known: the Trainer has neither max_steps nor max_epochs, or the data no length. Set max_steps."
+            )
+    return None
+
+
+def after_step(model: nn.Module, step: int, total_steps: int | None) -> None:
+    """Let the methods of the active adapters of ``model`` do what they do after optimizer step ``step``."""
+    for _, root, registry in registries(model):
+        for position, method in enumerate(registry.methods[registry.active]):
+            adapters: dict[str, Adapter] = {}
+            for host, _, slot in slots(root):
+                adapter = slot.active_adapter
+                if adapter is not None and registry.hosts[slot.active][host] == position:
+                    adapters[host] = adapter
+            method.after_step(adapters, step, total_steps)
