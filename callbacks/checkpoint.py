@@ -6,9 +6,11 @@ from weakref import proxy
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed import all_gather_object
 
 from lightning_peft.checkpoint import AdapterDirectory
 from lightning_peft.errors import PEFTError
+from lightning_peft.formats.files import restore_all_interrupted
 from lightning_peft.strategy import PEFTStrategy
 
 
@@ -18,15 +20,19 @@ class AdapterCheckpoint(ModelCheckpoint):
     A directory is at once a Lightning checkpoint (``trainer.fit(ckpt_path=directory)`` resumes from it) and an adapter
     in HF PEFT's format (``peft.PeftModel.from_pretrained(base, directory)`` and ``load_adapter`` read it). It is
     written beside its place and moved there when it is whole.
+
+    ``trainer.fit(ckpt_path="last")`` resumes from the newest ``last`` in ``dirpath`` or starts anew if there is none,
+    so that a command can be given again as it is. It takes ``save_last=True`` and a ``dirpath`` that all nodes share.
     """
 
     FILE_EXTENSION = ""
+    _found_last = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that there will be adapters to write.
+        """Check that there will be adapters to write, and that either all processes resume or none.
 
         Raises:
-            PEFTError: The trainer's strategy is no ``PEFTStrategy``.
+            PEFTError: The trainer's strategy is no ``PEFTStrategy``, or some processes found no checkpoint to resume.
         """
         if not isinstance(trainer.strategy, PEFTStrategy):
             raise PEFTError(
@@ -34,6 +40,35 @@ class AdapterCheckpoint(ModelCheckpoint):
                 "Use Trainer(strategy=PEFTStrategy(...)), or ModelCheckpoint."
             )
         super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._compare(trainer, int(self._found_last), "found")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that all processes begin at the same step.
+
+        Raises:
+            PEFTError: They do not.
+        """
+        super().on_train_start(trainer, pl_module)
+        self._compare(trainer, trainer.global_step, "of step")
+
+    def _compare(self, trainer: pl.Trainer, number: int, what: str) -> None:
+        # Every process looks for the last checkpoint by itself; if they differ, they train apart until one hangs.
+        numbers = [number] * trainer.world_size
+        if trainer.world_size > 1:
+            all_gather_object(numbers, number)
+        if len(set(numbers)) > 1:
+            raise PEFTError(
+                f"The processes would not resume from one checkpoint. Checkpoints {what}, by rank: {numbers}. Give a "
+                f"dirpath on a file system that all nodes share; here it is {self.dirpath}."
+            )
+
+    def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
+        # After a crash in the moment of a replacement, Lightning would find no checkpoint and start anew.
+        restore_all_interrupted(self._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
+        paths = super()._find_last_checkpoints(trainer)
+        self._found_last = bool(paths)
+        return paths
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         # The one place that decides what is written; otherwise the body of the method that it replaces.

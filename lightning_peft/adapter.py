@@ -6,7 +6,7 @@ The host keeps its class, its object, its parameters and their names. This is th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,10 @@ class Adapter(nn.Module):
 
     mergeable: bool = False
     """Whether :meth:`fold` gives a weight with the same effect as the adapter."""
+    adds_bias: bool = False
+    """Whether :meth:`fold` gives a bias to a host without one."""
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
+    """Which dimension of a parameter runs over the host's ``"in"`` or ``"out"`` features, for hosts that are split."""
 
     def before(
         self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -87,7 +91,8 @@ class Slot(nn.ModuleDict):
         self.active = ""
         self.merged: dict[str, Any] | None = None
         """While merged: what :mod:`lightning_peft.merge` needs to restore the weights."""
-        self._handle = host.register_forward_hook(self._run, with_kwargs=True)
+        # First of all hooks: beside a layer that tensor parallelism has split, the next one gathers the output.
+        self._handle = host.register_forward_hook(self._run, with_kwargs=True, prepend=True)
         self._handle_before: RemovableHandle | None = None
 
     def _run(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

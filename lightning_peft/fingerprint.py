@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.adapter import base_tensors, slots, unwrap
 from lightning_peft.errors import PEFTError
-from lightning_peft.registry import registries
+from lightning_peft.registry import own_registry, registries
 from lightning_peft.select import named_modules, transformers_models
+from lightning_peft.sharding import whole
 
 _MODULES = 64
 _SAMPLES = 4
@@ -28,16 +30,40 @@ def describe_base(model: nn.Module, prefix: str = "") -> dict[str, Any]:
 
     Args:
         model: A model with adapters.
-        prefix: The part of it that is the base.
+        prefix: The part of it to describe; names of samples are relative to it.
     """
-    trained = _before_training(model)
-    model = unwrap(model).get_submodule(prefix)
-    named = next(iter(transformers_models(model).values()), model)
+    model = unwrap(model)
+    part = model.get_submodule(prefix)
+    named = next(iter(transformers_models(part).values()), part)
+    recorded = _recorded(model, prefix)
     return {
-        "class": type(named).__name__,
+        "class": _class_name(named),
         "name_or_path": str(getattr(getattr(named, "config", None), "_name_or_path", "") or ""),
-        "samples": _samples(model, trained),
+        "samples": _samples(part, _before_training(model)) if recorded is None else recorded,
     }
+
+
+def record_base(model: nn.Module) -> None:
+    """Keep samples of the weights with the adapters, for when no process can read them alone any more.
+
+    Every process that holds a piece of the weights has to call it.
+    """
+    for _, root, registry in registries(model):
+        if registry.samples is None:
+            registry.samples = _samples(root, _before_training(root), gather=True)
+
+
+def _recorded(model: nn.Module, prefix: str = "") -> dict[str, list[float]] | None:
+    registry = own_registry(model)
+    if registry is None or registry.samples is None:
+        return None
+    lead = f"{prefix}." if prefix else ""
+    return {name.removeprefix(lead): v for name, v in registry.samples.items() if name.startswith(lead)}
+
+
+def _class_name(module: nn.Module) -> str:
+    """Return the name of the class that the module had before FSDP2 made a class of its own for it."""
+    return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def refuse_other_base(model: nn.Module, saved: Mapping[str, Any], source: str, prefix: str = "") -> None:
@@ -48,7 +74,10 @@ def refuse_other_base(model: nn.Module, saved: Mapping[str, Any], source: str, p
     """
     present = describe_base(model, prefix)
     theirs = saved.get("samples", {})
-    ours = _samples(unwrap(model).get_submodule(prefix), _before_training(model), list(theirs))
+    model = unwrap(model)
+    ours = _recorded(model, prefix)
+    if ours is None:
+        ours = _samples(model.get_submodule(prefix), _before_training(model), list(theirs))
     pairs = [pair for name in ours.keys() & theirs.keys() for pair in zip(ours[name], theirs[name], strict=False)]
     norm = math.sqrt(sum(b * b for _, b in pairs))
     distance = math.sqrt(sum((a - b) ** 2 for a, b in pairs))
@@ -67,7 +96,7 @@ def _name(base: Mapping[str, Any]) -> str:
 
 
 def _samples(
-    model: nn.Module, trained: Mapping[int, Tensor], names: Sequence[str] | None = None
+    model: nn.Module, trained: Mapping[int, Tensor], names: Sequence[str] | None = None, gather: bool = False
 ) -> dict[str, list[float]]:
     """Return a few elements of the weights of the adapted modules, or of ``names``, as they are without adapters.
 
@@ -85,9 +114,9 @@ def _samples(
         weight = trained.get(id(present), slot.merged["weight"] if slot and slot.merged else present)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or not weight.numel():
             continue
-        if weight.is_meta or isinstance(weight, DTensor):
+        if weight.is_meta or (isinstance(weight, DTensor) and not gather):
             continue
-        flat = weight.detach().flatten()
+        flat = whole(weight).flatten()
         positions = [flat.numel() * (2 * k + 1) // (2 * _SAMPLES) for k in range(_SAMPLES)]
         found[name] = flat[torch.tensor(positions, device=flat.device)].to("cpu", torch.float32).tolist()
     return found

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.adapter import (
@@ -33,6 +33,7 @@ def inject(
     name: str = "default",
     train_also: Sequence[str] = (),
     seed: int | None = None,
+    allow_sharded: bool = False,
 ) -> list[str]:
     """Freeze ``model`` and attach the adapters of ``method`` to it; the first adapter injected becomes active.
 
@@ -46,6 +47,8 @@ def inject(
         name: Name of this adapter.
         train_also: Patterns of modules to train whole and to save with the adapter, such as a classification head.
         seed: Seed of the initial values; ``torch.initial_seed()`` if not given.
+        allow_sharded: Accept a model whose parameters are sharded (DTensor). The caller then has to keep the adapters
+            equal between processes, as ``PEFTStrategy`` does.
 
     Returns:
         The names of the adapted modules, then those of the base's parameters that the method trains.
@@ -60,6 +63,8 @@ def inject(
         return [*registry.hosts[name], *registry.chosen]
     whole = whole_modules(model, train_also)
     _check_state(model, registry, name, whole)
+    if not allow_sharded:
+        _refuse_sharded(model)
     prepared = prepare(model, methods, whole, torch.initial_seed() if seed is None else seed)
     if registry is not None and prepared.chosen:
         raise PEFTError(
@@ -132,8 +137,7 @@ def _freeze(model: nn.Module, name: str, whole: dict[str, nn.Module], chosen: Se
     for parameter_name in trained:
         parameters[parameter_name].requires_grad_(True)
     for tensor_name, tensor in changing_tensors(model, trained).items():
-        # In host memory: with full fine-tuning this is a copy of the whole model.
-        registry.whole[tensor_name] = tensor.detach().to("meta" if tensor.is_meta else "cpu", copy=True)
+        registry.whole[tensor_name] = _copy(tensor.detach())
     keep(model, registry)
     return registry
 
@@ -159,6 +163,14 @@ def _check_state(model: nn.Module, registry: Registry | None, name: str, whole: 
             "or call eject(model) first."
         )
     refuse_merged(model, "inject")
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    # In host memory: with full fine-tuning this is a copy of the whole model.
+    return tensor.clone() if tensor.is_meta or isinstance(tensor, DTensor) else tensor.to("cpu", copy=True)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
     for parameter_name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) or "_fsdp_wrapped_module" in parameter_name:
             raise PEFTError(

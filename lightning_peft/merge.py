@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lightning_peft.adapter import Adapter, Slot, slots, unwrap
 from lightning_peft.errors import PEFTError
 from lightning_peft.inject import remove
 from lightning_peft.registry import required
 from lightning_peft.select import transformers_models
+from lightning_peft.sharding import local_part, whole, write
 from lightning_peft.weights import as_matrix, as_stored, read_matrix, weight_of
 
 _Host = tuple[str, nn.Module, Slot, Adapter]
@@ -45,7 +49,12 @@ class MergeReport:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
+def merge(
+    model: nn.Module,
+    *,
+    unload: bool = False,
+    gathered: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
+) -> MergeReport:
     """Fold the active adapters into the weights they adapt, computed in at least float32.
 
     A weight that is tied to another module's is untied first (its twin keeps the old values). Merging a merged model
@@ -55,15 +64,17 @@ def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
         model: A model with adapters.
         unload: Also remove the adapters for good, and keep no copies: the model is a plain one with the adapters'
             effect in its weights.
+        gathered: For weights that are in pieces in a way of their own (FSDP1, ZeRO-3): a context in which the
+            parameters of the module that it is called with are whole. The strategy passes it.
 
     Raises:
-        PEFTError: There are no adapters; one holds NaN or infinity; or ``unload`` and one cannot be merged. No weight
-            has changed.
+        PEFTError: There are no adapters; one holds NaN or infinity; ``unload`` and one cannot be merged; or a weight
+            that would have to be untied is in pieces. No weight has changed.
     """
     roots = required(model)
     active = [(n, h, s, a) for n, h, s in slots(unwrap(model)) if isinstance(a := s.active_adapter, Adapter)]
-    todo = [found for found in active if found[3].mergeable]
-    kept = tuple(name for name, _, _, adapter in active if not adapter.mergeable)
+    todo = [found for found in active if _can_merge(found[1], found[3], gathered is not nullcontext)]
+    kept = tuple(name for name, _, slot, _ in active if not any(slot is found[2] for found in todo))
     if unload and kept:
         raise PEFTError(
             f"merge(unload=True): the adapter of {kept[0]!r} cannot be merged, so removing it would change the "
@@ -71,11 +82,15 @@ def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
         )
     _refuse_non_finite(todo)
     shared = _shared_weights(model)
+    if any(isinstance(weight_of(host), DTensor) for _, host, _, _ in todo):
+        refuse_ties(model)
+    if gathered is nullcontext:
+        _refuse_pieces(todo)
     losses: dict[str, float] = {}
     for name, host, slot, adapter in todo:
         if slot.merged is None:
             untie = id(weight_of(host)) in shared
-            losses[name], slot.merged = _merge_host(host, adapter, untie)
+            losses[name], slot.merged = _merge_host(host, adapter, untie, gathered)
             if untie:
                 slot.merged["tied"] = _declare_untied(model)
     if unload:
@@ -103,11 +118,11 @@ def unmerge(model: nn.Module) -> None:
             for config in slot.merged["tied"]:
                 config.tie_word_embeddings = True
         else:
-            weight_of(host).copy_(old)
+            local_part(weight_of(host)).copy_(old)
         if slot.merged.get("added_bias"):
             host.register_parameter("bias", None)
         elif slot.merged["bias"] is not None:
-            host.get_parameter("bias").copy_(slot.merged["bias"])
+            local_part(host.get_parameter("bias")).copy_(slot.merged["bias"])
         slot.merged = None
 
 
@@ -116,26 +131,69 @@ def is_merged(model: nn.Module) -> bool:
     return any(slot.merged is not None for _, _, slot in slots(unwrap(model)))
 
 
-def _merge_host(host: nn.Module, adapter: Adapter, untie: bool) -> tuple[float, dict[str, Any]]:
-    """Merge one host and return the loss and what restores it."""
+def refuse_ties(model: nn.Module) -> None:
+    """Raise :class:`PEFTError` if merging would have to untie a weight, which cannot be done when it is in pieces."""
+    shared = _shared_weights(model)
+    for name, host, slot in slots(unwrap(model)):
+        weight = host._parameters.get("weight")
+        mergeable = isinstance(slot.active_adapter, Adapter) and slot.active_adapter.mergeable
+        if mergeable and id(weight) in shared:
+            raise PEFTError(
+                f"{name!r} is adapted and shares its weight with another module. A sharded weight cannot be untied to "
+                "merge the adapter: leave the module out with exclude_modules, or set merge_on_train_end=False."
+            )
+
+
+def _can_merge(host: nn.Module, adapter: Adapter, in_pieces: bool) -> bool:
+    if not adapter.mergeable:
+        return False
+    # A parameter that comes new into a sharded module belongs to no shard.
+    adds_bias = adapter.adds_bias and host._parameters.get("bias") is None
+    return not (adds_bias and (in_pieces or isinstance(weight_of(host), DTensor)))
+
+
+def _refuse_pieces(hosts: Sequence[_Host]) -> None:
+    for name, host, _, _ in hosts:
+        if isinstance(host, nn.Linear) and weight_of(host).shape != (host.out_features, host.in_features):
+            raise PEFTError(
+                f"The weight of {name!r} is in pieces on several processes ({list(weight_of(host).shape)} here), so it "
+                "cannot be merged into. The strategy does it at the end of training; or load the adapter into the base "
+                "model in one process and merge there."
+            )
+
+
+def _merge_host(
+    host: nn.Module, adapter: Adapter, untie: bool, gathered: Callable[[nn.Module], AbstractContextManager[Any]]
+) -> tuple[float, dict[str, Any]]:
+    """Merge one host and return the loss and what restores it: each process keeps what it holds of the weight."""
     weight, bias = weight_of(host), host._parameters.get("bias")
-    before = read_matrix(host)
-    after, new_bias = adapter.fold(before, None if bias is None else bias.detach())
-    stored = as_stored(host, after)
-    change = torch.linalg.vector_norm(after - before)
-    lost = torch.linalg.vector_norm(as_matrix(host, stored) - after)
-    backup: dict[str, Any] = {"weight": weight if untie else weight.detach().to("cpu", copy=True), "bias": None}
-    if untie:
-        host.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
-    else:
-        weight.copy_(stored)
-    if bias is None and new_bias is not None:
-        host.bias = nn.Parameter(new_bias.to(weight), requires_grad=False)
-        backup["added_bias"] = True
-    elif bias is not None and new_bias is not None and new_bias is not bias and not torch.equal(new_bias, bias):
-        backup["bias"] = bias.detach().to("cpu", copy=True)
-        bias.copy_(new_bias)
+    old_bias = None if bias is None else local_part(bias).to("cpu", copy=True)
+    backup: dict[str, Any] = {"weight": weight if untie else local_part(weight).to("cpu", copy=True), "bias": None}
+    with gathered(host):
+        before = read_matrix(host)
+        whole_bias = None if bias is None else whole(bias)
+        after, new_bias = _whole_adapter(adapter).fold(before, whole_bias)
+        stored = as_stored(host, after)
+        change = torch.linalg.vector_norm(after - before)
+        lost = torch.linalg.vector_norm(as_matrix(host, stored) - after)
+        if untie:
+            host.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
+        else:
+            write(weight, stored)
+        if whole_bias is None and new_bias is not None:
+            host.bias = nn.Parameter(new_bias.to(weight), requires_grad=False)
+            backup["added_bias"] = True
+        elif whole_bias is not None and new_bias is not None and not torch.equal(new_bias, whole_bias):
+            backup["bias"] = old_bias
+            write(cast(nn.Parameter, bias), new_bias)
     return float(lost / change) if change > 0 else 0.0, backup
+
+
+def _whole_adapter(adapter: Adapter) -> Adapter:
+    """Return ``adapter``, or a copy of it whose parameters are whole if they are in pieces."""
+    if not any(isinstance(p, DTensor) for p in adapter.parameters()):
+        return adapter
+    return copy.deepcopy(adapter, {id(p): nn.Parameter(whole(p), requires_grad=False) for p in adapter.parameters()})
 
 
 def _refuse_non_finite(hosts: Sequence[_Host]) -> None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_peft.adapter import CHILD, clean_name
 from lightning_peft.errors import PEFTError
 from lightning_peft.param_groups import drop_groups, learning_rate_ratios, split_groups
+from lightning_peft.sharding import like
 from lightning_peft.state import adapter_parameters_and_whole
 
 
@@ -113,7 +114,12 @@ def state_by_position(optimizer: Optimizer, saved: Mapping[str, Any], model: nn.
             "training would go on with zero moments. Resume from another checkpoint, or load the adapter with "
             "load_adapter and start anew."
         )
-    state = {position: saved["state"][name] for position, name in enumerate(names) if saved["state"][name]}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        position: {key: _placed_like(parameter, value) for key, value in saved["state"][name].items()}
+        for position, (name, parameter) in enumerate(zip(names, parameters, strict=True))
+        if saved["state"][name]
+    }
     return {**saved, "state": state, "param_groups": groups}
 
 
@@ -132,6 +138,11 @@ def state_elements(optimizer: Optimizer) -> int | None:
     except Exception:  # an optimizer of someone else's, whose constructor is not torch's
         return None
     return sum(v.numel() for v in twin.state[probe].values() if isinstance(v, torch.Tensor)) // probe.numel()
+
+
+def _placed_like(parameter: nn.Parameter, value: Any) -> Any:
+    """Return an optimizer state's entry, if it has one element per element of ``parameter``, in pieces as that is."""
+    return like(parameter, value) if isinstance(value, torch.Tensor) and value.shape == parameter.shape else value
 
 
 def _forgotten(model: nn.Module, homes: Mapping[int, Any]) -> Iterator[tuple[str, nn.Parameter]]:

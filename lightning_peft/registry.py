@@ -31,6 +31,8 @@ class Registry:
     """Parameters trained whole, by ``train_also`` or by a method: the values they had before."""
     requires_grad: dict[str, bool] = field(default_factory=dict)
     """``requires_grad`` of the base's parameters before the injection."""
+    samples: dict[str, list[float]] | None = None
+    """Samples of the base's weights, for when no process has them whole: see ``fingerprint.record_base``."""
 
 
 def registries(model: nn.Module) -> Iterator[tuple[str, nn.Module, Registry]]:

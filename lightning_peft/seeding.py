@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_peft.sharding import write
+
 
 def fill(parameter: Tensor, seed: int, name: str, init: Callable[[Tensor, torch.Generator], object]) -> None:
     """Set ``parameter`` to what ``init`` draws from a private generator seeded by ``(seed, name)``.
@@ -22,4 +24,4 @@ def fill(parameter: Tensor, seed: int, name: str, init: Callable[[Tensor, torch.
     values = torch.empty(parameter.shape, dtype=torch.float32)
     with torch.no_grad():
         init(values, generator)
-        parameter.copy_(values)
+    write(parameter, values)

@@ -15,6 +15,7 @@ from lightning_peft.fingerprint import describe_base, refuse_other_base
 from lightning_peft.inject import refuse_merged
 from lightning_peft.method import PEFTMethod
 from lightning_peft.registry import registries, required
+from lightning_peft.sharding import write
 
 _VERSION = 1
 _SHOWN = 5
@@ -76,7 +77,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], sourc
     check_tensors({name: p.shape for name, p in parameters.items()}, state, source)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(state[name])
+            write(parameter, state[name])
 
 
 def check_tensors(shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor], source: str) -> None:

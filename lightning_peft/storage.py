@@ -33,6 +33,7 @@ from lightning_peft.parts import is_lightning_module, parts_of
 from lightning_peft.prepare import prepared_shapes
 from lightning_peft.registry import registries, required
 from lightning_peft.select import transformers_models
+from lightning_peft.sharding import write
 from lightning_peft.state import (
     adapter_parameters_and_whole,
     adapter_state_dict,
@@ -201,7 +202,7 @@ class _Load:
         parameters = adapter_parameters_and_whole(self.model)
         with torch.no_grad():
             for key, tensor in self.tensors.items():
-                parameters[key].copy_(tensor)
+                write(parameters[key], tensor)
 
 
 def _present(model: nn.Module, prefix: str, adapter: str) -> tuple[PEFTMethod, ...] | None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -24,10 +25,12 @@ from torch.optim import Optimizer
 
 from lightning_peft import checkpoint as files
 from lightning_peft.adapter import adapter_parameters
-from lightning_peft.bases import PREFIX, base_names, strategy_from_name
-from lightning_peft.bases.auto import choose_strategy
+from lightning_peft.base_weights import Gathered, load_base_weights
+from lightning_peft.bases import PREFIX, base_names, behaviour, strategy_from_name
+from lightning_peft.bases.auto import AUTO, SINGLE_DEVICE, choose_strategy
 from lightning_peft.bases.spawn import PEFTMultiProcessingLauncher
 from lightning_peft.errors import PEFTError
+from lightning_peft.formats.distributed import split_values
 from lightning_peft.inject import inject
 from lightning_peft.merge import is_merged, merge, unmerge
 from lightning_peft.method import PEFTMethod, methods_of, registered_methods
@@ -35,7 +38,8 @@ from lightning_peft.optim import restrict_to_trainable, state_by_name, state_by_
 from lightning_peft.registry import registries
 from lightning_peft.schedule import after_step, has_schedule, known_steps
 from lightning_peft.select import transformers_models
-from lightning_peft.state import adapter_state_dict
+from lightning_peft.sharding import map_tensors, whole
+from lightning_peft.state import adapter_parameters_and_whole, adapter_state_dict
 
 # Beyond it a merge is reported as a warning. bfloat16 weights lose 3 to 20 % of a typical adapter.
 _MERGE_LOSS_WARNING = 0.01
@@ -58,7 +62,16 @@ class PEFTStrategy(Strategy):
         train_also: Patterns of modules to train whole and to save with the adapter, such as a classification head.
         train_mode: Put transformers models, which arrive in eval mode, into train mode when fit starts: in eval mode
             their dropout is off and gradient checkpointing does nothing.
+        base_weights: A directory of safetensors that ``save_pretrained`` wrote, for a model that was built without
+            weights (``trainer.init_module(empty_init=True)`` in ``configure_model``): they are loaded at ``setup``, one
+            tensor at a time and by each process its own part.
     """
+
+    _base_class: ClassVar[type[Strategy] | None] = None
+    _takes_sharded: ClassVar[bool] = False
+    """Whether adapters of a model that is sharded already are kept equal between processes."""
+    _gathered: Gathered = staticmethod(nullcontext)  # type: ignore[assignment]
+    """Called with a module, makes a context in which its parameters are whole."""
 
     def __new__(
         cls,
@@ -69,9 +82,10 @@ class PEFTStrategy(Strategy):
         checkpoint: Literal["adapter", "full"] = "adapter",
         train_also: list[str] | str | None = None,
         train_mode: bool = True,
+        base_weights: str | None = None,
     ) -> PEFTStrategy:
         """Make an instance of the class for ``base``. The signature is ``__init__``'s: jsonargparse reads this one."""
-        if base == "auto":
+        if base in (AUTO, SINGLE_DEVICE):
             placeholder: PEFTStrategy = object.__new__(PEFTStrategy)  # type: ignore[type-abstract]
             Strategy.__init__(placeholder)
             # What the Trainer's connector sets if it is there; `_configure_launcher` hands it on.
@@ -96,15 +110,18 @@ class PEFTStrategy(Strategy):
         checkpoint: Literal["adapter", "full"] = "adapter",
         train_also: list[str] | str | None = None,
         train_mode: bool = True,
+        base_weights: str | None = None,
     ) -> None:
         # `__new__` has taken over the state of `base`: its own __init__ must not run again.
         self.methods = methods_of(method)
+        self._base_name = base if isinstance(base, str) else type(base).__name__
         if checkpoint not in ("adapter", "full"):
             raise PEFTError(f"checkpoint={checkpoint!r} was given; it is 'adapter' or 'full'.")
         self._full_checkpoints = checkpoint == "full"
         self._merge_on_train_end = merge_on_train_end
         self._train_also = [train_also] if isinstance(train_also, str) else list(train_also or ())
         self._train_mode = train_mode
+        self._base_weights = base_weights
         self._is_set_up = False
         self._held_back: tuple[Mapping[str, Any], bool] | None = None
         self._total_steps: int | None = None
@@ -112,13 +129,13 @@ class PEFTStrategy(Strategy):
 
     def __reduce__(self) -> Any:
         # The class is made at run time, so pickle cannot find it by name; spawned workers get it from its base.
-        return _rebuild, (_base_of(type(self)),), self.__getstate__()
+        return _rebuild, (self._base_class,), self.__getstate__()
 
     def _configure_launcher(self) -> None:
-        # The last call of the Trainer's connector, and the first moment at which "auto" can be decided.
+        # The last call of the Trainer's connector, and the first moment at which the devices are known.
         if type(self) is PEFTStrategy:
-            known = self.__dict__
-            self._become(choose_strategy(self.accelerator, known["parallel_devices"], known["num_nodes"]))
+            devices, num_nodes = self.__dict__["parallel_devices"], self.__dict__["num_nodes"]
+            self._become(choose_strategy(self._base_name, self.accelerator, devices, num_nodes))
         super()._configure_launcher()
         if isinstance(self._launcher, _MultiProcessingLauncher):
             self._launcher = PEFTMultiProcessingLauncher(self, self._launcher._start_method)  # type: ignore[arg-type]
@@ -171,7 +188,8 @@ class PEFTStrategy(Strategy):
             )
         if not present:
             # One seed for all ranks: without it each would start from other values where nothing broadcasts them.
-            inject(module, self.methods, train_also=self._train_also, seed=self.broadcast(torch.initial_seed()))
+            seed = self.broadcast(torch.initial_seed())
+            inject(module, self.methods, train_also=self._train_also, seed=seed, allow_sharded=self._takes_sharded)
 
     def inject_in_main_process(self) -> None:
         """Inject where no ``setup`` ran: the process that spawned the workers."""
@@ -189,6 +207,11 @@ class PEFTStrategy(Strategy):
             return files.read_directory(checkpoint_path, weights_only)
         return super().load_checkpoint(checkpoint_path, weights_only)
 
+    def _load_base_weights(self) -> None:
+        """Load the frozen weights, if they are to come from files."""
+        if self._base_weights is not None:
+            load_base_weights(self._module, self._base_weights, gathered=self._gathered)
+
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load adapter state; strict about adapters whatever ``strict`` says.
 
@@ -204,7 +227,7 @@ class PEFTStrategy(Strategy):
             self._held_back = (dict(checkpoint), strict)
             return
         unmerge(self._module)
-        files.apply(checkpoint, self._module, strict)
+        files.apply(checkpoint, self._module, strict, self._gathered)
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Set the base strategy up, with the adapters injected on the way.
@@ -226,19 +249,63 @@ class PEFTStrategy(Strategy):
             super().setup(trainer)
         finally:
             del plugin.convert_module
+        self._refuse_unserved()
+
+    def _refuse_unserved(self) -> None:
+        """Check that the base strategy went the way of Lightning's own.
+
+        Raises:
+            PEFTError: It is a strategy of the user's that leaves out a call.
+        """
+        held = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        for missing, call in (
+            (not self._is_set_up, "self.precision_plugin.convert_module(self.model)"),
+            (any(not p.requires_grad for p in held), "self.setup_optimizers(trainer)"),
+        ):
+            if missing:
+                raise PEFTError(
+                    f"The base strategy {self._base_name} does not call {call} in setup, where adapters are injected "
+                    "and optimizers restricted. Call it there, or call super().setup(trainer)."
+                )
 
     def _prepare(self, trainer: pl.Trainer) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING
         self.inject()
+        self._place_adapters()
+        self._refuse_different_ranks()
         if fitting or self._held_back is not None:
             unmerge(self._module)
         if self._held_back is not None:
-            files.apply(self._held_back[0], self._module, self._held_back[1])
+            checkpoint, strict = self._held_back
+            files.apply(checkpoint, self._module, strict, self._gathered)
             self._held_back = None
         self._is_set_up = True
         if fitting:
             self._stepped.clear()
             self._set_modes()
+
+    def _place_adapters(self) -> None:
+        """Put the adapters where they belong, before the base strategy moves or wraps the module."""
+        self._load_base_weights()
+
+    def _refuse_different_ranks(self) -> None:
+        """Check that every process trains the same adapters: a collective over different ones would hang or mix them.
+
+        Raises:
+            PEFTError: One does not; raised on every process.
+        """
+        shapes = {name: list(p.shape) for name, p in adapter_parameters_and_whole(self._module).items()}
+        first = self.broadcast(shapes)
+        differing = sorted(n for n in first.keys() | shapes.keys() if first.get(n) != shapes.get(n))
+        count = self.reduce(torch.tensor(float(bool(differing)), device=self.root_device), reduce_op="sum")
+        if count:
+            name = next(iter(differing), None)
+            where = (
+                f"here {name!r} is {shapes.get(name)}, on rank 0 {first.get(name)}" if name else "see the other ranks"
+            )
+            raise PEFTError(
+                f"{int(count)} processes have other adapters than rank 0: {where}. Build the same model on each."
+            )
 
     def _set_modes(self) -> None:
         """Put transformers models in train mode, and frozen batch norms in eval mode."""
@@ -294,8 +361,15 @@ class PEFTStrategy(Strategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return adapter state, or everything with ``checkpoint="full"``; a merge is not seen in either."""
         if self._full_checkpoints:
-            return files.unmerged_state_dict(super().lightning_module_state_dict(), self._module)
+            # Where the base strategy gathers a model, it does so for one process only.
+            state = {**super().lightning_module_state_dict(), **adapter_state_dict(self._module)}
+            return files.unmerged_state_dict(state, self._module)
         return dict(adapter_state_dict(self._module))
+
+    @property
+    def _saves_shards(self) -> bool:
+        """Whether the base strategy writes every process's pieces of a checkpoint into one directory."""
+        return False
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the optimizer's state by parameter name."""
@@ -304,7 +378,12 @@ class PEFTStrategy(Strategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint file, or a directory if ``storage_options`` is an ``AdapterDirectory``."""
         files.finish(checkpoint, self._module, self._full_checkpoints)
-        if not isinstance(storage_options, files.AdapterDirectory):
+        directory = isinstance(storage_options, files.AdapterDirectory)
+        if directory or not self._saves_shards:
+            checkpoint = map_tensors(checkpoint, whole)
+        else:
+            split_values(checkpoint)
+        if not directory:
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
         elif self.is_global_zero:
             files.write_directory(checkpoint, filepath, self._module)
@@ -313,7 +392,7 @@ class PEFTStrategy(Strategy):
         """Merge. Lightning calls this last, after every checkpoint has been written."""
         super().on_train_end()
         if self._merge_on_train_end and self._is_real_run() and not is_merged(self._module):
-            report = merge(self._module)
+            report = merge(self._module, gathered=self._gathered)
             (rank_zero_warn if report.largest_loss > _MERGE_LOSS_WARNING else rank_zero_info)(str(report))
 
     def _is_real_run(self) -> bool:
@@ -348,12 +427,9 @@ def register_strategies() -> None:
 
 @cache
 def _class_for(base: type[Strategy]) -> type[PEFTStrategy]:
-    name = f"PEFT{base.__name__}"
-    return type(name, (PEFTStrategy, base), {"__module__": __name__, "__doc__": PEFTStrategy.__doc__})
-
-
-def _base_of(strategy: type[PEFTStrategy]) -> type[Strategy] | None:
-    return None if strategy is PEFTStrategy else strategy.__mro__[2]
+    above, below = behaviour(base)
+    content = {"__module__": __name__, "__doc__": PEFTStrategy.__doc__, "_base_class": base}
+    return type(f"PEFT{base.__name__}", (*above, PEFTStrategy, *below, base), content)
 
 
 def _rebuild(base: type[Strategy] | None) -> PEFTStrategy:

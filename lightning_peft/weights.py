@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.sharding import whole
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is transformers' ``Conv1D``: a linear layer whose weight is stored ``[in, out]``."""
@@ -63,8 +65,8 @@ def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
 
 
 def read_matrix(module: nn.Module) -> Tensor:
-    """Return the weight as ``[out, in]`` in at least float32; not to be written to."""
-    return as_matrix(module, weight_of(module).detach())
+    """Return the whole weight as ``[out, in]`` in at least float32; not to be written to."""
+    return as_matrix(module, whole(weight_of(module)))
 
 
 def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:

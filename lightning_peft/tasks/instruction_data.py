@@ -14,6 +14,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.tasks.answer_loss import IGNORED
 from lightning_peft.tasks.pretrained import load_tokenizer
 from lightning_peft.tasks.records import Record, read_records
+from lightning_peft.tasks.resumable import ResumableLoader
 from lightning_peft.tasks.sampling import LengthGroupedSampler
 
 
@@ -129,7 +130,7 @@ class InstructionData(LightningDataModule):
                 self.examples[split] = self._encode(split)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Training examples, grouped by length and shuffled."""
+        """Training examples, grouped by length and shuffled; resumed within an epoch, those that are left of it."""
         examples = self.examples["train"]
         sampler = LengthGroupedSampler(
             [len(example.prompt_ids) + len(example.answer_ids) for example in examples],
@@ -137,7 +138,9 @@ class InstructionData(LightningDataModule):
             seed=self.seed,
             **(self._trainer().distributed_sampler_kwargs or {}),
         )
-        return self._loader("train", sampler)
+        loader = ResumableLoader(self.examples["train"], sampler=sampler, **self._options())  # type: ignore[arg-type]
+        loader.trainer = self._trainer()
+        return loader
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Validation examples in the file's order; an empty list if there is no file."""
@@ -183,11 +186,12 @@ class InstructionData(LightningDataModule):
             )
         return examples
 
-    def _loader(self, split: str, sampler: LengthGroupedSampler | None = None) -> DataLoader[Any]:
-        return DataLoader(
-            self.examples[split],  # type: ignore[arg-type]
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=lambda rows: collate(rows, self.pad_token_id, self.max_length),
-        )
+    def _loader(self, split: str) -> DataLoader[Any]:
+        return DataLoader(self.examples[split], **self._options())  # type: ignore[arg-type]
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "collate_fn": lambda rows: collate(rows, self.pad_token_id, self.max_length),
+        }

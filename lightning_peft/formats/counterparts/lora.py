@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
@@ -31,6 +33,18 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
         (False, None, {}, []),
     ),
 }
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One module's LoRA in a file: its change of the weight is ``scale`` · B A."""
+
+    a: str
+    """Name of A ``[r, in]`` in the file."""
+    b: str
+    """Name of B ``[out, r]`` in the file."""
+    r: int
+    scale: float
 
 
 class LoRAInHF(Counterpart):
@@ -96,6 +110,38 @@ class LoRAInHF(Counterpart):
                     f"{source}: {host}.{suffix} has the shape {given}; rank {r} of its configuration and this model's "
                     f"{d_in} → {d_out} layer make {expected}. It belongs to another base model, or is damaged."
                 )
+
+
+def read_low_rank(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], source: str
+) -> tuple[dict[str, LowRank], list[str]]:
+    """Read configuration and tensor names without the model that they are for.
+
+    Returns:
+        The low-rank change of every adapted module by its name, and the names of all other tensors.
+
+    Raises:
+        PEFTError: The file is no plain LoRA, or configuration and tensors contradict each other.
+    """
+    _refuse_unknown(config, source)
+    reader = LoRAInHF()
+    grouped = reader.grouped(shapes, source)
+    found = {}
+    for host, kinds in sorted(grouped.items()):
+        if kinds not in ({*_LINEAR}, {*_EMBEDDING}):
+            raise PEFTError(f"{source}: {host!r} has {', '.join(sorted(kinds))} alone; A and B were expected.")
+        r = _pattern(config, "rank_pattern", "r", host, source)
+        alpha = _pattern(config, "alpha_pattern", "lora_alpha", host, source)
+        a, b = (f"{PREFIX}{host}.{kind}" for kind in (_LINEAR if kinds == {*_LINEAR} else _EMBEDDING))
+        if len(shapes[a]) != 2 or len(shapes[b]) != 2 or not shapes[a][0] == shapes[b][1] == r or r < 1:
+            raise PEFTError(
+                f"{source}: A and B of {host!r} have the shapes {shapes[a]} and {shapes[b]}; the rank {r} of "
+                f"the configuration makes ({r}, in) and (out, {r}). The directory is damaged; take another copy."
+            )
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise PEFTError(f"{source}: the configuration gives {host!r} the alpha {alpha!r}; a number was expected.")
+        found[host] = LowRank(a, b, r, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
+    return found, [name for name in shapes if not reader.owns(name)]
 
 
 def _refuse_unknown(config: Mapping[str, Any], source: str) -> None:

@@ -1,0 +1,89 @@
+"""ModelParallelStrategy: FSDP2 (``fully_shard``) and tensor parallelism, applied by the user in ``configure_model``.
+
+Adapters injected there before ``fully_shard`` are sharded with the model; without a call they are injected at ``setup``
+and kept whole on every process. Beside a layer that is split by tensor parallelism they are split as that layer is, so
+they have to come after ``parallelize_module``, which cannot split a layer that has children.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from lightning_peft.adapter import Adapter, slots
+from lightning_peft.base_weights import materialise
+from lightning_peft.bases.sharded import OnShards
+from lightning_peft.fingerprint import record_base
+from lightning_peft.registry import registries
+from lightning_peft.sharding import shard
+from lightning_peft.weights import is_transposed
+
+_DATA, _TENSOR = "data_parallel", "tensor_parallel"
+
+
+class OnModelParallel(OnShards):
+    """What ``PEFTStrategy`` does differently on ``ModelParallelStrategy``."""
+
+    device_mesh: DeviceMesh
+    _save_distributed_checkpoint: bool
+    _takes_sharded = True
+
+    @property
+    def _saves_shards(self) -> bool:
+        return self._save_distributed_checkpoint
+
+    def inject(self) -> None:
+        """Inject the adapters, split beside layers that tensor parallelism has split."""
+        new = not any(registries(self._module))
+        super().inject()
+        for _, host, slot in slots(self._module) if new else ():
+            weight = host._parameters.get("weight")
+            if isinstance(weight, DTensor) and _TENSOR in (weight.device_mesh.mesh_dim_names or ()):
+                for adapter in slot.values():
+                    assert isinstance(adapter, Adapter)
+                    _split(adapter, host, weight, self.device_mesh[_TENSOR])
+
+    def _place_adapters(self) -> None:
+        for _, _, slot in slots(self._module):
+            materialise(slot, self.root_device)
+        super()._place_adapters()
+        record_base(self._module)
+
+    def _reshard(self) -> None:
+        for module in self._module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _replicated(self) -> list[tuple[list[nn.Parameter], Any]]:
+        trained = [p for p in self._module.parameters() if p.requires_grad]
+        return [
+            ([p for p in trained if not isinstance(p, DTensor)], None),
+            # FSDP2 averages the gradients of what it shards.
+            ([p for p in trained if _is_split_only(p)], self.device_mesh[_DATA].get_group()),
+        ]
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return what is saved of the module, in its shards."""
+        self._reshard()
+        return super().lightning_module_state_dict()
+
+
+def _is_split_only(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, DTensor) and _DATA not in (parameter.device_mesh.mesh_dim_names or ())
+
+
+def _split(adapter: Adapter, host: nn.Module, weight: DTensor, mesh: DeviceMesh) -> None:
+    """Split the parameters of ``adapter`` along the features along which ``weight`` is split."""
+    placement = weight.placements[(weight.device_mesh.mesh_dim_names or ()).index(_TENSOR)]
+    axis = None
+    if isinstance(placement, Shard):
+        axis = ("in", "out")[(placement.dim == 0) != is_transposed(host)]
+    for name, parameter in list(adapter.named_parameters(recurse=False)):
+        axes = adapter.axes.get(name, ())
+        split = Shard(axes.index(axis)) if axis in axes else Replicate()
+        pieces = shard(parameter.detach(), mesh, [split])
+        adapter.register_parameter(name, nn.Parameter(pieces, requires_grad=parameter.requires_grad))

@@ -1,0 +1,1 @@
+"""Memory per device, worked out before anything is loaded."""
