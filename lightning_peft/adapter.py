@@ -34,6 +34,8 @@ class Adapter(nn.Module):
 
     mergeable: bool = False
     """Whether :meth:`fold` gives a weight with the same effect as the adapter."""
+    adds_bias: bool = False
+    """Whether :meth:`fold` gives a bias to a host without one."""
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
     """Which dimension of a parameter runs over the host's ``"in"`` or ``"out"`` features, for hosts that are split."""
 

@@ -30,7 +30,7 @@ def describe_base(model: nn.Module, prefix: str = "") -> dict[str, Any]:
 
     Args:
         model: A model with adapters.
-        prefix: The part of it that is the base; names of samples are relative to it.
+        prefix: The part of it to describe; names of samples are relative to it.
     """
     model = unwrap(model)
     part = model.get_submodule(prefix)
@@ -74,10 +74,10 @@ def refuse_other_base(model: nn.Module, saved: Mapping[str, Any], source: str, p
     """
     present = describe_base(model, prefix)
     theirs = saved.get("samples", {})
-    recorded = _recorded(unwrap(model), prefix)
-    if recorded is None:
-        recorded = _samples(unwrap(model).get_submodule(prefix), _before_training(model), list(theirs))
-    ours = recorded
+    model = unwrap(model)
+    ours = _recorded(model, prefix)
+    if ours is None:
+        ours = _samples(model.get_submodule(prefix), _before_training(model), list(theirs))
     pairs = [pair for name in ours.keys() & theirs.keys() for pair in zip(ours[name], theirs[name], strict=False)]
     norm = math.sqrt(sum(b * b for _, b in pairs))
     distance = math.sqrt(sum((a - b) ** 2 for a, b in pairs))

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.adapter import (
@@ -20,7 +20,7 @@ from lightning_peft.adapter import (
 )
 from lightning_peft.errors import PEFTError
 from lightning_peft.method import PEFTMethod, methods_of
-from lightning_peft.plan import changing_tensors, make_plan, parameter_names, whole_modules
+from lightning_peft.prepare import changing_tensors, parameter_names, prepare, whole_modules
 from lightning_peft.registry import Registry, drop, keep, own_registry, registries, required
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -65,22 +65,23 @@ def inject(
     _check_state(model, registry, name, whole)
     if not allow_sharded:
         _refuse_sharded(model)
-    plan = make_plan(model, methods, whole, torch.initial_seed() if seed is None else seed)
-    if registry is not None and plan.chosen:
+    prepared = prepare(model, methods, whole, torch.initial_seed() if seed is None else seed)
+    if registry is not None and prepared.chosen:
         raise PEFTError(
-            f"{' + '.join(type(m).__name__ for m in methods)} trains parameters of the model itself ({plan.chosen[0]}, "
-            "…), which cannot be switched with an adapter. Inject it first and alone, or call eject(model) first."
+            f"{' + '.join(type(m).__name__ for m in methods)} trains parameters of the model itself "
+            f"({prepared.chosen[0]}, …), which cannot be switched with an adapter. Inject it first and alone, or call "
+            "eject(model) first."
         )
 
     if registry is None:
-        registry = _freeze(model, name, whole, plan.chosen)
+        registry = _freeze(model, name, whole, prepared.chosen)
     registry.methods[name] = methods
-    registry.hosts[name] = plan.hosts
-    for host, adapter in plan.adapters.items():
-        attach(plan.modules[host], name, adapter)
+    registry.hosts[name] = prepared.hosts
+    for host, adapter in prepared.adapters.items():
+        attach(prepared.modules[host], name, adapter)
     set_adapter(model, registry.active)
     _forget_compiled()
-    return [*plan.hosts, *registry.chosen]
+    return [*prepared.hosts, *registry.chosen]
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -136,8 +137,7 @@ def _freeze(model: nn.Module, name: str, whole: dict[str, nn.Module], chosen: Se
     for parameter_name in trained:
         parameters[parameter_name].requires_grad_(True)
     for tensor_name, tensor in changing_tensors(model, trained).items():
-        # In host memory: with full fine-tuning this is a copy of the whole model.
-        registry.whole[tensor_name] = tensor.detach().to("meta" if tensor.is_meta else "cpu", copy=True)
+        registry.whole[tensor_name] = _copy(tensor.detach())
     keep(model, registry)
     return registry
 
@@ -163,6 +163,11 @@ def _check_state(model: nn.Module, registry: Registry | None, name: str, whole: 
             "or call eject(model) first."
         )
     refuse_merged(model, "inject")
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    # In host memory: with full fine-tuning this is a copy of the whole model.
+    return tensor.clone() if tensor.is_meta or isinstance(tensor, DTensor) else tensor.to("cpu", copy=True)
 
 
 def _refuse_sharded(model: nn.Module) -> None:

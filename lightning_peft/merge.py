@@ -73,8 +73,8 @@ def merge(
     """
     roots = required(model)
     active = [(n, h, s, a) for n, h, s in slots(unwrap(model)) if isinstance(a := s.active_adapter, Adapter)]
-    todo = [found for found in active if found[3].mergeable]
-    kept = tuple(name for name, _, _, adapter in active if not adapter.mergeable)
+    todo = [found for found in active if _can_merge(found[1], found[3], gathered is not nullcontext)]
+    kept = tuple(name for name, _, slot, _ in active if not any(slot is found[2] for found in todo))
     if unload and kept:
         raise PEFTError(
             f"merge(unload=True): the adapter of {kept[0]!r} cannot be merged, so removing it would change the "
@@ -144,6 +144,14 @@ def refuse_ties(model: nn.Module) -> None:
             )
 
 
+def _can_merge(host: nn.Module, adapter: Adapter, in_pieces: bool) -> bool:
+    if not adapter.mergeable:
+        return False
+    # A parameter that comes new into a sharded module belongs to no shard.
+    adds_bias = adapter.adds_bias and host._parameters.get("bias") is None
+    return not (adds_bias and (in_pieces or isinstance(weight_of(host), DTensor)))
+
+
 def _refuse_pieces(hosts: Sequence[_Host]) -> None:
     for name, host, _, _ in hosts:
         if isinstance(host, nn.Linear) and weight_of(host).shape != (host.out_features, host.in_features):
@@ -172,8 +180,8 @@ def _merge_host(
             host.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
         else:
             write(weight, stored)
-        if bias is None and new_bias is not None:
-            host.bias = nn.Parameter(new_bias.to(weight.dtype), requires_grad=False)
+        if whole_bias is None and new_bias is not None:
+            host.bias = nn.Parameter(new_bias.to(weight), requires_grad=False)
             backup["added_bias"] = True
         elif whole_bias is not None and new_bias is not None and not torch.equal(new_bias, whole_bias):
             backup["bias"] = old_bias

@@ -28,9 +28,9 @@ from lightning_peft.formats.files import (
     write_tensors,
 )
 from lightning_peft.inject import inject, refuse_merged
-from lightning_peft.layout import is_lightning_module, parts_of
 from lightning_peft.method import PEFTMethod
-from lightning_peft.plan import planned_shapes
+from lightning_peft.parts import is_lightning_module, parts_of
+from lightning_peft.prepare import prepared_shapes
 from lightning_peft.registry import registries, required
 from lightning_peft.select import transformers_models
 from lightning_peft.sharding import write
@@ -189,7 +189,7 @@ class _Load:
             expected = {key: t.shape for key, t in held.items()}
             buffers = {key for key in held.keys() & adapter_tensors(model) if not isinstance(held[key], nn.Parameter)}
         else:
-            planned, names = planned_shapes(root, content.methods, name, content.train_also)
+            planned, names = prepared_shapes(root, content.methods, name, content.train_also)
             expected, buffers = {f"{lead}{key}": s for key, s in planned.items()}, {f"{lead}{key}" for key in names}
         # Formats of others have no place for some buffers, which start anew.
         check_tensors({k: s for k, s in expected.items() if k in tensors or k not in buffers}, tensors, source)

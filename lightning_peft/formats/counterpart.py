@@ -90,11 +90,7 @@ class Counterpart:
         Raises:
             PEFTError: ``root`` lacks one, a tensor of one is missing, or there is none.
         """
-        found: dict[str, set[str]] = {}
-        for name in shapes:
-            suffix = next((s for s in self.parameters if name.endswith(f".{s}")), None)
-            if suffix is not None:
-                found.setdefault(name[len(PREFIX) : -len(suffix) - 1], set()).add(suffix)
+        found = self.grouped(shapes, source)
         modules = named_modules(root)
         if missing := sorted(found.keys() - modules.keys()):
             raise PEFTError(
@@ -107,9 +103,24 @@ class Counterpart:
                     f"{source}: {host!r} has {', '.join(sorted(suffixes))} alone; {', '.join(expected)} were expected. "
                     "It is damaged."
                 )
+        return sorted(found)
+
+    def grouped(self, shapes: Shapes, source: str) -> dict[str, set[str]]:
+        """Return the method's tensors, by what follows the module's name, by that name.
+
+        Raises:
+            PEFTError: There are none, or one has a name that HF PEFT does not give.
+        """
+        found: dict[str, set[str]] = {}
+        for name in shapes:
+            suffix = next((s for s in self.parameters if name.endswith(f".{s}")), None)
+            if not name.startswith(PREFIX):
+                raise PEFTError(f"{source}: the tensor {name!r} does not start with {PREFIX!r}; it is no HF PEFT file.")
+            if suffix is not None:
+                found.setdefault(name[len(PREFIX) : -len(suffix) - 1], set()).add(suffix)
         if not found:
             raise PEFTError(f"{source} holds no {self.peft_type} tensors.")
-        return sorted(found)
+        return found
 
 
 def for_methods(methods: Iterable[PEFTMethod]) -> Counterpart | None:

@@ -23,6 +23,7 @@ class AddedBias(Adapter):
     """h = W0 x + b for a layer that has no bias; b ``[out]``."""
 
     mergeable = True
+    adds_bias = True
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()

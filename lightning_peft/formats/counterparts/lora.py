@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats.content import CONFIG_FILE
 from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, targets_for_hf, targets_from
 from lightning_peft.method import PEFTMethod
 from lightning_peft.methods.lora import LoRA
@@ -124,45 +123,25 @@ def read_low_rank(
     Raises:
         PEFTError: The file is no plain LoRA, or configuration and tensors contradict each other.
     """
-    if config.get("peft_type") != "LORA":
-        raise PEFTError(f"{source} is an adapter of type {config.get('peft_type')!r}; LORA can be read.")
     _refuse_unknown(config, source)
-    hosts, rest = _split(shapes, source)
+    reader = LoRAInHF()
+    grouped = reader.grouped(shapes, source)
     found = {}
-    for host in sorted(hosts):
+    for host, kinds in sorted(grouped.items()):
+        if kinds not in ({*_LINEAR}, {*_EMBEDDING}):
+            raise PEFTError(f"{source}: {host!r} has {', '.join(sorted(kinds))} alone; A and B were expected.")
         r = _pattern(config, "rank_pattern", "r", host, source)
         alpha = _pattern(config, "alpha_pattern", "lora_alpha", host, source)
-        kinds = _EMBEDDING if f"{PREFIX}{host}.{next(iter(_EMBEDDING))}" in shapes else _LINEAR
-        a, b = (f"{PREFIX}{host}.{kind}" for kind in kinds)
+        a, b = (f"{PREFIX}{host}.{kind}" for kind in (_LINEAR if kinds == {*_LINEAR} else _EMBEDDING))
         if len(shapes[a]) != 2 or len(shapes[b]) != 2 or not shapes[a][0] == shapes[b][1] == r or r < 1:
             raise PEFTError(
                 f"{source}: A and B of {host!r} have the shapes {shapes[a]} and {shapes[b]}; the rank {r} of "
-                f"{CONFIG_FILE} makes ({r}, in) and (out, {r}). The directory is damaged; take another copy."
+                f"the configuration makes ({r}, in) and (out, {r}). The directory is damaged; take another copy."
             )
         if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise PEFTError(f"{source}: {CONFIG_FILE} gives {host!r} the alpha {alpha!r}; a number was expected.")
+            raise PEFTError(f"{source}: the configuration gives {host!r} the alpha {alpha!r}; a number was expected.")
         found[host] = LowRank(a, b, r, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
-    return found, rest
-
-
-def _split(shapes: Shapes, source: str) -> tuple[set[str], list[str]]:
-    """Split tensor names into the adapted modules and the names of tensors trained whole."""
-    found: dict[str, set[str]] = {}
-    rest = []
-    for name in shapes:
-        if not name.startswith(PREFIX):
-            raise PEFTError(f"{source}: the tensor {name!r} does not start with {PREFIX!r}; it is no HF PEFT file.")
-        kind = next((k for k in (*_LINEAR, *_EMBEDDING) if name.endswith(f".{k}")), None)
-        if kind is None:
-            rest.append(name)
-        else:
-            found.setdefault(name[len(PREFIX) : -len(kind) - 1], set()).add(kind)
-    for host, kinds in found.items():
-        if kinds not in (set(_LINEAR), set(_EMBEDDING)):
-            raise PEFTError(f"{source}: {host!r} has {', '.join(sorted(kinds))} alone; A and B were expected.")
-    if not found:
-        raise PEFTError(f"{source} holds no LoRA tensors.")
-    return set(found), rest
+    return found, [name for name in shapes if not reader.owns(name)]
 
 
 def _refuse_unknown(config: Mapping[str, Any], source: str) -> None:

@@ -15,7 +15,7 @@ from lightning_peft.select import match_names, named_modules, require_matches
 
 
 @dataclass(frozen=True)
-class Plan:
+class Prepared:
     """What methods want of a model."""
 
     modules: dict[str, nn.Module]
@@ -27,7 +27,7 @@ class Plan:
     """The parameters to train that no module trained whole holds."""
 
 
-def make_plan(model: nn.Module, methods: Sequence[PEFTMethod], whole: dict[str, nn.Module], seed: int) -> Plan:
+def prepare(model: nn.Module, methods: Sequence[PEFTMethod], whole: dict[str, nn.Module], seed: int) -> Prepared:
     """Make the adapters, in the model's order, without attaching them."""
     inside = {id(part) for module in whole.values() for part in module.modules()}
     modules: dict[str, nn.Module] = {}
@@ -53,10 +53,10 @@ def make_plan(model: nn.Module, methods: Sequence[PEFTMethod], whole: dict[str, 
         chosen.update(trained)
     order = [host for host in named_modules(model) if host in owners]
     names = [n for n in base_parameters(model) if n in chosen - parameter_names(whole)]
-    return Plan(modules, {h: adapters[h] for h in order}, {h: owners[h] for h in order}, tuple(names))
+    return Prepared(modules, {h: adapters[h] for h in order}, {h: owners[h] for h in order}, tuple(names))
 
 
-def planned_shapes(
+def prepared_shapes(
     model: nn.Module, methods: Sequence[PEFTMethod], name: str, train_also: Sequence[str]
 ) -> tuple[dict[str, torch.Size], set[str]]:
     """Return the shapes of the tensors that an adapter would have in ``model``, by name, and which are buffers.
@@ -65,18 +65,18 @@ def planned_shapes(
         PEFTError: As :func:`inject`.
     """
     whole = whole_modules(model, train_also)
-    plan = make_plan(model, methods, whole, seed=0)
+    prepared = prepare(model, methods, whole, seed=0)
     shapes: dict[str, torch.Size] = {}
     buffers: set[str] = set()
     seen: set[int] = set()
-    for host, adapter in plan.adapters.items():
+    for host, adapter in prepared.adapters.items():
         for key, tensor in adapter.state_dict(keep_vars=True).items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 full = ".".join(part for part in (host, CHILD, name, key) if part)
                 shapes[full] = tensor.shape
                 buffers |= set() if isinstance(tensor, nn.Parameter) else {full}
-    trained = {*plan.chosen, *parameter_names(whole)}
+    trained = {*prepared.chosen, *parameter_names(whole)}
     return {**shapes, **{key: tensor.shape for key, tensor in changing_tensors(model, trained).items()}}, buffers
 
 
