@@ -79,6 +79,10 @@ class Slot(nn.ModuleDict):
         self.active = ""
         self.merged: dict[str, Any] | None = None
         """While merged: what :mod:`lightning_peft.merge` needs to restore the weights."""
+        self.hook(host)
+
+    def hook(self, host: nn.Module) -> None:
+        """Have ``host`` call the active adapter."""
         # First of all hooks: beside a layer that tensor parallelism has split, the next one gathers the output.
         self._handle = host.register_forward_hook(self._run, with_kwargs=True, prepend=True)
 
@@ -114,6 +118,13 @@ def detach(host: nn.Module) -> None:
     assert isinstance(slot, Slot)
     slot.remove_hook()
     delattr(host, CHILD)
+
+
+def restore_hooks(model: nn.Module) -> None:
+    """Hook every host again, after someone deleted all forward hooks of ``model``."""
+    for _, host, slot in slots(model):
+        slot.remove_hook()
+        slot.hook(host)
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:

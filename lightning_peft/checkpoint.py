@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapter import clean_name, slots
 from lightning_peft.errors import PEFTError
+from lightning_peft.formats.deepspeed import is_deepspeed
 from lightning_peft.formats.distributed import is_sharded, read_sharded
 from lightning_peft.formats.files import atomic_directory, restore_interrupted
 from lightning_peft.inject import inject, set_adapter
@@ -150,6 +151,11 @@ def read_directory(path: str | os.PathLike[str], weights_only: bool | None = Non
     directory = Path(path)
     if is_sharded(directory):
         return read_sharded(directory, weights_only)
+    if is_deepspeed(directory):
+        raise PEFTError(
+            f"{directory} was written by DeepSpeed, which alone reads it. Use the base strategy that wrote it; "
+            "checkpoints of AdapterCheckpoint resume on every base strategy."
+        )
     file = directory / _TRAINER_STATE
     if not file.is_file():
         raise PEFTError(

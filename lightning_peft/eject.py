@@ -8,6 +8,7 @@ from torch import nn
 from lightning_peft.inject import base_parameters, remove
 from lightning_peft.merge import unmerge
 from lightning_peft.registry import required
+from lightning_peft.sharding import replace, whole
 
 
 def eject(model: nn.Module) -> None:
@@ -24,5 +25,5 @@ def eject(model: nn.Module) -> None:
         parameters = base_parameters(root)
         with torch.no_grad():
             for name, value in registry.whole.items():
-                parameters[name].copy_(value)
+                replace(parameters[name], whole(value))
         remove(root, registry)

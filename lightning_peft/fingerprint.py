@@ -14,7 +14,7 @@ from lightning_peft.adapter import slots, unwrap
 from lightning_peft.errors import PEFTError
 from lightning_peft.registry import own_registry, registries
 from lightning_peft.select import named_modules, transformers_models
-from lightning_peft.sharding import whole
+from lightning_peft.sharding import full_shape, in_zero_pieces, whole
 
 _MODULES = 64
 _SAMPLES = 4
@@ -85,9 +85,9 @@ def _samples(model: nn.Module, names: Sequence[str] | None = None, gather: bool 
     for name in chosen:
         slot = adapted.get(name)
         weight = slot.merged["weight"] if slot and slot.merged else getattr(modules.get(name), "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or not weight.numel():
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or not full_shape(weight).numel():
             continue
-        if weight.is_meta or (isinstance(weight, DTensor) and not gather):
+        if weight.is_meta or ((isinstance(weight, DTensor) or in_zero_pieces(weight)) and not gather):
             continue
         flat = whole(weight).flatten()
         positions = [flat.numel() * (2 * k + 1) // (2 * _SAMPLES) for k in range(_SAMPLES)]

@@ -15,7 +15,7 @@ from lightning_peft.fingerprint import describe_base, refuse_other_base
 from lightning_peft.inject import base_parameters, refuse_merged
 from lightning_peft.method import PEFTMethod
 from lightning_peft.registry import registries, required
-from lightning_peft.sharding import write
+from lightning_peft.sharding import full_shape, in_zero_pieces, replace
 
 _VERSION = 1
 _SHOWN = 5
@@ -38,10 +38,16 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     with the parameters.
 
     Raises:
-        PEFTError: There are no adapters.
+        PEFTError: There are no adapters, or they are in pieces that cannot be returned.
     """
     required(model)
-    return {name: parameter.detach() for name, parameter in adapter_parameters_and_whole(model).items()}
+    parameters = adapter_parameters_and_whole(model)
+    if pieces := [name for name, parameter in parameters.items() if in_zero_pieces(parameter)]:
+        raise PEFTError(
+            f"ZeRO-3 has {pieces[0]!r} in pieces on several processes. Use trainer.save_checkpoint or "
+            "AdapterCheckpoint, and load_adapter in a process without DeepSpeed."
+        )
+    return {name: parameter.detach() for name, parameter in parameters.items()}
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], source: str = "The adapter state") -> None:
@@ -59,10 +65,10 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], sourc
     required(model)
     parameters = adapter_parameters_and_whole(model)
     state = {clean_name(name): tensor for name, tensor in state.items()}
-    check_tensors({name: p.shape for name, p in parameters.items()}, state, source)
+    check_tensors({name: full_shape(p) for name, p in parameters.items()}, state, source)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            write(parameter, state[name])
+            replace(parameter, state[name])
 
 
 def check_tensors(shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor], source: str) -> None:
