@@ -70,6 +70,7 @@ class OnDeepSpeed(_Strategy):
             # Its hooks would gather and drop parameters a second time.
             self._engine.destroy()
         self._engine = self._trained = None
+        self.optimizers, self.lr_scheduler_configs = [], []
         super().setup(trainer)
 
     def inject(self) -> None:
@@ -96,8 +97,7 @@ class OnDeepSpeed(_Strategy):
                 )
 
     def setup_optimizers(self, trainer: Any) -> None:
-        """Do nothing: DeepSpeed's engine comes first."""
-        self.optimizers, self.lr_scheduler_configs = [], []
+        """Do nothing: DeepSpeed's engine has to come first."""
 
     def _init_optimizers(self) -> Any:
         optimizer, schedule = super()._init_optimizers()
@@ -213,8 +213,8 @@ class EngineFiles(DeepSpeedStrategy):
             return Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
         self.exclude_frozen_parameters = not self._full_checkpoints
         with ExitStack() as stack:
-            directory = stack.enter_context(atomic_directory(filepath)) if self.is_global_zero else None
-            directory = self.broadcast(directory)
+            staging = stack.enter_context(atomic_directory(filepath)) if self.is_global_zero else None
+            directory: Path = self.broadcast(staging)  # type: ignore[assignment]
             super().save_checkpoint(checkpoint, str(directory), storage_options)
             if self.is_global_zero:
                 write_layout(directory, self._stage, self.world_size, self._trained.names())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -56,11 +57,13 @@ class ZeroState:
         """Return the optimizer's state by parameter name."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        # All flat tensors have the same kinds of state, and have made the same number of steps.
+        self._link()
+        # All flat tensors have the same kinds of state and have made the same number of steps. Its counter is copied:
+        # optimizers count in place, so one that parameters share would run ahead.
         flat, entry = next(iter(self._optimizer.state.items()), (None, {}))
         state = {
             position: {
-                key: safe_get_full_optimizer_state(parameter, key) if _is_per_element(value, flat) else value
+                key: safe_get_full_optimizer_state(parameter, key) if _is_per_element(value, flat) else deepcopy(value)
                 for key, value in entry.items()
             }
             for position, parameter in enumerate(self._parameters)
@@ -75,7 +78,7 @@ class ZeroState:
         Raises:
             PEFTError: The groups hold other parameters than they did, or there is no state to go on from.
         """
-        from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state
 
         state = state_by_position(self._by_parameter(), saved, self._module)
         for group, old in zip(self._optimizer.param_groups, state["param_groups"], strict=True):
@@ -85,17 +88,26 @@ class ZeroState:
             return
         parameter, first = next(iter(entries.items()))
         keys = [key for key, value in first.items() if _is_per_element(value, parameter)]
-        rest = {key: self._scalar(value) for key, value in first.items() if key not in keys}
+        rest = [key for key in first if key not in keys]
         for flat in self._flat_tensors():
             # A parameter that took no part has no state elsewhere. Here it shares tensors with others: zeros.
-            self._optimizer.state[flat] = {**{key: torch.zeros_like(flat) for key in keys}, **rest}
-        if self._engine.zero_optimization_stage() < 3:
-            # DeepSpeed does it after the first step.
-            for own, flat in zip(self._groups, self._flat_tensors(), strict=True):
-                lazy_init_hp_params_optimizer_state(own, flat, self._optimizer.state)
+            state_of_flat = {key: torch.zeros_like(flat) for key in keys}
+            self._optimizer.state[flat] = state_of_flat | {key: self._counter(first[key]) for key in rest}
+        self._link()
         for parameter, entry in entries.items():
             for key in keys:
                 safe_set_full_optimizer_state(parameter, entry[key].to(self._device), key)
+
+    def _link(self) -> None:
+        """Tell parameters where their state lies.
+
+        DeepSpeed does it in its first step, when the first param group has made one: too early for the other groups.
+        """
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        if self._engine.zero_optimization_stage() < 3:
+            for own, flat in zip(self._groups, self._flat_tensors(), strict=True):
+                lazy_init_hp_params_optimizer_state(own, flat, self._optimizer.state)
 
     def _by_parameter(self) -> Optimizer:
         """Return an optimizer with the settings of the engine's, and the parameters themselves."""
@@ -109,11 +121,11 @@ class ZeroState:
         else:
             yield from (flat for group in self._optimizer.param_groups for flat in group["params"])
 
-    def _scalar(self, value: Any) -> Any:
-        # torch's optimizers count steps in tensors, each its own; DeepSpeed's in numbers.
+    def _counter(self, value: Any) -> Any:
+        # torch's optimizers count steps in tensors, one for each parameter; DeepSpeed's in numbers.
         if type(self._optimizer).__module__.startswith("deepspeed") and isinstance(value, Tensor):
             return value.item()
-        return value
+        return deepcopy(value)
 
 
 def _is_per_element(value: Any, parameter: Tensor | None) -> bool:
