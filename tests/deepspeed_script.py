@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from lightning_peft import LoRA, PEFTStrategy, eject, save_adapter, unmerge
 from lightning_peft.adapter import adapter_parameters
 from lightning_peft.callbacks import AdapterCheckpoint
+from lightning_peft.callbacks.summary import summary_table
 from lightning_peft.errors import PEFTError
 from lightning_peft.merge import is_merged
 from lightning_peft.methods.lora import LoRAAdapter
-from lightning_peft.sharding import whole
+from lightning_peft.sharding import replace, whole
 
 STAGES = (1, 2, 3)
 
@@ -69,10 +70,14 @@ class Late(Shared):
     def __init__(self) -> None:
         L.LightningModule.__init__(self)
         self.net: nn.Module | None = None
+        # What is drawn there is drawn in half precision.
+        self.values = [parameter.detach() for parameter in Regression().parameters()]
 
     def configure_model(self) -> None:
         if self.net is None:
             self.net = Regression().net
+            for parameter, value in zip(self.net.parameters(), self.values, strict=True):
+                replace(parameter, value)
 
 
 class InjectsItself(Late):
@@ -89,6 +94,13 @@ class Constant(Shared):
 class Reversed(Shared):
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(reversed(list(self.parameters())), lr=self.rate)
+
+
+class Tied(Shared):
+    def build(self) -> nn.Module:
+        layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        layers[2].weight = layers[0].weight
+        return layers
 
 
 class NoOptimizer(Shared):
@@ -220,11 +232,16 @@ def every_stage(out: Path, record: Record, stage: int) -> int:
     eject(module)
     record.content[f"{tag}-ejected"] = base_weights(module)
 
-    fresh, unfitted = trainer(out, PEFTStrategy(LoRA(r=2), base=base(stage)), **TWO), Shared()
+    L.seed_everything(0)
+    options: dict[str, Any] = {"max_epochs": 3, "use_distributed_sampler": False, "enable_model_summary": True}
+    fresh, unfitted = trainer(out, PEFTStrategy(LoRA(r=2), base=base(stage)), **TWO, **options), Shared()
     record.content[f"{tag}-unfitted"] = {
         "validate": calls(lambda: fresh.validate(unfitted, data, verbose=False)),
         "predict": calls(lambda: fresh.predict(unfitted, data)),
     }
+    fresh.fit(unfitted, data)
+    record.fitted(f"{tag}-evaluated", fresh, unfitted)
+    record.content[f"{tag}-summary"] = summary_table(unfitted, fresh.optimizers, "")
     fit(out, f"{tag}-two", base(stage), 2, **TWO)
     two = {"directory": out / f"{tag}-two-directories" / "last", "file": out / f"{tag}-two-files" / "last.ckpt"}
     for kind, path in {**two, "single": out / "single-two-files" / "last.ckpt"}.items():
@@ -250,6 +267,7 @@ def half(out: Path, record: Record, stage: int) -> int:
 def built_in_pieces(out: Path, record: Record) -> None:
     record.fitted("late", *fit(out, "late", base(3), module=Late, **TWO))
     record.fitted("injects", *fit(out, "injects", base(3), module=InjectsItself, **TWO))
+    record.fitted("half-late", *fit(out, "half-late", base(3), module=Late, precision="bf16-mixed", **TWO))
     for tag, module in (("whole", Shared), ("whole-late", Late)):
         fitted, trained = fit(out, tag, base(3), module=module, **WHOLE, **TWO)
         record.fitted(tag, fitted, trained)
@@ -293,6 +311,7 @@ def rest(out: Path, record: Record) -> None:
         "stage": refused(3, resume=file),
         "groups": refused(2, module=Reversed, resume=file),
         "rank": refused(2, method=LoRA(r=3), resume=file),
+        "tied": refused(3, module=Tied),
         "full": refused(3, checkpoint="full"),
         "no stage": refused(0),
     }

@@ -17,6 +17,7 @@ from modules import Regression, assert_same, by_hand, inputs, trainer
 from torch import Tensor
 
 from lightning_peft import LoRA, PEFTError, PEFTStrategy, load_adapter
+from lightning_peft.callbacks.summary import summary_table
 from lightning_peft.formats.deepspeed import is_deepspeed, require_layout
 
 if importlib.util.find_spec("deepspeed") is None:
@@ -118,12 +119,18 @@ class TestEveryStage:
         assert_near(first[stage]["adapters"], expected)
         assert_near(first[f"{stage}-limits"]["adapters"], first.learnt("limits"))
         assert_near(first[f"{stage}-again"]["adapters"], first.learnt("again"))
+        assert_near(first[f"{stage}-evaluated"]["adapters"], expected)
         assert first[f"{stage}-limits"]["steps"] == first.single["limits"][0].global_step == 3
 
     @stages
     def test_optimizer_state_is_for_adapters_only(self, first: Run, stage: str) -> None:
         # Two moments, shared by two processes.
         assert [rank[stage]["elements"] for rank in first.ranks] == [ELEMENTS, ELEMENTS]
+
+    @stages
+    def test_the_summary_counts_what_is_in_pieces(self, first: Run, stage: str) -> None:
+        fitted, module = first.single["three"]
+        assert first[f"{stage}-summary"] == summary_table(module, fitted.optimizers, "")
 
     @stages
     def test_the_merged_model_computes_what_its_adapters_say(self, first: Run, stage: str) -> None:
@@ -139,13 +146,13 @@ class TestEveryStage:
 
     @stages
     def test_adapters_run_in_evaluation(self, first: Run, stage: str) -> None:
-        """Lightning deletes all hooks then. Two adapters, in two batches; in one where a sampler shares them out."""
+        """Lightning deletes all hooks then. Two adapters, in two batches."""
         tests = first[f"{stage}-tests"]
         merged, directory, file = (tests[kind] for kind in ("merged", "directory", "file"))
         assert (merged[0], directory[0], file[0]) == (0, 4, 4)
         for _, losses in (directory, file):
             assert losses[0]["test_loss"] == pytest.approx(merged[1][0]["test_loss"], abs=1e-6)
-        assert {kind: count for kind, (count, _) in first[f"{stage}-unfitted"].items()} == {"validate": 2, "predict": 2}
+        assert {kind: count for kind, (count, _) in first[f"{stage}-unfitted"].items()} == {"validate": 4, "predict": 4}
         assert_same(first[f"{stage}-tested"], first[stage]["adapters"])
 
     @stages
@@ -229,6 +236,9 @@ class TestMore:
         assert_same(more[f"{tag}-tested"], more[tag]["adapters"])
         assert more[tag]["weights"]["net.0.weight"].dtype == torch.bfloat16
 
+    def test_built_in_pieces_in_bfloat16(self, more: Run) -> None:
+        assert_same(more["half-late"]["adapters"], more["half3"]["adapters"])
+
     @pytest.mark.parametrize("tag", ["late", "injects", "full", "full-resumed", "config", "offload2", "offload3"])
     def test_learns_what_one_process_does(self, more: Run, tag: str) -> None:
         assert_near(more[tag]["adapters"], more.learnt("config" if tag == "config" else "three"))
@@ -257,6 +267,7 @@ class TestMore:
             ("stage", "stage=2; this run has stage=3"),
             ("groups", "in another order"),
             ("rank", "was written with r=2"),
+            ("tied", "'net.0' is adapted and shares its weight"),
             ("full", "Use checkpoint='adapter', or stage 2"),
             ("no stage", "Choose stage 1, 2 or 3"),
         ],

@@ -7,6 +7,7 @@ in half precision, the copy is what is saved, and they get its values when train
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -18,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft import checkpoint as files
 from lightning_peft.adapter import CHILD, adapter_parameters, clean_name, restore_hooks, slots
 from lightning_peft.base_weights import materialise
 from lightning_peft.bases.zero import ZeroState
@@ -160,8 +162,7 @@ class OnDeepSpeed(_Strategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint of DeepSpeed's, or one that another base strategy reads too."""
         self._resumed = None
-        path = Path(checkpoint_path)
-        if not is_deepspeed(path):
+        if not files.is_directory(checkpoint_path) or not is_deepspeed(path := Path(checkpoint_path)):
             return super().load_checkpoint(checkpoint_path, weights_only)
         if self._module.trainer.state.fn == TrainerFn.FITTING:
             require_layout(path, self._stage, self.world_size)
@@ -211,6 +212,8 @@ class EngineFiles(DeepSpeedStrategy):
         assert isinstance(self, OnDeepSpeed)
         if self._trained is None:
             return Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+        if "://" in os.fspath(filepath):
+            raise PEFTError(f"{filepath}: DeepSpeed writes to local paths.")
         self.exclude_frozen_parameters = not self._full_checkpoints
         with ExitStack() as stack:
             staging = stack.enter_context(atomic_directory(filepath)) if self.is_global_zero else None

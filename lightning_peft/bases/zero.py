@@ -124,7 +124,7 @@ class ZeroState:
     def _counter(self, value: Any) -> Any:
         # torch's optimizers count steps in tensors, one for each parameter; DeepSpeed's in numbers.
         if type(self._optimizer).__module__.startswith("deepspeed") and isinstance(value, Tensor):
-            return value.item()
+            return int(value)
         return deepcopy(value)
 
 
