@@ -1,5 +1,6 @@
 """Parameter-efficient fine-tuning for any LightningModule, as one Trainer flag."""
 
+from lightning_peft.base_weights import load_base_weights
 from lightning_peft.eject import eject
 from lightning_peft.errors import PEFTError
 from lightning_peft.inject import inject, set_adapter
@@ -21,6 +22,7 @@ __all__ = [
     "eject",
     "inject",
     "load_adapter",
+    "load_base_weights",
     "merge",
     "save_adapter",
     "set_adapter",

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_peft.adapter import clean_name, slots
+from lightning_peft.base_weights import Gathered, fill
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.deepspeed import is_deepspeed
 from lightning_peft.formats.distributed import is_sharded, read_sharded
@@ -65,8 +68,16 @@ def unmerged_state_dict(state: dict[str, Any], model: nn.Module) -> dict[str, An
     return state
 
 
-def apply(checkpoint: Mapping[str, Any], model: nn.Module, strict: bool = True) -> None:
+def apply(
+    checkpoint: Mapping[str, Any], model: nn.Module, strict: bool = True, gathered: Gathered = nullcontext
+) -> None:
     """Load the model part of a checkpoint into ``model``, which has the same adapters and is not merged.
+
+    Args:
+        checkpoint: As it was read.
+        model: The model.
+        strict: Whether frozen weights, if the checkpoint has them, are to be exactly those of ``model``.
+        gathered: As for :func:`lightning_peft.merge.merge`.
 
     Raises:
         PEFTError: It holds no adapters, other ones, or those of another base model.
@@ -77,13 +88,20 @@ def apply(checkpoint: Mapping[str, Any], model: nn.Module, strict: bool = True) 
     state = {clean_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
     names = adapter_parameters_and_whole(model).keys()
     if saved.get("full"):
-        base = {name: tensor for name, tensor in state.items() if name not in names}
-        missing, extra = model.load_state_dict(base, strict=False)
-        missing = [name for name in missing if clean_name(name) not in names]
-        if strict and (missing or extra):
-            raise PEFTError(f"{source} does not fit the base model. Missing: {missing[:5]}. Superfluous: {extra[:5]}.")
+        _apply_base({n: tensor for n, tensor in state.items() if n not in names}, model, source, strict, gathered)
         state = {name: tensor for name, tensor in state.items() if name in names}
     load_adapter_state_dict(model, state, source)
+
+
+def _apply_base(base: Mapping[str, Tensor], model: nn.Module, source: str, strict: bool, gathered: Gathered) -> None:
+    if gathered is not nullcontext or any(isinstance(p, DTensor) for p in model.parameters()):
+        fill(model, base, source, gathered=gathered)
+        return
+    names = adapter_parameters_and_whole(model).keys()
+    missing, extra = model.load_state_dict(base, strict=False)
+    missing = [name for name in missing if clean_name(name) not in names]
+    if strict and (missing or extra):
+        raise PEFTError(f"{source} does not fit the base model. Missing: {missing[:5]}. Superfluous: {extra[:5]}.")
 
 
 def inject_from(checkpoint: Mapping[str, Any], model: nn.Module) -> None:

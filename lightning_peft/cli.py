@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import re
 import sys
 import textwrap
 from argparse import RawDescriptionHelpFormatter
@@ -26,11 +27,16 @@ from lightning_peft import commands
 from lightning_peft.bases import base_names
 from lightning_peft.errors import PEFTError
 from lightning_peft.method import registered_methods
+from lightning_peft.plan_config import show_plan
 from lightning_peft.strategy import PEFTStrategy
 
 PROG = "lightning-peft"
 DESCRIPTION = "Parameter-efficient fine-tuning for any LightningModule, as one Trainer flag."
-COMMANDS: dict[str, Callable[..., None]] = {"inspect": commands.inspect, "merge": commands.merge}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "inspect": commands.inspect,
+    "merge": commands.merge,
+    "export": commands.export,
+}
 """Commands that need no Trainer."""
 RUNS = {
     "fit": "Train: inject adapters, train them alone, save them alone, merge them at the end.",
@@ -88,6 +94,8 @@ class Parser(LightningArgumentParser):
                 f"  --trainer.strategy={PEFTStrategy.__name__} --trainer.strategy.method=LoRA "
                 "--trainer.strategy.method.r=16"
             )
+        elif re.search(r"required: \w+\.model$", message):
+            message = "no model was given: give --model CLASS, or a file with an entry `model:` by --config FILE."
         super().error(message, ex)
 
 
@@ -135,6 +143,11 @@ class PEFTCLI(LightningCLI):
                 Trainer, name, description=description, usage=usage
             )
             commands.add_subcommand(name, self._subcommand_parsers[name], help=description)
+        summary = parse(show_plan.__doc__ or "").short_description
+        usage = f"{PROG} plan [--config FILE] [--devices N] [--num_nodes N] [--gpu_memory GIB] --model CLASS"
+        planner = self._prepare_subcommand_parser(Trainer, "fit", description=summary, usage=usage)
+        self._plan_options = planner.add_function_arguments(show_plan, as_group=False, skip={"run"})
+        commands.add_subcommand("plan", planner, help=summary)
         for name, function in COMMANDS.items():
             summary = parse(function.__doc__ or "").short_description
             command = ArgumentParser(description=summary)
@@ -157,6 +170,10 @@ class PEFTCLI(LightningCLI):
         strategy = self.config[command].trainer.strategy
         if isinstance(strategy, str):
             self.config[command].trainer.strategy = named_strategy(strategy)
+        if command == "plan":
+            run = self.config[command].as_dict()
+            show_plan(run, **{option: run[option] for option in self._plan_options})
+            raise SystemExit(0)
 
     def before_instantiate_classes(self) -> None:
         """Make every object that Lightning does not make by a function of its own."""

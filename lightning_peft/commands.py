@@ -1,4 +1,4 @@
-"""The commands of ``lightning-peft`` that need no Trainer: what an adapter is, and merging one into its base."""
+"""The commands of ``lightning-peft`` about adapters: showing one, merging it into its base, copying it for servers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,18 @@ import transformers
 
 from lightning_peft.checkpoint import KEY
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats.files import MARKER, atomic_directory, read_json, read_shapes, write_json
+from lightning_peft.formats.files import (
+    MARKER,
+    atomic_directory,
+    read_json,
+    read_shapes,
+    read_tensors,
+    restore_interrupted,
+    write_json,
+    write_tensors,
+)
 from lightning_peft.formats.hf import CONFIG_FILE, TENSOR_FILE
+from lightning_peft.formats.serving import serving_copy
 from lightning_peft.merge import merge as merge_adapters
 from lightning_peft.storage import load_adapter
 from lightning_peft.tasks.pretrained import Dtype, load_model, load_tokenizer
@@ -78,6 +88,46 @@ def merge(adapter: str, model: str | None = None, out: str = "merged", dtype: Dt
         except PEFTError:
             print(f"{model} has no tokenizer: the model is written without one.")
     print(f"Wrote {out}. Load it with {type(base).__name__}.from_pretrained({out!r}).")
+
+
+def export(adapter: str, out: str = "exported", rank: int | None = None, dtype: Dtype | None = None) -> None:
+    """Copy a LoRA adapter for servers: vLLM, SGLang, llama.cpp and TensorRT-LLM all scale the copy alike.
+
+    The scale is folded into B and lora_alpha is the rank, so that a server that knows neither rsLoRA nor patterns
+    serves what was trained. The base model is not needed. (SGLang adapts the projections of queries and values
+    together: to serve one of them, train both.)
+
+    Args:
+        adapter: The adapter directory, of this package or of Hugging Face PEFT.
+        out: The directory to write. One that this command wrote before is replaced.
+        rank: Pad with zeros to this rank, one that vLLM can serve: 8, 16, 32, 64, 128, 256, 320 or 512. The
+            adapter's largest, if not given.
+        dtype: Of the tensors written. The adapter's own, if not given.
+
+    Raises:
+        PEFTError: It is no plain LoRA, has modules trained whole, or the directory cannot be written.
+    """
+    source, target = Path(adapter), Path(out)
+    restore_interrupted(source)
+    if target.resolve() in (source.resolve(), *source.resolve().parents):
+        raise PEFTError(f"out={out!r} would replace the adapter {adapter} itself. Choose another directory.")
+    if (target / MARKER).is_file() and "exported" not in read_json(target / MARKER):
+        raise PEFTError(f"out={out!r} is no earlier export, perhaps a checkpoint. Choose another directory.")
+    marker = read_json(source / MARKER) if (source / MARKER).is_file() else {}
+    if "parts" in marker:
+        parts = ", ".join(str(source / str(part)) for part in marker["parts"])
+        raise PEFTError(f"{adapter} holds adapters for several models: {parts}. Export each of them.")
+    if beside := sorted(file.name for file in source.glob("*.safetensors") if file.name != TENSOR_FILE):
+        raise PEFTError(f"{adapter} has modules trained whole in {beside[0]}, which a server for LoRA does not read.")
+    kind = None if dtype is None else getattr(torch, dtype)
+    config, tensors = serving_copy(
+        read_json(source / CONFIG_FILE), read_tensors(source / TENSOR_FILE), adapter, rank=rank, dtype=kind
+    )
+    with atomic_directory(target) as directory:
+        write_tensors(directory / TENSOR_FILE, tensors)
+        write_json(directory / CONFIG_FILE, config)
+        write_json(directory / MARKER, {**marker, "version": 1, "exported": adapter})
+    print(f"Wrote {out}: rank {config['r']}, the scale is in B. Targets: {', '.join(config['target_modules'])}.")
 
 
 def _show(title: str, rows: Iterable[_Row]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.adapter import slots, unwrap
@@ -24,29 +25,45 @@ _SAMPLES = 4
 _TOLERANCE = 0.02
 
 
-def describe_base(model: nn.Module) -> dict[str, Any]:
-    """Return the base's class, its name or path if it has one, and samples of the weights that adapters adapt."""
+def describe_base(model: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """Return the base's class, its name or path if it has one, and samples of the weights that adapters adapt.
+
+    Args:
+        model: A model with adapters.
+        prefix: The part of it to describe; names of samples are relative to it.
+    """
     model = unwrap(model)
-    registry = own_registry(model)
-    return (registry and registry.base) or _description(model)
+    part = model.get_submodule(prefix)
+    named = next(iter(transformers_models(part).values()), part)
+    recorded = _recorded(model, prefix)
+    return {
+        "class": _class_name(named),
+        "name_or_path": str(getattr(getattr(named, "config", None), "_name_or_path", "") or ""),
+        "samples": _samples(part) if recorded is None else recorded,
+    }
 
 
 def record_base(model: nn.Module) -> None:
-    """Keep what :func:`describe_base` returns, for when the weights can no longer be read by one process alone.
+    """Keep samples of the weights with the adapters, for when no process can read them alone any more.
 
     Every process that holds a piece of the weights has to call it.
     """
     for _, root, registry in registries(model):
-        registry.base = registry.base or _description(root, gather=True)
+        if registry.samples is None:
+            registry.samples = _samples(root, gather=True)
 
 
-def _description(model: nn.Module, gather: bool = False) -> dict[str, Any]:
-    named = next(iter(transformers_models(model).values()), model)
-    return {
-        "class": type(named).__name__,
-        "name_or_path": str(getattr(getattr(named, "config", None), "_name_or_path", "") or ""),
-        "samples": _samples(model, gather=gather),
-    }
+def _recorded(model: nn.Module, prefix: str = "") -> dict[str, list[float]] | None:
+    registry = own_registry(model)
+    if registry is None or registry.samples is None:
+        return None
+    lead = f"{prefix}." if prefix else ""
+    return {name.removeprefix(lead): v for name, v in registry.samples.items() if name.startswith(lead)}
+
+
+def _class_name(module: nn.Module) -> str:
+    """Return the name of the class that the module had before FSDP2 made a class of its own for it."""
+    return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def refuse_other_base(model: nn.Module, saved: Mapping[str, Any], source: str) -> None:
@@ -57,8 +74,8 @@ def refuse_other_base(model: nn.Module, saved: Mapping[str, Any], source: str) -
     """
     present = describe_base(model)
     theirs = saved.get("samples", {})
-    registry = own_registry(unwrap(model))
-    ours = registry.base["samples"] if registry and registry.base else _samples(unwrap(model), list(theirs))
+    recorded = _recorded(unwrap(model))
+    ours = _samples(unwrap(model), list(theirs)) if recorded is None else recorded
     pairs = [pair for name in ours.keys() & theirs.keys() for pair in zip(ours[name], theirs[name], strict=False)]
     norm = math.sqrt(sum(b * b for _, b in pairs))
     distance = math.sqrt(sum((a - b) ** 2 for a, b in pairs))

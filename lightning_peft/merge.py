@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -158,7 +159,7 @@ def _merge_host(
     with gathered(host):
         before = read_matrix(host)
         whole_bias = None if bias is None else whole(bias)
-        after, new_bias = adapter.fold(before, whole_bias)
+        after, new_bias = _whole_adapter(adapter).fold(before, whole_bias)
         stored = as_stored(host, after)
         change = torch.linalg.vector_norm(after - before)
         lost = torch.linalg.vector_norm(as_matrix(host, stored) - after)
@@ -170,6 +171,13 @@ def _merge_host(
             backup["bias"] = old_bias
             write(cast(nn.Parameter, bias), new_bias)
     return float(lost / change) if change > 0 else 0.0, backup
+
+
+def _whole_adapter(adapter: Adapter) -> Adapter:
+    """Return ``adapter``, or a copy of it whose parameters are whole if they are in pieces."""
+    if not any(isinstance(p, DTensor) for p in adapter.parameters()):
+        return adapter
+    return copy.deepcopy(adapter, {id(p): nn.Parameter(whole(p), requires_grad=False) for p in adapter.parameters()})
 
 
 def _refuse_non_finite(hosts: Sequence[_Host]) -> None:

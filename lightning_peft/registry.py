@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,8 +29,8 @@ class Registry:
     """Parameters trained whole: the values they had before."""
     requires_grad: dict[str, bool] = field(default_factory=dict)
     """``requires_grad`` of the base's parameters before the injection."""
-    base: dict[str, Any] | None = None
-    """What tells the base apart, if no process has its weights whole: see ``fingerprint.record_base``."""
+    samples: dict[str, list[float]] | None = None
+    """Samples of the base's weights, for when no process has them whole: see ``fingerprint.record_base``."""
 
 
 def registries(model: nn.Module) -> Iterator[tuple[str, nn.Module, Registry]]:

@@ -295,5 +295,5 @@ def _write_part(directory: Path, model: nn.Module, part: _Part, state: Mapping[s
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / hf.TENSOR_FILE, {in_file: state[in_model] for in_file, in_model in names.items()})
     write_json(directory / hf.CONFIG_FILE, hf.config_of(root, part.method, part.pairs, part.train_also))
-    write_json(directory / MARKER, {"version": 1, "prefix": part.prefix, "base": describe_base(root)})
+    write_json(directory / MARKER, {"version": 1, "prefix": part.prefix, "base": describe_base(model, part.prefix)})
     return names

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -25,9 +25,9 @@ from torch.optim import Optimizer
 
 from lightning_peft import checkpoint as files
 from lightning_peft.adapter import adapter_parameters
-from lightning_peft.base_weights import load_base_weights
+from lightning_peft.base_weights import Gathered, load_base_weights
 from lightning_peft.bases import PREFIX, base_names, behaviour, strategy_from_name
-from lightning_peft.bases.auto import choose_strategy
+from lightning_peft.bases.auto import AUTO, SINGLE_DEVICE, choose_strategy
 from lightning_peft.bases.spawn import PEFTMultiProcessingLauncher
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.distributed import split_values
@@ -68,6 +68,8 @@ class PEFTStrategy(Strategy):
     _base_class: ClassVar[type[Strategy] | None] = None
     _takes_sharded: ClassVar[bool] = False
     """Whether adapters of a model that is sharded already are kept equal between processes."""
+    _gathered: Gathered = staticmethod(nullcontext)  # type: ignore[assignment]
+    """Called with a module, makes a context in which its parameters are whole."""
 
     def __new__(
         cls,
@@ -81,7 +83,7 @@ class PEFTStrategy(Strategy):
         base_weights: str | None = None,
     ) -> PEFTStrategy:
         """Make an instance of the class for ``base``. The signature is ``__init__``'s: jsonargparse reads this one."""
-        if base == "auto":
+        if base in (AUTO, SINGLE_DEVICE):
             placeholder: PEFTStrategy = object.__new__(PEFTStrategy)  # type: ignore[type-abstract]
             Strategy.__init__(placeholder)
             # What the Trainer's connector sets if it is there; `_configure_launcher` hands it on.
@@ -110,6 +112,7 @@ class PEFTStrategy(Strategy):
     ) -> None:
         # `__new__` has taken over the state of `base`: its own __init__ must not run again.
         self.method = _one_method(method)
+        self._base_name = base if isinstance(base, str) else type(base).__name__
         if checkpoint not in ("adapter", "full"):
             raise PEFTError(f"checkpoint={checkpoint!r} was given; it is 'adapter' or 'full'.")
         self._full_checkpoints = checkpoint == "full"
@@ -126,10 +129,10 @@ class PEFTStrategy(Strategy):
         return _rebuild, (self._base_class,), self.__getstate__()
 
     def _configure_launcher(self) -> None:
-        # The last call of the Trainer's connector, and the first moment at which "auto" can be decided.
+        # The last call of the Trainer's connector, and the first moment at which the devices are known.
         if type(self) is PEFTStrategy:
-            known = self.__dict__
-            self._become(choose_strategy(self.accelerator, known["parallel_devices"], known["num_nodes"]))
+            devices, num_nodes = self.__dict__["parallel_devices"], self.__dict__["num_nodes"]
+            self._become(choose_strategy(self._base_name, self.accelerator, devices, num_nodes))
         super()._configure_launcher()
         if isinstance(self._launcher, _MultiProcessingLauncher):
             self._launcher = PEFTMultiProcessingLauncher(self, self._launcher._start_method)  # type: ignore[arg-type]
@@ -204,10 +207,6 @@ class PEFTStrategy(Strategy):
         if self._base_weights is not None:
             load_base_weights(self._module, self._base_weights, gathered=self._gathered)
 
-    def _gathered(self, host: nn.Module) -> AbstractContextManager[Any]:
-        """Return a context in which the parameters of ``host`` are whole."""
-        return nullcontext()
-
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load adapter state; strict about adapters whatever ``strict`` says.
 
@@ -223,7 +222,7 @@ class PEFTStrategy(Strategy):
             self._held_back = (dict(checkpoint), strict)
             return
         unmerge(self._module)
-        files.apply(checkpoint, self._module, strict)
+        files.apply(checkpoint, self._module, strict, self._gathered)
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Set the base strategy up, with the adapters injected on the way.
@@ -245,6 +244,24 @@ class PEFTStrategy(Strategy):
             super().setup(trainer)
         finally:
             del plugin.convert_module
+        self._refuse_unserved()
+
+    def _refuse_unserved(self) -> None:
+        """Check that the base strategy went the way of Lightning's own.
+
+        Raises:
+            PEFTError: It is a strategy of the user's that leaves out a call.
+        """
+        held = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        for missing, call in (
+            (not self._is_set_up, "self.precision_plugin.convert_module(self.model)"),
+            (any(not p.requires_grad for p in held), "self.setup_optimizers(trainer)"),
+        ):
+            if missing:
+                raise PEFTError(
+                    f"The base strategy {self._base_name} does not call {call} in setup, where adapters are injected "
+                    "and optimizers restricted. Call it there, or call super().setup(trainer)."
+                )
 
     def _prepare(self, trainer: pl.Trainer) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -254,7 +271,8 @@ class PEFTStrategy(Strategy):
         if fitting or self._held_back is not None:
             unmerge(self._module)
         if self._held_back is not None:
-            files.apply(self._held_back[0], self._module, self._held_back[1])
+            checkpoint, strict = self._held_back
+            files.apply(checkpoint, self._module, strict, self._gathered)
             self._held_back = None
         self._is_set_up = True
         if fitting:
@@ -333,7 +351,9 @@ class PEFTStrategy(Strategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return adapter state, or everything with ``checkpoint="full"``; a merge is not seen in either."""
         if self._full_checkpoints:
-            return files.unmerged_state_dict(super().lightning_module_state_dict(), self._module)
+            # Where the base strategy gathers a model, it does so for one process only.
+            state = {**super().lightning_module_state_dict(), **adapter_state_dict(self._module)}
+            return files.unmerged_state_dict(state, self._module)
         return dict(adapter_state_dict(self._module))
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -47,6 +48,9 @@ class Regression(pl.LightningModule):
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("val_loss", self.loss(batch[0]))
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0])
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("test_loss", self.loss(batch[0]))
@@ -134,7 +138,9 @@ def base_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def adapter_state(module: nn.Module) -> dict[str, Tensor]:
-    return {name: t.clone() for name, t in module.state_dict().items() if ".peft." in name}
+    """Copies of the adapters' parameters, whole."""
+    found = {name: t for name, t in module.state_dict().items() if ".peft." in name}
+    return {n: t.full_tensor() if isinstance(t, DTensor) else t.clone() for n, t in found.items()}
 
 
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lightning_peft"
 # The files and folders that may know Lightning. All others are found by walking the tree.
-UPPER = {"__init__", "__main__", "bases", "callbacks", "cli", "commands", "restore", "strategy", "tasks"}
+UPPER = {"__init__", "__main__", "bases", "callbacks", "cli", "commands", "plan_config", "restore", "strategy", "tasks"}
 # The judges in tests, and the other distribution of Lightning, whose classes pass no isinstance check of ours.
 NEVER = {"peft", "loralib", "adapters", "pytorch_lightning", "lightning_fabric", "callbacks"}
 

@@ -11,6 +11,8 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from families import build
+from launch import run_script
 
 from lightning_peft import PEFTStrategy
 
@@ -37,16 +39,59 @@ class Model(L.LightningModule):
 def test_python_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = blocks("python")
-    assert len(found) == 2
+    assert len(found) == 3
     data = torch.utils.data.DataLoader(torch.randn(8, 16), batch_size=4)
     first = found[0].replace("L.Trainer(", "L.Trainer(max_epochs=1, accelerator='cpu', ")
     scope: dict = {"model": Model(), "data": data}
     exec(first, scope)
     assert isinstance(scope["trainer"].strategy, PEFTStrategy)
     assert scope["trainer"].global_step == 2
-    exec(found[1], scope)
+    exec(found[2], scope)
     assert type(scope["model"]) is torch.nn.Sequential
     assert [name for name, _ in scope["model"].named_parameters()] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+SHARDED = """
+import sys
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning_peft import LoRA, PEFTStrategy
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig
+
+{snippet}
+
+class Runs(Sharded):
+    def __init__(self):
+        super().__init__()
+        self.model = None
+        self.config = AutoConfig.from_pretrained(sys.argv[1])
+
+    def training_step(self, ids, batch_idx):
+        return self.model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+    def on_train_start(self):
+        assert all(isinstance(p, DTensor) for p in self.parameters())
+
+base = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+strategy = PEFTStrategy(LoRA(r=2), base=base, base_weights=sys.argv[1])
+trainer = L.Trainer(strategy=strategy, max_steps=1, accelerator="cpu", devices=2, logger=False)
+trainer.fit(Runs(), torch.utils.data.DataLoader(torch.randint(0, 50, (2, 8))))
+assert trainer.global_step == 1
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_the_sharded_module_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama")[0].save_pretrained(tmp_path / "model")
+    script = tmp_path / "script.py"
+    script.write_text(SHARDED.format(snippet=blocks("python")[1]))
+    monkeypatch.chdir(tmp_path)  # where its checkpoint goes
+    run_script(str(script), tmp_path / "model")
 
 
 def test_yaml_snippet_makes_the_strategy() -> None:
@@ -74,10 +119,10 @@ def test_commands_run(tmp_path: Path) -> None:
 
     # The model in the config takes minutes: the tiny one of the quickstart's fast path takes its place.
     run(sys.executable, "examples/quickstart.py", "--fast")
-    assert len(commands) == 3
+    assert len(commands) == 4
     for line in commands:
         words = shlex.split(line)
-        if words[:2] == ["lightning-peft", "fit"]:
+        if words[1] in ("fit", "plan"):
             words += ["--trainer.max_steps=1", "--model.init_args.model=.quickstart/tiny"]
         output = run(*words)
     assert "lora" in output.lower()

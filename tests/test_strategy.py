@@ -64,6 +64,53 @@ def test_an_instance_as_base_keeps_its_own_arguments(tmp_path: Path) -> None:
     assert isinstance(single, SingleDeviceStrategy)
 
 
+def test_single_device_takes_the_trainers_device_and_refuses_several(tmp_path: Path) -> None:
+    strategy = trainer(tmp_path, lora(base="single_device")).strategy
+    assert isinstance(strategy, SingleDeviceStrategy)
+    assert strategy.root_device == torch.device("cpu")
+    with pytest.raises(PEFTError, match=r"2 devices on 1 nodes.*base='ddp'"):
+        trainer(tmp_path, lora(base="single_device"), devices=2)
+
+
+class OwnStrategy(SingleDeviceStrategy):
+    """A user's own, which adds to Lightning's."""
+
+    steps = 0
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.steps += 1
+        return super().optimizer_step(*args, **kwargs)
+
+
+class WithoutConversion(SingleDeviceStrategy):
+    def setup(self, trainer: pl.Trainer) -> None:
+        self.accelerator.setup(trainer)
+        self.setup_optimizers(trainer)
+
+
+class OwnOptimizers(SingleDeviceStrategy):
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        raise AssertionError("not called")
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.optimizers = [self.lightning_module.configure_optimizers()]
+
+
+def test_a_strategy_of_the_users_as_base(tmp_path: Path) -> None:
+    run = trainer(tmp_path, lora(base=OwnStrategy()))
+    run.fit(Regression(), loader())
+    assert isinstance(run.strategy, OwnStrategy)
+    assert run.strategy.steps == 4
+
+
+@pytest.mark.parametrize(("base", "call"), [(WithoutConversion, "convert_module"), (OwnOptimizers, "setup_optimizers")])
+def test_a_strategy_that_leaves_out_a_call_is_told_which(tmp_path: Path, base: type, call: str) -> None:
+    with pytest.raises(PEFTError, match=rf"{base.__name__} does not call self\..*{call}"):
+        trainer(tmp_path, lora(base=base())).fit(Regression(), loader())
+
+
 def test_a_name_as_base() -> None:
     assert isinstance(lora(base="ddp"), DDPStrategy)
     assert isinstance(lora(base="fsdp"), FSDPStrategy)

@@ -6,24 +6,30 @@ adapters inside would cost the gradient traffic of the entire model. So they are
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _reshard
 
 from lightning_peft.adapter import slots
-from lightning_peft.base_weights import materialise
-from lightning_peft.bases.replicated import ReplicatedAdapters
+from lightning_peft.base_weights import allocate, has_meta, materialise
+from lightning_peft.bases.sharded import OnShards
 from lightning_peft.errors import PEFTError
 from lightning_peft.fingerprint import record_base
-from lightning_peft.merge import refuse_ties
+from lightning_peft.merge import is_merged, refuse_ties
 from lightning_peft.registry import registries
 
 
-class OnFSDP(ReplicatedAdapters):
+class OnFSDP(OnShards):
     """What ``PEFTStrategy`` does differently on ``FSDPStrategy``."""
 
     kwargs: dict[str, Any]
@@ -33,6 +39,15 @@ class OnFSDP(ReplicatedAdapters):
     @property
     def _saves_shards(self) -> bool:
         return self._state_dict_type == "sharded"
+
+    def setup_environment(self) -> None:
+        """Set up processes; refuse CPUs as Lightning does, which asks for the exact class."""
+        if self._base_class is FSDPStrategy and not isinstance(self.accelerator, CUDAAccelerator):
+            raise PEFTError(
+                f"base='fsdp' was given with accelerator {type(self.accelerator).__name__}; FSDP needs GPUs. Take "
+                "base='ddp' or 'auto', or Trainer(accelerator='gpu')."
+            )
+        super().setup_environment()
 
     @property
     def _is_wrapped(self) -> bool:
@@ -69,22 +84,39 @@ class OnFSDP(ReplicatedAdapters):
             return self._wrapped
         given = self.kwargs
         self.kwargs = _leaving_out(given, self._left_out())
-        if self._base_weights is not None:
-            self.kwargs.setdefault("param_init_fn", self._allocate)
+        # FSDP knows nothing of modules that are left out when it materialises those inside a unit.
+        self.kwargs["param_init_fn"] = partial(self._materialise, given.get("param_init_fn"))
         try:
             wrapped = super()._setup_model(model)
         finally:
             self.kwargs = given
         assert isinstance(wrapped, FullyShardedDataParallel)
         self._wrapped = wrapped
+        wrapped.register_forward_hook(self._reshard_merged)
+        with FullyShardedDataParallel.summon_full_params(wrapped, recurse=False):
+            pass  # The first unit that is gathered takes itself for the outermost one.
         self._load_base_weights()
         return wrapped
 
-    def _allocate(self, module: nn.Module) -> None:
-        module.to_empty(device=self.root_device, recurse=False)
+    def _materialise(self, initialise: Callable[[nn.Module], None] | None, module: nn.Module) -> None:
+        if initialise is not None and has_meta(module):
+            initialise(module)
+        else:
+            allocate(module, self.root_device, initialise=self._base_weights is None)
 
-    def _gathered(self, host: nn.Module) -> AbstractContextManager[Any]:
-        assert self._wrapped is not None
+    def _reshard(self) -> None:
+        for unit in FullyShardedDataParallel.fsdp_modules(self._wrapped) if self._wrapped is not None else ():
+            if unit._handle is not None:
+                _reshard(unit, unit._handle, True)
+
+    def _reshard_merged(self, *_: Any) -> None:
+        # Without a backward pass FSDP keeps the outermost unit gathered: what unmerge or eject write would be lost.
+        if not torch.is_grad_enabled() and is_merged(self._module):
+            self._reshard()
+
+    def _gathered(self, host: nn.Module) -> AbstractContextManager[Any]:  # type: ignore[override]
+        if self._wrapped is None or not self._is_wrapped:
+            return nullcontext()
         units = [unit for unit in FullyShardedDataParallel.fsdp_modules(self._wrapped) if host in unit.modules()]
         return FullyShardedDataParallel.summon_full_params(units[-1], recurse=False)
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lightning_peft.adapter import Adapter, slots
 from lightning_peft.base_weights import materialise
-from lightning_peft.bases.replicated import ReplicatedAdapters
+from lightning_peft.bases.sharded import OnShards
 from lightning_peft.fingerprint import record_base
 from lightning_peft.registry import registries
 from lightning_peft.sharding import shard
@@ -25,7 +25,7 @@ from lightning_peft.weights import is_transposed
 _DATA, _TENSOR = "data_parallel", "tensor_parallel"
 
 
-class OnModelParallel(ReplicatedAdapters):
+class OnModelParallel(OnShards):
     """What ``PEFTStrategy`` does differently on ``ModelParallelStrategy``."""
 
     device_mesh: DeviceMesh
@@ -38,7 +38,6 @@ class OnModelParallel(ReplicatedAdapters):
 
     def inject(self) -> None:
         """Inject the adapters, split beside layers that tensor parallelism has split."""
-        self._reshard()
         new = not any(registries(self._module))
         super().inject()
         for _, host, slot in slots(self._module) if new else ():
@@ -55,7 +54,6 @@ class OnModelParallel(ReplicatedAdapters):
         record_base(self._module)
 
     def _reshard(self) -> None:
-        """Bring every parameter back to its shards: after evaluation FSDP2 leaves some of them gathered."""
         for module in self._module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -72,16 +70,6 @@ class OnModelParallel(ReplicatedAdapters):
         """Return what is saved of the module, in its shards."""
         self._reshard()
         return super().lightning_module_state_dict()
-
-    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        """Load adapter state into the shards."""
-        self._reshard()
-        super().load_model_state_dict(checkpoint, strict)
-
-    def on_train_end(self) -> None:
-        """Merge, shard by shard."""
-        self._reshard()
-        super().on_train_end()
 
 
 def _is_split_only(parameter: nn.Parameter) -> bool:

@@ -5,6 +5,7 @@ The format is HF PEFT 0.21's (``adapter_config.json``, ``adapter_model.safetenso
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -52,6 +53,18 @@ class Content:
     """Name in the model (relative to its root) by name in the file."""
     copies: dict[str, str]
     """Copies of base parameters, which HF PEFT writes for adapted embeddings: names as in ``names``."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One module's LoRA in a file: its change of the weight is ``scale`` · B A."""
+
+    a: str
+    """Name of A ``[r, in]`` in the file."""
+    b: str
+    """Name of B ``[out, r]`` in the file."""
+    r: int
+    scale: float
 
 
 def config_of(
@@ -135,6 +148,36 @@ def read_content(
     )
     whole = [name.removeprefix(_PREFIX) for name in rest if name not in copies]
     return Content(method, train_also, tensor_names(root, adapter, hosts, whole), copies)
+
+
+def read_low_rank(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], source: str
+) -> tuple[dict[str, LowRank], list[str]]:
+    """Read configuration and tensor names without the model that they are for.
+
+    Returns:
+        The low-rank change of every adapted module by its name, and the names of all other tensors.
+
+    Raises:
+        PEFTError: The file is no plain LoRA, or configuration and tensors contradict each other.
+    """
+    _refuse_unknown(config, source)
+    hosts, rest = _hosts(shapes, source)
+    found = {}
+    for host in sorted(hosts):
+        r = _pattern(config, "rank_pattern", "r", host, source)
+        alpha = _pattern(config, "alpha_pattern", "lora_alpha", host, source)
+        kinds = _EMBEDDING if f"{_PREFIX}{host}.{_EMBEDDING[0]}" in shapes else _LINEAR
+        a, b = (f"{_PREFIX}{host}.{kind}" for kind in kinds)
+        if len(shapes[a]) != 2 or len(shapes[b]) != 2 or not shapes[a][0] == shapes[b][1] == r or r < 1:
+            raise PEFTError(
+                f"{source}: A and B of {host!r} have the shapes {shapes[a]} and {shapes[b]}; the rank {r} of "
+                f"{CONFIG_FILE} makes ({r}, in) and (out, {r}). The directory is damaged; take another copy."
+            )
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise PEFTError(f"{source}: {CONFIG_FILE} gives {host!r} the alpha {alpha!r}; a number was expected.")
+        found[host] = LowRank(a, b, r, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
+    return found, rest
 
 
 def suffixes(hosts: Iterable[str], modules: Iterable[str]) -> list[str] | None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_peft.errors import PEFTError
 
@@ -122,6 +122,32 @@ def load_model(
     """
     loaded: PreTrainedModel = _load(auto_class, model, cache_dir, dtype=getattr(torch, dtype), **config)
     return loaded
+
+
+def meta_model(
+    model: str,
+    auto_class: Any = AutoModelForCausalLM,
+    *,
+    dtype: Dtype = "float32",
+    **config: Any,
+) -> PreTrainedModel:
+    """Make a pretrained model without its weights, on the meta device, from its configuration alone.
+
+    Args:
+        model: See `locate`.
+        auto_class: The transformers class of the model.
+        dtype: Of the weights.
+        **config: Changes to the model's configuration.
+    """
+    source = locate(model)
+    where = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    try:
+        settings = AutoConfig.from_pretrained(source.path, trust_remote_code=False, **where, **config)
+        with torch.device("meta"):
+            made: PreTrainedModel = auto_class.from_config(settings, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        raise PEFTError(f"model={model!r} does not load as {auto_class.__name__}: {error}; {EXPECTED}") from error
+    return made
 
 
 def _load(auto_class: Any, model: str, cache_dir: str | None, **kwargs: Any) -> Any:

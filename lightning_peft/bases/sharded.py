@@ -1,4 +1,4 @@
-"""Adapters that every process holds whole, beside a model that is sharded."""
+"""What strategies that shard the model have in common."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_peft.errors import PEFTError
+from lightning_peft.merge import is_merged
 from lightning_peft.sharding import local_part
 
 if TYPE_CHECKING:
@@ -18,11 +20,12 @@ else:
     _Strategy = object
 
 
-class ReplicatedAdapters(_Strategy):
-    """Averages the gradients of adapters over all processes after each backward pass, in one all-reduce.
+class OnShards(_Strategy):
+    """Averages gradients that the base strategy does not, and leaves no gathered weights behind.
 
-    Adapters are a thousandth of the model. Sharded with it, each would cost a small all-gather in the forward pass,
-    another in the backward pass and a reduce-scatter; averaged, they cost what they do under DDP.
+    Adapters that every process holds whole have their gradients averaged after each backward pass, in one all-reduce.
+    They are a thousandth of the model: sharded one by one, each would cost two small all-gathers and a reduce-scatter
+    per step; averaged, they cost what they do under DDP.
     """
 
     _sync_blocked = False
@@ -42,6 +45,33 @@ class ReplicatedAdapters(_Strategy):
         if not self._sync_blocked:
             for parameters, group in self._replicated():
                 average_gradients(parameters, group)
+
+    def _reshard(self) -> None:
+        """Bring every parameter back to its shards: after evaluation some stay gathered, and writes get lost."""
+        raise TypeError(f"{type(self).__name__} does not say how to reshard")
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return what is saved of the module.
+
+        Raises:
+            PEFTError: That is the frozen weights too, and adapters are merged into them.
+        """
+        if self._full_checkpoints and is_merged(self._module):
+            raise PEFTError(
+                "checkpoint='full' was asked for while adapters are merged into sharded weights, and the weights as "
+                "they are without them cannot be gathered. Call unmerge(module) first, or save adapters only."
+            )
+        return super().lightning_module_state_dict()
+
+    def on_train_end(self) -> None:
+        """Merge, shard by shard."""
+        self._reshard()
+        super().on_train_end()
+
+    def teardown(self) -> None:
+        """Leave the module in shards, so that it can be unmerged or ejected."""
+        self._reshard()
+        super().teardown()
 
     def _replicated(self) -> list[tuple[list[nn.Parameter], Any]]:
         """Return lists of trained parameters with the process group to average the gradients of each over."""
