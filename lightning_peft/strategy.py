@@ -204,7 +204,8 @@ class PEFTStrategy(Strategy):
 
     def _load_base_weights(self) -> None:
         """Load the frozen weights, if they are to come from files."""
-        if self._base_weights is not None:
+        # Merged weights hold what the adapters learnt.
+        if self._base_weights is not None and not is_merged(self._module):
             load_base_weights(self._module, self._base_weights, gathered=self._gathered)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

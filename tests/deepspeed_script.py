@@ -15,8 +15,9 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-from modules import Regression, inputs, loader, trainer
+from modules import Llama, Regression, inputs, loader, trainer
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from lightning_peft import LoRA, PEFTStrategy, eject, save_adapter, unmerge
 from lightning_peft.adapter import adapter_parameters
@@ -103,6 +104,26 @@ class Tied(Shared):
         return layers
 
 
+class LlamaFromFiles(Llama):
+    """Takes its share of the batch, and may be built without weights, in pieces."""
+
+    def __init__(self, late: bool) -> None:
+        super().__init__()
+        self.config = self.model.config
+        if late:
+            self.model = None
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = LlamaForCausalLM(self.config).eval()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step([batch[0][self.global_rank :: self.trainer.world_size]], batch_idx)
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("test_loss", super().training_step(batch, batch_idx))
+
+
 class NoOptimizer(Shared):
     """For an optimizer that stands in DeepSpeed's configuration."""
 
@@ -149,6 +170,17 @@ def fit_twice(out: Path, tag: str, strategy: Any, **options: Any) -> tuple[L.Tra
     fitted.fit_loop.max_epochs = 4
     fitted.fit(module, loader(batch_size=8))
     return fitted, module
+
+
+def fit_from_files(out: Path, strategy: Any, **options: Any) -> dict[str, Any]:
+    """Train a model whose weights are read from files, and test what the merge leaves of it."""
+    L.seed_everything(0)
+    module = LlamaFromFiles(late=strategy != "auto")
+    peft = PEFTStrategy(LoRA(r=2), base=strategy, base_weights=str(out / "base"))
+    fitted = trainer(out, peft, use_distributed_sampler=False, **options)
+    fitted.fit(module, loader(batch_size=8))
+    losses = fitted.test(module, loader(batch_size=8), verbose=False)
+    return {"adapters": adapters(module), "loss": losses[0]["test_loss"], "merged": is_merged(module)}
 
 
 def adapters(module: nn.Module) -> dict[str, Tensor]:
@@ -268,6 +300,7 @@ def built_in_pieces(out: Path, record: Record) -> None:
     record.fitted("late", *fit(out, "late", base(3), module=Late, **TWO))
     record.fitted("injects", *fit(out, "injects", base(3), module=InjectsItself, **TWO))
     record.fitted("half-late", *fit(out, "half-late", base(3), module=Late, precision="bf16-mixed", **TWO))
+    record.content["files"] = fit_from_files(out, base(3), **TWO)
     for tag, module in (("whole", Shared), ("whole-late", Late)):
         fitted, trained = fit(out, tag, base(3), module=module, **WHOLE, **TWO)
         record.fitted(tag, fitted, trained)

@@ -2,18 +2,16 @@
 
 import importlib.util
 import inspect
-import os
 import shutil
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launch import run_script
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from modules import Regression, assert_same, by_hand, inputs, trainer
+from modules import Llama, Regression, assert_same, by_hand, inputs, trainer
 from torch import Tensor
 
 from lightning_peft import LoRA, PEFTError, PEFTStrategy, load_adapter
@@ -50,15 +48,8 @@ class Run:
             "whole": script.fit(out, "single-whole", "auto", **script.WHOLE),
         }
         script.fit(out, "single-two", "auto", 2)
-        environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE")}
-        result = subprocess.run(
-            [sys.executable, script.__file__, what, str(out)],
-            capture_output=True,
-            text=True,
-            timeout=500,
-            env={**environment, "OMP_NUM_THREADS": "1"},
-        )
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+        Llama().model.save_pretrained(out / "base", max_shard_size="10KB")
+        run_script(script.__file__, what, out, timeout=500)
         self.ranks = [torch.load(file, weights_only=True) for file in sorted(out.glob("rank*.pt"))]
 
     def __getitem__(self, name: str) -> Any:
@@ -235,6 +226,12 @@ class TestMore:
     def test_evaluation_in_bfloat16_does_not_round_adapters(self, more: Run, tag: str) -> None:
         assert_same(more[f"{tag}-tested"], more[tag]["adapters"])
         assert more[tag]["weights"]["net.0.weight"].dtype == torch.bfloat16
+
+    def test_built_in_pieces_and_filled_from_files(self, more: Run) -> None:
+        expected = more.script.fit_from_files(more.out, "auto")
+        assert_near(more["files"]["adapters"], expected["adapters"])
+        assert more["files"]["merged"]
+        assert more["files"]["loss"] == pytest.approx(expected["loss"], abs=1e-5)
 
     def test_built_in_pieces_in_bfloat16(self, more: Run) -> None:
         assert_same(more["half-late"]["adapters"], more["half3"]["adapters"])
