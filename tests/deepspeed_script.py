@@ -55,9 +55,6 @@ class Shared(Regression):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self.loss(batch[0][self.global_rank :: self.trainer.world_size])
 
-    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self(batch[0])
-
     def configure_optimizers(self) -> Any:
         assert self.net is not None
         groups = [{"params": self.net[0].parameters()}, {"params": self.net[2].parameters(), "lr": 2 * self.rate}]
