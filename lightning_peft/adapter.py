@@ -91,6 +91,10 @@ class Slot(nn.ModuleDict):
         self.active = ""
         self.merged: dict[str, Any] | None = None
         """While merged: what :mod:`lightning_peft.merge` needs to restore the weights."""
+        self.hook(host)
+
+    def hook(self, host: nn.Module) -> None:
+        """Have ``host`` call the active adapter."""
         # First of all hooks: beside a layer that tensor parallelism has split, the next one gathers the output.
         self._handle = host.register_forward_hook(self._run, with_kwargs=True, prepend=True)
         self._handle_before: RemovableHandle | None = None
@@ -105,8 +109,9 @@ class Slot(nn.ModuleDict):
         return None if self.merged is not None or adapter is None else adapter.before(base, args, kwargs)
 
     def hook_before(self, host: nn.Module) -> None:
-        """Let adapters change what ``host`` is called with."""
-        if self._handle_before is None:
+        """Let adapters that define it change what ``host`` is called with."""
+        defined = any(type(adapter).before is not Adapter.before for adapter in self.values())  # type: ignore[attr-defined]
+        if defined and self._handle_before is None:
             self._handle_before = host.register_forward_pre_hook(self._run_before, with_kwargs=True)
 
     @property
@@ -129,8 +134,7 @@ def attach(host: nn.Module, name: str, adapter: Adapter) -> None:
         slot = Slot(host)
         host.add_module(CHILD, slot)
     slot[name] = adapter
-    if type(adapter).before is not Adapter.before:
-        slot.hook_before(host)
+    slot.hook_before(host)
     slot.active = slot.active or name
 
 
@@ -140,6 +144,14 @@ def detach(host: nn.Module) -> None:
     assert isinstance(slot, Slot)
     slot.remove_hook()
     delattr(host, CHILD)
+
+
+def restore_hooks(model: nn.Module) -> None:
+    """Hook every host again, after someone deleted all forward hooks of ``model``."""
+    for _, host, slot in slots(model):
+        slot.remove_hook()
+        slot.hook(host)
+        slot.hook_before(host)
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:

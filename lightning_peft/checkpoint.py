@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from lightning_peft.adapter import clean_name, slots
 from lightning_peft.base_weights import Gathered, fill
 from lightning_peft.errors import PEFTError
+from lightning_peft.formats.deepspeed import is_deepspeed
 from lightning_peft.formats.distributed import is_sharded, read_sharded
 from lightning_peft.formats.files import atomic_directory, restore_interrupted
 from lightning_peft.inject import inject, set_adapter
@@ -169,6 +170,11 @@ def read_directory(path: str | os.PathLike[str], weights_only: bool | None = Non
     directory = Path(path)
     if is_sharded(directory):
         return read_sharded(directory, weights_only)
+    if is_deepspeed(directory):
+        raise PEFTError(
+            f"{directory} was written by DeepSpeed, which alone reads it. Use the base strategy that wrote it; "
+            "checkpoints of AdapterCheckpoint resume on every base strategy."
+        )
     file = directory / _TRAINER_STATE
     if not file.is_file():
         raise PEFTError(

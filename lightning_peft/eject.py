@@ -9,7 +9,7 @@ from lightning_peft.adapter import base_tensors
 from lightning_peft.inject import remove
 from lightning_peft.merge import unmerge
 from lightning_peft.registry import required
-from lightning_peft.sharding import whole, write
+from lightning_peft.sharding import replace, whole
 
 
 def eject(model: nn.Module) -> None:
@@ -26,5 +26,5 @@ def eject(model: nn.Module) -> None:
         tensors = base_tensors(root)
         with torch.no_grad():
             for name, value in registry.whole.items():
-                write(tensors[name], whole(value))
+                replace(tensors[name], whole(value))
         remove(root, registry)

@@ -15,7 +15,7 @@ from lightning_peft.adapter import base_tensors, slots, unwrap
 from lightning_peft.errors import PEFTError
 from lightning_peft.registry import own_registry, registries
 from lightning_peft.select import named_modules, transformers_models
-from lightning_peft.sharding import whole
+from lightning_peft.sharding import full_shape, in_zero_pieces, whole
 
 _MODULES = 64
 _SAMPLES = 4
@@ -112,9 +112,9 @@ def _samples(
         slot = adapted.get(name)
         present = getattr(modules.get(name), "weight", None)
         weight = trained.get(id(present), slot.merged["weight"] if slot and slot.merged else present)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or not weight.numel():
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or not full_shape(weight).numel():
             continue
-        if weight.is_meta or (isinstance(weight, DTensor) and not gather):
+        if weight.is_meta or ((isinstance(weight, DTensor) or in_zero_pieces(weight)) and not gather):
             continue
         flat = whole(weight).flatten()
         positions = [flat.numel() * (2 * k + 1) // (2 * _SAMPLES) for k in range(_SAMPLES)]

@@ -18,7 +18,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.inject import remove
 from lightning_peft.registry import required
 from lightning_peft.select import transformers_models
-from lightning_peft.sharding import local_part, whole, write
+from lightning_peft.sharding import kept_part, whole, write
 from lightning_peft.weights import as_matrix, as_stored, read_matrix, weight_of
 
 _Host = tuple[str, nn.Module, Slot, Adapter]
@@ -118,11 +118,11 @@ def unmerge(model: nn.Module) -> None:
             for config in slot.merged["tied"]:
                 config.tie_word_embeddings = True
         else:
-            local_part(weight_of(host)).copy_(old)
+            kept_part(weight_of(host)).copy_(old)
         if slot.merged.get("added_bias"):
             host.register_parameter("bias", None)
         elif slot.merged["bias"] is not None:
-            local_part(host.get_parameter("bias")).copy_(slot.merged["bias"])
+            kept_part(host.get_parameter("bias")).copy_(slot.merged["bias"])
         slot.merged = None
 
 
@@ -167,8 +167,8 @@ def _merge_host(
 ) -> tuple[float, dict[str, Any]]:
     """Merge one host and return the loss and what restores it: each process keeps what it holds of the weight."""
     weight, bias = weight_of(host), host._parameters.get("bias")
-    old_bias = None if bias is None else local_part(bias).to("cpu", copy=True)
-    backup: dict[str, Any] = {"weight": weight if untie else local_part(weight).to("cpu", copy=True), "bias": None}
+    old_bias = None if bias is None else kept_part(bias).to("cpu", copy=True)
+    backup: dict[str, Any] = {"weight": weight if untie else kept_part(weight).to("cpu", copy=True), "bias": None}
     with gathered(host):
         before = read_matrix(host)
         whole_bias = None if bias is None else whole(bias)
@@ -199,7 +199,7 @@ def _whole_adapter(adapter: Adapter) -> Adapter:
 def _refuse_non_finite(hosts: Sequence[_Host]) -> None:
     for name, _, _, adapter in hosts:
         for parameter_name, parameter in adapter.named_parameters():
-            if not torch.isfinite(parameter).all():
+            if not torch.isfinite(whole(parameter)).all():
                 raise PEFTError(
                     f"The adapter of {name!r} holds NaN or infinity in {parameter_name}: merging it would destroy the "
                     "weight. Load an earlier checkpoint."

@@ -69,7 +69,7 @@ def state_by_name(optimizer: Optimizer, state: Mapping[str, Any], model: nn.Modu
     A parameter without state (before the first step, or never used) has an empty one, so that a state which got lost
     can be told from one which never was.
     """
-    names = _names(optimizer, model)
+    names = parameter_names(optimizer, model)
     return {
         **state,
         "state": {name: state["state"].get(position, {}) for position, name in enumerate(names)},
@@ -87,7 +87,7 @@ def state_by_position(optimizer: Optimizer, saved: Mapping[str, Any], model: nn.
     Raises:
         PEFTError: The groups hold other parameters than they did, or there is no state to go on from.
     """
-    names = _names(optimizer, model)
+    names = parameter_names(optimizer, model)
     groups, start = [], 0
     if len(saved["param_groups"]) != len(optimizer.param_groups):
         raise PEFTError(
@@ -128,6 +128,7 @@ def state_elements(optimizer: Optimizer) -> int | None:
 
     Found by one step of a new optimizer of its kind on a small parameter.
     """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed wraps the one that was configured
     accepted = inspect.signature(type(optimizer)).parameters
     options = {key: value for key, value in optimizer.defaults.items() if key in accepted}
     probe = nn.Parameter(torch.zeros(8, 8))
@@ -174,7 +175,7 @@ def _drop_frozen(optimizer: Optimizer) -> None:
                 group[key][:] = [entry for entry, keep in zip(group[key], trained, strict=True) if keep]
 
 
-def _names(optimizer: Optimizer, model: nn.Module) -> list[str]:
+def parameter_names(optimizer: Optimizer, model: nn.Module) -> list[str]:
     """Return the name of every parameter of ``optimizer``, by position."""
     names = {id(p): clean_name(name) for name, p in model.named_parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 def whole(tensor: Tensor) -> Tensor:
     """Return the whole value of ``tensor``, without gradient. Every process that holds a piece has to call it."""
+    if in_zero_pieces(tensor):
+        with gathered([tensor]):
+            return tensor.detach().clone()
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -31,6 +35,41 @@ def from_local_part(target: Tensor, part: Tensor) -> Tensor:
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=target.shape, stride=stride)
 
 
+def kept_part(parameter: Tensor) -> Tensor:
+    """Return what this process holds of ``parameter`` when nothing is gathered, sharing memory with it.
+
+    ZeRO-3 keeps a flat piece beside a parameter that is empty, or gathered for a while.
+    """
+    if not hasattr(parameter, "ds_tensor"):
+        return local_part(parameter)
+    # Small parameters stay gathered after a forward pass: a copy that would not follow the piece.
+    parameter.partition()  # type: ignore[attr-defined]
+    piece: Tensor = parameter.ds_tensor.detach()
+    return piece
+
+
+def in_zero_pieces(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a parameter that ZeRO-3 has cut up and not gathered."""
+    return full_shape(tensor) != tensor.shape
+
+
+def full_shape(tensor: Tensor) -> torch.Size:
+    """Return the shape of the whole; a parameter that ZeRO-3 has cut up has an empty ``shape``."""
+    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return shape
+
+
+def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
+    """Return a context in which ``parameters`` that ZeRO-3 has cut up are whole; at its end rank 0's values count."""
+    parameters = [parameter for parameter in parameters if hasattr(parameter, "ds_tensor")]
+    if not parameters:
+        return nullcontext()
+    import deepspeed
+
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+    return context
+
+
 def local_slices(tensor: Tensor) -> tuple[slice, ...]:
     """Return where the part that this process holds lies in the whole."""
     shape, offset = tuple(tensor.shape), (0,) * tensor.dim()
@@ -43,6 +82,14 @@ def write(target: Tensor, value: Tensor) -> None:
     """Copy ``value``, a whole tensor that every process has, into ``target``."""
     with torch.no_grad():
         local_part(target).copy_(value[local_slices(target)])
+
+
+def replace(target: Tensor, value: Tensor) -> None:
+    """Copy ``value``, as :func:`write` does, into a ``target`` that ZeRO-3 may have cut up."""
+    if not hasattr(target, "ds_tensor"):
+        return write(target, value)
+    with gathered([target]), torch.no_grad():
+        target.copy_(value)
 
 
 def like(target: Tensor, value: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from lightning_peft.fingerprint import describe_base, refuse_other_base
 from lightning_peft.inject import refuse_merged
 from lightning_peft.method import PEFTMethod
 from lightning_peft.registry import registries, required
-from lightning_peft.sharding import from_local_part, write
+from lightning_peft.sharding import from_local_part, full_shape, in_zero_pieces, replace
 
 _VERSION = 1
 _SHOWN = 5
@@ -41,10 +41,16 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     The tensors share memory with the parameters.
 
     Raises:
-        PEFTError: There are no adapters.
+        PEFTError: There are no adapters, or they are in pieces that cannot be returned.
     """
     required(model)
-    state = {name: parameter.detach() for name, parameter in adapter_parameters_and_whole(model).items()}
+    parameters = adapter_parameters_and_whole(model)
+    if pieces := [name for name, parameter in parameters.items() if in_zero_pieces(parameter)]:
+        raise PEFTError(
+            f"ZeRO-3 has {pieces[0]!r} in pieces on several processes. Use trainer.save_checkpoint or "
+            "AdapterCheckpoint, and load_adapter in a process without DeepSpeed."
+        )
+    state = {name: parameter.detach() for name, parameter in parameters.items()}
     state.update({name: value for name, value in values_before_merge(model).items() if name in state})
     return state
 
@@ -74,10 +80,10 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], sourc
     required(model)
     parameters = adapter_parameters_and_whole(model)
     state = {clean_name(name): tensor for name, tensor in state.items()}
-    check_tensors({name: p.shape for name, p in parameters.items()}, state, source)
+    check_tensors({name: full_shape(p) for name, p in parameters.items()}, state, source)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            write(parameter, state[name])
+            replace(parameter, state[name])
 
 
 def check_tensors(shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor], source: str) -> None:

@@ -38,7 +38,7 @@ from lightning_peft.optim import restrict_to_trainable, state_by_name, state_by_
 from lightning_peft.registry import registries
 from lightning_peft.schedule import after_step, has_schedule, known_steps
 from lightning_peft.select import transformers_models
-from lightning_peft.sharding import map_tensors, whole
+from lightning_peft.sharding import full_shape, map_tensors, whole
 from lightning_peft.state import adapter_parameters_and_whole, adapter_state_dict
 
 # Beyond it a merge is reported as a warning. bfloat16 weights lose 3 to 20 % of a typical adapter.
@@ -209,7 +209,8 @@ class PEFTStrategy(Strategy):
 
     def _load_base_weights(self) -> None:
         """Load the frozen weights, if they are to come from files."""
-        if self._base_weights is not None:
+        # Merged weights hold what the adapters learnt.
+        if self._base_weights is not None and not is_merged(self._module):
             load_base_weights(self._module, self._base_weights, gathered=self._gathered)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -298,7 +299,7 @@ class PEFTStrategy(Strategy):
         Raises:
             PEFTError: One does not; raised on every process.
         """
-        shapes = {name: list(p.shape) for name, p in adapter_parameters_and_whole(self._module).items()}
+        shapes = {name: list(full_shape(p)) for name, p in adapter_parameters_and_whole(self._module).items()}
         first = self.broadcast(shapes)
         differing = sorted(n for n in first.keys() | shapes.keys() if first.get(n) != shapes.get(n))
         count = self.reduce(torch.tensor(float(bool(differing)), device=self.root_device), reduce_op="sum")

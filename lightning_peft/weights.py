@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.sharding import whole
+from lightning_peft.sharding import full_shape, whole
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -32,7 +32,7 @@ def features(module: nn.Module) -> tuple[int, int]:
     """Return ``(in, out)``; for an embedding ``(number of tokens, dimension)``."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    rows, columns = weight_of(module).shape
+    rows, columns = full_shape(weight_of(module))
     return rows, columns
 
 

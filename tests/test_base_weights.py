@@ -9,12 +9,14 @@ import pytest
 import torch
 from families import build, outputs
 from launch import run_script
+from modules import Llama, loader, trainer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_peft import LoRA, PEFTError, inject, load_base_weights
+from lightning_peft import LoRA, PEFTError, PEFTStrategy, inject, load_base_weights
 from lightning_peft.base_weights import materialise
+from lightning_peft.merge import is_merged
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,20 @@ def test_a_model_without_weights_becomes_the_saved_one(family: str, tmp_path: Pa
         assert torch.equal(loaded[name], value), name
     # Memory is laid out in another way, so products may be summed in another order.
     torch.testing.assert_close(outputs(empty.eval(), inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_merged_model_is_not_filled_again(tmp_path: Path) -> None:
+    """It is set up anew for ``predict``, and its weights hold what was learnt."""
+    module = Llama()
+    module.model.save_pretrained(tmp_path / "model")
+    fitted = trainer(tmp_path, PEFTStrategy(LoRA(r=2), base_weights=str(tmp_path / "model")), max_epochs=2)
+    fitted.fit(module, loader())
+    layer = module.model.model.layers[0].mlp.up_proj
+    merged = layer.weight.clone()
+    module.forward = lambda batch: module.training_step(batch, 0)  # type: ignore[method-assign]
+    fitted.predict(module, loader())
+    assert torch.equal(layer.weight, merged)
+    assert is_merged(module)
 
 
 def _drop(state: dict[str, Any]) -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
 
 from lightning_peft.errors import PEFTError
 
@@ -31,6 +37,7 @@ def strategy_from_name(name: str) -> Strategy:
 def behaviour(base: type[Strategy]) -> tuple[tuple[type, ...], tuple[type, ...]]:
     """Return the classes that stand above and below ``PEFTStrategy`` on strategies of class ``base``."""
     # Imported here: what differs by base is written in terms of this package's functions, which import this module.
+    from lightning_peft.bases.deepspeed import EngineFiles, OnDeepSpeed
     from lightning_peft.bases.fsdp import OnFSDP
     from lightning_peft.bases.model_parallel import OnModelParallel
     from lightning_peft.bases.plain import PlainState
@@ -39,6 +46,8 @@ def behaviour(base: type[Strategy]) -> tuple[tuple[type, ...], tuple[type, ...]]
         return (OnFSDP,), (PlainState,)
     if issubclass(base, ModelParallelStrategy):
         return (OnModelParallel,), (PlainState,)
+    if issubclass(base, DeepSpeedStrategy):
+        return (OnDeepSpeed,), (EngineFiles, PlainState)
     return (), ()
 
 

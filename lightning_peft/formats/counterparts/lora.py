@@ -123,8 +123,10 @@ def read_low_rank(
     Raises:
         PEFTError: The file is no plain LoRA, or configuration and tensors contradict each other.
     """
-    _refuse_unknown(config, source)
     reader = LoRAInHF()
+    if config.get("peft_type") != reader.peft_type:
+        raise PEFTError(f"{source} is an adapter of type {config.get('peft_type')!r}; {reader.peft_type} can be read.")
+    _refuse_unknown(config, source)
     grouped = reader.grouped(shapes, source)
     found = {}
     for host, kinds in sorted(grouped.items()):
