@@ -107,6 +107,9 @@ class Compacter(PEFTMethod):
     """
 
     name: ClassVar[str] = "compacter"
+    mergeable: ClassVar[bool] = False
+    hosts: ClassVar[str] = "attention, MLP, any module"
+    count: ClassVar[str] = "n³ + 3L (d + b) + norms"
 
     bottleneck: int = 24
     n: int = 4
