@@ -41,7 +41,7 @@ class Shape:
     bias: bool
     dropout: float
     scale: float
-    init: str
+    init: str = "truncated"
 
     def __post_init__(self) -> None:
         b = self.bottleneck

@@ -26,6 +26,12 @@ class PEFTMethod:
     """Hyper-parameters that may differ between a checkpoint and the model that it is loaded into: they change neither
     what the adapters compute from the same tensors nor, but for the targets that the tensors' names show, which
     there are."""
+    mergeable: ClassVar[bool] = True
+    """Whether merging leaves the plain model; for the table in the README, as the next two."""
+    hosts: ClassVar[str] = ""
+    """What can be adapted."""
+    count: ClassVar[str] = ""
+    """The number of trained parameters as a formula, with the signs that the README explains."""
     needs_total_steps: ClassVar[bool] = False
     """Whether :meth:`after_step` cannot do without the number of steps of the run."""
 

@@ -55,12 +55,15 @@ START = {
     "series_adapter": 0.1,
     "series_adapter of pfeiffer": 0.1,
     "series_adapter before the mlp": 0.1,
+    "compacter": 0.1,
 }
 
 MIXTURES = ("mixtral", "qwen3_moe")
 NO_BIAS = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "t5", *MIXTURES)
 NO_BIAS_IN_MLP = ("qwen2", "falcon", *(family for family in NO_BIAS if family not in MIXTURES))
-BLOCKS = [name for name in METHODS if name.startswith(("series", "parallel", "ia3"))] + ["bitfit and parallel_adapter"]
+BLOCKS = [name for name in METHODS if name.startswith(("series", "parallel", "ia3", "compacter"))] + [
+    "bitfit and parallel_adapter"
+]
 # Cells that make no sense, with the reason that the error gives.
 REFUSED: dict[tuple[str, str], str] = {
     **{("bitfit", family): "has no biases" for family in NO_BIAS},

@@ -52,6 +52,8 @@ class BitFit(PEFTMethod):
     """
 
     name: ClassVar[str] = "bitfit"
+    hosts: ClassVar[str] = "all biases; linear layers without one"
+    count: ClassVar[str] = "Σ out"
 
     create_missing: bool = False
     target_modules: list[str] | str | None = None

@@ -18,6 +18,8 @@ class FullFinetuning(PEFTMethod):
     """Train every parameter that the model itself trains. A copy of the old values is kept in host memory for eject."""
 
     name: ClassVar[str] = "full_finetuning"
+    hosts: ClassVar[str] = "everything"
+    count: ClassVar[str] = "all"
 
     def trained(self, model: nn.Module) -> Iterable[str]:
         """Return the parameters that are not frozen in ``model`` already."""

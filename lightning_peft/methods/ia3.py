@@ -77,6 +77,8 @@ class IA3(PEFTMethod):
     """
 
     name: ClassVar[str] = "ia3"
+    hosts: ClassVar[str] = "linear layers, Conv1D"
+    count: ClassVar[str] = "Σ out (or in)"
     # The shape of a vector shows which side it rescales.
     free: ClassVar[frozenset[str]] = PEFTMethod.free | {"feedforward_modules"}
 

@@ -23,6 +23,8 @@ class LayerNormTuning(PEFTMethod):
     """
 
     name: ClassVar[str] = "layer_norm_tuning"
+    hosts: ClassVar[str] = "LayerNorm, RMSNorm"
+    count: ClassVar[str] = "Σ d (RMSNorm), 2d (LayerNorm)"
 
     target_modules: list[str] | str | None = None
 

@@ -110,6 +110,8 @@ class LoRA(PEFTMethod):
     """
 
     name: ClassVar[str] = "lora"
+    hosts: ClassVar[str] = "linear layers, Conv1D, embeddings"
+    count: ClassVar[str] = "Σ r (in + out)"
 
     r: int = 8
     alpha: float = 16

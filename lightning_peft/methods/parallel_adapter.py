@@ -82,6 +82,9 @@ class ParallelAdapter(PEFTMethod):
     """
 
     name: ClassVar[str] = "parallel_adapter"
+    mergeable: ClassVar[bool] = False
+    hosts: ClassVar[str] = "attention, MLP, any module"
+    count: ClassVar[str] = "L (2db + b + d)"
 
     bottleneck: int = 512
     placement: list[Place] | None = None

@@ -92,6 +92,9 @@ class SeriesAdapter(PEFTMethod):
     """
 
     name: ClassVar[str] = "series_adapter"
+    mergeable: ClassVar[bool] = False
+    hosts: ClassVar[str] = "attention, MLP, layers, any module"
+    count: ClassVar[str] = "L (2db + b + d) + norms"
 
     bottleneck: int = 64
     preset: Preset = "houlsby"
