@@ -72,7 +72,7 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("ia3", family): "MultiheadAttention.*no linear layers" for family in ("torch_encoder", "torch_decoder")},
     # Both would hang on the MLP's linear layers, which have no biases.
     **{("bitfit and parallel_adapter", family): "BitFit and ParallelAdapter would both" for family in NO_BIAS_IN_MLP},
-    ("lora", "sequential"): "rank of an update of it is at most 4",
+    **{(name, "sequential"): "rank of an update of it is at most 4" for name in ("lora", "dora")},
 }
 
 

@@ -4,6 +4,7 @@ import pkgutil
 from importlib import import_module
 
 from lightning_peft.methods.bitfit import BitFit
+from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.full_finetuning import FullFinetuning
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.layer_norm_tuning import LayerNormTuning
@@ -11,7 +12,16 @@ from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.parallel_adapter import ParallelAdapter
 from lightning_peft.methods.series_adapter import SeriesAdapter
 
-__all__ = ["IA3", "BitFit", "FullFinetuning", "LayerNormTuning", "LoRA", "ParallelAdapter", "SeriesAdapter"]
+__all__ = [
+    "IA3",
+    "BitFit",
+    "DoRA",
+    "FullFinetuning",
+    "LayerNormTuning",
+    "LoRA",
+    "ParallelAdapter",
+    "SeriesAdapter",
+]
 
 for _module in pkgutil.iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")

@@ -109,6 +109,8 @@ class LoRA(PEFTMethod):
     """
 
     name: ClassVar[str] = "lora"
+    kind: ClassVar[type[LoRAAdapter]] = LoRAAdapter
+    """The adapters that it makes."""
 
     r: int = 8
     alpha: float = 16
@@ -122,19 +124,20 @@ class LoRA(PEFTMethod):
     init: Init = "kaiming"
 
     def __post_init__(self) -> None:
+        me = type(self).__name__
         for key in ("target_modules", "exclude_modules", "layers"):
             if isinstance(value := getattr(self, key), tuple | set | frozenset):
                 object.__setattr__(self, key, sorted(value))
         for what, r in {"r": self.r, **self.rank_pattern}.items():
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                raise PEFTError(f"LoRA: rank {what}={r!r} was given; a rank is a whole number of at least 1.")
+                raise PEFTError(f"{me}: rank {what}={r!r} was given; a rank is a whole number of at least 1.")
         for what, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
             if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):
-                raise PEFTError(f"LoRA: {what}={alpha!r} was given; alpha is a positive number.")
+                raise PEFTError(f"{me}: {what}={alpha!r} was given; alpha is a positive number.")
         if not 0 <= self.dropout < 1:
-            raise PEFTError(f"LoRA: dropout={self.dropout!r} was given; it is a probability in [0, 1).")
+            raise PEFTError(f"{me}: dropout={self.dropout!r} was given; it is a probability in [0, 1).")
         if self.init not in ("kaiming", "gaussian"):
-            raise PEFTError(f"LoRA: init={self.init!r} was given; it is 'kaiming' or 'gaussian'.")
+            raise PEFTError(f"{me}: init={self.init!r} was given; it is 'kaiming' or 'gaussian'.")
 
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the linear layers and embeddings that ``target_modules`` names."""
@@ -151,20 +154,20 @@ class LoRA(PEFTMethod):
 
     def adapter(self, name: str, module: nn.Module, seed: int) -> LoRAAdapter:
         """Make the adapter of the linear layer or embedding ``module``."""
-        r, alpha = self.rank_and_alpha(name)
+        me, (r, alpha) = type(self).__name__, self.rank_and_alpha(name)
         d_in, d_out = features(module)
         if r > min(d_in, d_out):
             raise PEFTError(
-                f"LoRA: r={r} was given, but {name!r} is {d_in} → {d_out}: the rank of an update of it is at most "
+                f"{me}: r={r} was given, but {name!r} is {d_in} → {d_out}: the rank of an update of it is at most "
                 f"{min(d_in, d_out)}. Take a smaller r, set rank_pattern={{{name!r}: …}}, or exclude the module."
             )
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             raise PEFTError(
-                f"LoRA: {name!r} is an embedding with max_norm={module.max_norm}, which rewrites its weight while it "
+                f"{me}: {name!r} is an embedding with max_norm={module.max_norm}, which rewrites its weight while it "
                 "is read. Exclude it."
             )
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-        return LoRAAdapter(module, r, scale, self.dropout, self.init, seed, name)
+        return self.kind(module, r, scale, self.dropout, self.init, seed, name)
 
 
 def _adaptable(module: nn.Module) -> bool:

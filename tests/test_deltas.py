@@ -1,0 +1,151 @@
+"""Methods that change weights, against HF PEFT (files both ways, outputs, gradients, merged weights) and formulas."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from families import build, outputs
+from torch import Tensor, nn
+
+from lightning_peft import DoRA, PEFTError, PEFTMethod, inject, load_adapter, merge, save_adapter
+
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_fc"],
+    "bert": ["query", "value"],
+    "t5": ["q", "wo"],
+    "llama with embeddings": ["embed_tokens", "k_proj"],
+}
+
+Judge = Callable[[list[str]], peft.PeftConfig]
+Ours = Callable[[list[str]], PEFTMethod]
+METHODS: dict[str, tuple[Ours, Judge, list[str]]] = {
+    "dora": (
+        lambda targets: DoRA(r=4, alpha=12, target_modules=targets),
+        lambda targets: peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets, use_dora=True),
+        list(TARGETS),
+    ),
+}
+CASES = [(name, family) for name, (_, _, families) in METHODS.items() for family in families]
+
+
+def base(family: str) -> tuple[nn.Module, dict[str, Any]]:
+    model, inputs = build(family.split()[0])
+    return model.double(), {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def shift(model: nn.Module) -> None:
+    """Move what is trained away from its start, without which norms and products of zeros are all the same."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def loaded_by_judge(family: str, path: Path) -> nn.Module:
+    judge = peft.PeftModel.from_pretrained(base(family)[0], path, is_trainable=True, autocast_adapter_dtype=False)
+    return judge.double().eval()
+
+
+@pytest.mark.parametrize(("name", "family"), CASES)
+def test_our_files_in_peft(name: str, family: str, tmp_path: Path) -> None:
+    model, inputs = base(family)
+    plain = outputs(model, inputs)
+    inject(model, METHODS[name][0](TARGETS[family]))
+    shift(model)
+    expected = outputs(model, inputs)
+    assert (expected - plain).abs().max() > 1e-4
+    save_adapter(model, tmp_path / "adapter")
+    judge = loaded_by_judge(family, tmp_path / "adapter")
+    assert (outputs(judge, inputs) - expected).abs().max() <= 1e-9
+
+    expected.square().sum().backward()
+    outputs(judge, inputs).square().sum().backward()
+    theirs = sorted((p.grad for p in judge.parameters() if p.grad is not None), key=_order)
+    ours = sorted((p.grad for p in model.parameters() if p.grad is not None), key=_order)
+    assert len(theirs) == len(ours) > 0
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.abs().max() > 0
+        assert (a.flatten().sort()[0] - b.flatten().sort()[0]).abs().max() <= 1e-9 * b.abs().max().clamp(min=1.0)
+
+    if "embeddings" not in family:  # peft merges an adapted embedding into the tied head as well
+        merged = judge.merge_and_unload().state_dict()
+        merge(model, unload=True)
+        for key, tensor in model.state_dict().items():
+            assert (tensor - merged[key]).abs().max() <= 1e-9, key
+
+
+def _order(gradient: Tensor) -> tuple[int, float]:
+    return gradient.numel(), round(float(gradient.norm()), 6)
+
+
+@pytest.mark.parametrize(("name", "family"), CASES)
+def test_their_files_in_ours(name: str, family: str, tmp_path: Path) -> None:
+    model, inputs = base(family)
+    judge = peft.get_peft_model(model, METHODS[name][1](TARGETS[family]), autocast_adapter_dtype=False).double().eval()
+    shift(judge)
+    judge.save_pretrained(tmp_path / "adapter")
+    loaded, _ = base(family)
+    plain = outputs(loaded, inputs)
+    load_adapter(loaded, tmp_path / "adapter")
+    assert (outputs(loaded, inputs) - outputs(judge, inputs)).abs().max() <= 1e-9
+    assert (outputs(loaded, inputs) - plain).abs().max() > 1e-4
+
+
+def one_layer(bias: bool = True) -> tuple[nn.Module, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    model = nn.Sequential(nn.Linear(6, 8, bias=bias)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model, torch.randn(5, 6, generator=generator, dtype=torch.float64)
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {n.rsplit(".", 1)[-1]: p for n, p in model.named_parameters() if ".peft." in n}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_dora_is_its_equation(bias: bool) -> None:
+    """Equation 5, and section 4.3: the norm is a constant to the gradient."""
+    model, x = one_layer(bias)
+    inject(model, DoRA(r=2, alpha=6))
+    start = tensors(model)["lora_magnitude_vector"].clone()
+    assert torch.allclose(start, model[0].weight.square().sum(1).sqrt(), rtol=1e-14, atol=0)
+    shift(model)
+    result = model(x)
+    result.square().sum().backward()
+    ours = {name: p.grad for name, p in tensors(model).items()}
+
+    a, b, m = (
+        tensors(model)[n].detach().clone().requires_grad_() for n in ("lora_A", "lora_B", "lora_magnitude_vector")
+    )
+    direction = model[0].weight.detach() + 3.0 * torch.einsum("or,ri->oi", b, a)
+    weight = m[:, None] * direction / direction.detach().square().sum(1, keepdim=True).sqrt()
+    expected = torch.einsum("bi,oi->bo", x, weight) + (model[0].bias if bias else 0)
+    expected.square().sum().backward()
+    assert (result - expected).abs().max() <= 1e-12
+    for name, leaf in (("lora_A", a), ("lora_B", b), ("lora_magnitude_vector", m)):
+        assert (ours[name] - leaf.grad).abs().max() <= 1e-9 * leaf.grad.abs().max(), name
+
+
+def test_dora_of_a_row_of_zeros_and_of_a_weight_without_values() -> None:
+    model, x = one_layer()
+    with torch.no_grad():
+        model[0].weight[2] = 0
+    expected = model(x)
+    inject(model, DoRA(r=2))
+    assert torch.equal(model(x), expected)
+    model(x).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in tensors(model).values())
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(6, 8))
+    inject(empty, DoRA(r=2))
+    adapter = empty[0].peft["default"]
+    assert sum(p.numel() for p in adapter.parameters()) == 2 * (6 + 8) + 8
+    with pytest.raises(PEFTError, match="Load the model's weights before injecting"):
+        adapter.to_empty(device="cpu").reset_parameters()
