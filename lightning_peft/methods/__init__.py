@@ -11,6 +11,7 @@ from lightning_peft.methods.layer_norm_tuning import LayerNormTuning
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.parallel_adapter import ParallelAdapter
 from lightning_peft.methods.series_adapter import SeriesAdapter
+from lightning_peft.methods.vera import VeRA
 
 __all__ = [
     "IA3",
@@ -21,6 +22,7 @@ __all__ = [
     "LoRA",
     "ParallelAdapter",
     "SeriesAdapter",
+    "VeRA",
 ]
 
 for _module in pkgutil.iter_modules(__path__):
