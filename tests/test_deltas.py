@@ -8,9 +8,22 @@ import peft
 import pytest
 import torch
 from families import build, outputs
+from modules import SteppedRegression, loader, trainer
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
-from lightning_peft import DoRA, PEFTError, PEFTMethod, VeRA, inject, load_adapter, merge, save_adapter
+from lightning_peft import (
+    DoRA,
+    LoRA,
+    PEFTError,
+    PEFTMethod,
+    PEFTStrategy,
+    VeRA,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+)
 
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
@@ -187,3 +200,36 @@ def test_vera_is_its_equation() -> None:
 def test_vera_refuses(options: dict[str, Any]) -> None:
     with pytest.raises(PEFTError, match=f"VeRA: {next(iter(options))}="):
         VeRA(**options)
+
+
+@pytest.mark.parametrize("kind", [LoRA, DoRA])
+def test_lora_plus_trains_as_with_their_optimizer(kind: type[LoRA], tmp_path: Path) -> None:
+    """Against HF PEFT's param groups for the same weights; without the magnitudes, which it speeds up too."""
+    module = SteppedRegression()
+    method = kind(r=2, target_modules=["net.0", "net.2"], loraplus_lr_ratio=16)
+    run = trainer(tmp_path, PEFTStrategy(method, merge_on_train_end=False), max_steps=1)
+    run.fit(module, loader())
+    rates = {
+        id(p): group["lr"] for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]
+    }
+    judge = SteppedRegression()
+    config = peft.LoraConfig(r=2, target_modules=["0", "2"], use_dora=kind is DoRA)
+    theirs = peft.get_peft_model(judge.net, config)
+    optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=16)
+    names = {id(p): n for n, p in theirs.named_parameters()}
+    expected = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    compared = 0
+    for name, parameter in module.net.named_parameters():
+        host, _, leaf = name.partition(".peft.default.")
+        if leaf and leaf != "lora_magnitude_vector":
+            plain = rates[id(module.net.get_parameter(f"{host}.peft.default.lora_A"))]
+            assert rates[id(parameter)] / plain == pytest.approx(
+                expected[f"base_model.model.{host}.{leaf}.default.weight"]
+            )
+            compared += 1
+        elif leaf:
+            assert rates[id(parameter)] == plain
+    assert compared == 4
+    for ratio in (0, -1.0, float("nan")):
+        with pytest.raises(PEFTError, match=f"{kind.__name__}: loraplus_lr_ratio="):
+            kind(loraplus_lr_ratio=ratio)

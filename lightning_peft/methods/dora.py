@@ -78,6 +78,7 @@ class DoRA(LoRA):
         rank_pattern: Other ranks for some modules, by pattern.
         alpha_pattern: Other alphas for some modules, by pattern.
         use_rslora: Multiply by ``alpha / sqrt(r)`` instead.
+        loraplus_lr_ratio: The learning rate of B is multiplied by this (LoRA+).
         init: How A is drawn, as for :class:`LoRA`. B is zero.
     """
 

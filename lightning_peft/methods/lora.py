@@ -1,7 +1,7 @@
 """LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021), arXiv:2106.09685, section 4.1.
 
 rsLoRA's scale: A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA (Kalajdzievski, 2023),
-arXiv:2312.03732, section 3.
+arXiv:2312.03732, section 3. Another learning rate for B: LoRA+ (Hayou et al., 2024), arXiv:2402.12354, section 4.
 """
 
 from __future__ import annotations
@@ -105,10 +105,12 @@ class LoRA(PEFTMethod):
         rank_pattern: Other ranks for some modules, by pattern.
         alpha_pattern: Other alphas for some modules, by pattern.
         use_rslora: Multiply by ``alpha / sqrt(r)`` instead.
+        loraplus_lr_ratio: The learning rate of B is the optimizer's, multiplied by this (LoRA+).
         init: How A is drawn: ``kaiming`` as in the paper's code, or ``gaussian`` as in its text. B is zero.
     """
 
     name: ClassVar[str] = "lora"
+    free: ClassVar[frozenset[str]] = PEFTMethod.free | {"loraplus_lr_ratio"}
     kind: ClassVar[type[LoRAAdapter]] = LoRAAdapter
     """The adapters that it makes."""
 
@@ -121,6 +123,7 @@ class LoRA(PEFTMethod):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    loraplus_lr_ratio: float = 1.0
     init: Init = "kaiming"
 
     def __post_init__(self) -> None:
@@ -136,6 +139,9 @@ class LoRA(PEFTMethod):
                 raise PEFTError(f"{me}: {what}={alpha!r} was given; alpha is a positive number.")
         if not 0 <= self.dropout < 1:
             raise PEFTError(f"{me}: dropout={self.dropout!r} was given; it is a probability in [0, 1).")
+        ratio = self.loraplus_lr_ratio
+        if not (isinstance(ratio, int | float) and math.isfinite(ratio) and ratio > 0):
+            raise PEFTError(f"{me}: loraplus_lr_ratio={ratio!r} was given; it is a positive number.")
         if self.init not in ("kaiming", "gaussian"):
             raise PEFTError(f"{me}: init={self.init!r} was given; it is 'kaiming' or 'gaussian'.")
 
@@ -151,6 +157,10 @@ class LoRA(PEFTMethod):
     def rank_and_alpha(self, name: str) -> tuple[int, float]:
         """Return the rank and alpha of the module ``name``."""
         return first_match(self.rank_pattern, name, self.r), first_match(self.alpha_pattern, name, self.alpha)
+
+    def lr_ratio(self, parameter: str) -> float:
+        """Return LoRA+'s ratio for B."""
+        return self.loraplus_lr_ratio if parameter == "lora_B" else 1.0
 
     def adapter(self, name: str, module: nn.Module, seed: int) -> LoRAAdapter:
         """Make the adapter of the linear layer or embedding ``module``."""
