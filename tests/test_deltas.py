@@ -233,3 +233,37 @@ def test_lora_plus_trains_as_with_their_optimizer(kind: type[LoRA], tmp_path: Pa
     for ratio in (0, -1.0, float("nan")):
         with pytest.raises(PEFTError, match=f"{kind.__name__}: loraplus_lr_ratio="):
             kind(loraplus_lr_ratio=ratio)
+
+
+@pytest.mark.parametrize("kind", [LoRA, DoRA])
+def test_lora_fa_trains_all_but_a(kind: type[LoRA], tmp_path: Path) -> None:
+    """The same as HF PEFT's adapter with A frozen by hand, gradients included; A is in the files."""
+    model, inputs = base("llama")
+    hosts = inject(model, kind(r=3, target_modules=["q_proj", "down_proj"], freeze_A=True))
+    first = {h: model.get_submodule(h).peft["default"].lora_A.clone() for h in hosts}
+    assert all(a.abs().max() > 0 for a in first.values())
+    shift(model)
+    save_adapter(model, tmp_path / "adapter")
+    judge = loaded_by_judge("llama", tmp_path / "adapter")
+    result = outputs(model, inputs)
+    result.square().sum().backward()
+    outputs(judge, inputs).square().sum().backward()
+    assert (outputs(judge, inputs) - result).abs().max() <= 1e-9
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert not any(name.endswith("lora_A") for name in trained)
+    for host in hosts:
+        wrapped = judge.get_submodule(f"base_model.model.{host}")
+        gradient = model.get_submodule(host).peft["default"].lora_B.grad
+        expected = wrapped.lora_B["default"].weight.grad
+        assert (gradient - expected).abs().max() <= 1e-9 * expected.abs().max().clamp(min=1.0)
+        assert torch.equal(wrapped.lora_A["default"].weight, first[host])
+    for frozen in (True, False):
+        again, _ = base("llama")
+        inject(again, kind(r=3, target_modules=["q_proj", "down_proj"], freeze_A=frozen), seed=99)
+        load_adapter(again, tmp_path / "adapter")
+        assert torch.equal(outputs(again, inputs), result)
+
+
+def test_lora_fa_refuses_embeddings() -> None:
+    with pytest.raises(PEFTError, match=r"A of the embedding 'model\.embed_tokens' starts at zero"):
+        inject(base("llama")[0], LoRA(r=3, target_modules=["embed_tokens"], freeze_A=True))

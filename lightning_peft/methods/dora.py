@@ -79,6 +79,7 @@ class DoRA(LoRA):
         alpha_pattern: Other alphas for some modules, by pattern.
         use_rslora: Multiply by ``alpha / sqrt(r)`` instead.
         loraplus_lr_ratio: The learning rate of B is multiplied by this (LoRA+).
+        freeze_A: Train B and the magnitudes alone (LoRA-FA).
         init: How A is drawn, as for :class:`LoRA`. B is zero.
     """
 

@@ -2,6 +2,7 @@
 
 rsLoRA's scale: A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA (Kalajdzievski, 2023),
 arXiv:2312.03732, section 3. Another learning rate for B: LoRA+ (Hayou et al., 2024), arXiv:2402.12354, section 4.
+A frozen A: LoRA-FA (Zhang et al., 2023), arXiv:2308.03303, section 3.1.
 """
 
 from __future__ import annotations
@@ -52,6 +53,12 @@ class LoRAAdapter(Adapter):
         with torch.no_grad():
             zero.zero_()
         fill(drawn, self._seed, self._name, self._draw)
+
+    def freeze_A(self) -> None:
+        """Make A a buffer: not trained, but saved."""
+        frozen = self.lora_A.detach()
+        del self.lora_A
+        self.register_buffer("lora_A", frozen)
 
     def _draw(self, values: Tensor, generator: torch.Generator) -> None:
         if self._embedding:
@@ -106,11 +113,12 @@ class LoRA(PEFTMethod):
         alpha_pattern: Other alphas for some modules, by pattern.
         use_rslora: Multiply by ``alpha / sqrt(r)`` instead.
         loraplus_lr_ratio: The learning rate of B is the optimizer's, multiplied by this (LoRA+).
+        freeze_A: Train B alone, which keeps ``[..., r]`` of each input for the backward pass instead of all (LoRA-FA).
         init: How A is drawn: ``kaiming`` as in the paper's code, or ``gaussian`` as in its text. B is zero.
     """
 
     name: ClassVar[str] = "lora"
-    free: ClassVar[frozenset[str]] = PEFTMethod.free | {"loraplus_lr_ratio"}
+    free: ClassVar[frozenset[str]] = PEFTMethod.free | {"loraplus_lr_ratio", "freeze_A"}
     kind: ClassVar[type[LoRAAdapter]] = LoRAAdapter
     """The adapters that it makes."""
 
@@ -124,6 +132,7 @@ class LoRA(PEFTMethod):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False
     loraplus_lr_ratio: float = 1.0
+    freeze_A: bool = False
     init: Init = "kaiming"
 
     def __post_init__(self) -> None:
@@ -177,7 +186,12 @@ class LoRA(PEFTMethod):
                 "is read. Exclude it."
             )
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-        return self.kind(module, r, scale, self.dropout, self.init, seed, name)
+        if isinstance(module, nn.Embedding) and self.freeze_A:
+            raise PEFTError(f"{me}: freeze_A was given, but A of the embedding {name!r} starts at zero. Exclude it.")
+        adapter = self.kind(module, r, scale, self.dropout, self.init, seed, name)
+        if self.freeze_A:
+            adapter.freeze_A()
+        return adapter
 
 
 def _adaptable(module: nn.Module) -> bool:
