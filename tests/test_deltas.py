@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft import (
     DoRA,
+    LoHa,
     LoRA,
     PEFTError,
     PEFTMethod,
@@ -51,6 +52,11 @@ METHODS: dict[str, tuple[Ours, Judge, list[str]]] = {
         lambda targets: VeRA(r=6, projection_seed=5, target_modules=targets),
         lambda targets: peft.VeraConfig(r=6, target_modules=targets, projection_prng_key=7, save_projection=False),
         ["llama", "gpt2"],
+    ),
+    "loha": (
+        lambda targets: LoHa(r=3, alpha=9, target_modules=targets),
+        lambda targets: peft.LoHaConfig(r=3, alpha=9, target_modules=targets),
+        ["llama", "bert", "t5"],
     ),
 }
 CASES = [(name, family) for name, (_, _, families) in METHODS.items() for family in families]
@@ -267,3 +273,27 @@ def test_lora_fa_trains_all_but_a(kind: type[LoRA], tmp_path: Path) -> None:
 def test_lora_fa_refuses_embeddings() -> None:
     with pytest.raises(PEFTError, match=r"A of the embedding 'model\.embed_tokens' starts at zero"):
         inject(base("llama")[0], LoRA(r=3, target_modules=["embed_tokens"], freeze_A=True))
+
+
+def test_loha_is_its_equation() -> None:
+    model, x = one_layer()
+    inject(model, LoHa(r=2, alpha=6))
+    assert torch.equal(model(x), one_layer()[0](x))
+    shift(model)
+    a1, b1, a2, b2 = (tensors(model)[f"hada_{w}"] for w in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    update = 3.0 * torch.einsum("or,ri,os,si->oi", a1, b1, a2, b2)
+    expected = torch.einsum("bi,oi->bo", x, model[0].weight + update) + model[0].bias
+    assert (model(x) - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("options", [{"r": 0}, {"alpha": 0.0}])
+def test_loha_refuses(options: dict[str, Any]) -> None:
+    with pytest.raises(PEFTError, match=f"LoHa: {next(iter(options))}="):
+        LoHa(**options)
+
+
+def test_loha_files_with_patterns_are_refused(tmp_path: Path) -> None:
+    config = peft.LoHaConfig(r=3, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2})
+    peft.get_peft_model(base("llama")[0], config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(PEFTError, match=r"rank_pattern=.*cannot be read"):
+        load_adapter(base("llama")[0], tmp_path / "adapter")

@@ -8,6 +8,7 @@ from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.full_finetuning import FullFinetuning
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.layer_norm_tuning import LayerNormTuning
+from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.parallel_adapter import ParallelAdapter
 from lightning_peft.methods.series_adapter import SeriesAdapter
@@ -19,6 +20,7 @@ __all__ = [
     "DoRA",
     "FullFinetuning",
     "LayerNormTuning",
+    "LoHa",
     "LoRA",
     "ParallelAdapter",
     "SeriesAdapter",
