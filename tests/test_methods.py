@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import lightning_peft
 from lightning_peft import (
     BitFit,
+    LoRA,
     ParallelAdapter,
     PEFTError,
     PEFTMethod,
@@ -42,6 +43,7 @@ OURS = {n: cls for n, cls in registered_methods().items() if cls.__module__.star
 # Every method with its defaults, and variants that behave differently enough to go through all of it.
 METHODS: dict[str, PEFTMethod | list[PEFTMethod]] = {
     **{name: cls() for name, cls in OURS.items()},
+    "lora with frozen A": LoRA(r=4, freeze_A=True),
     "bitfit with new biases": BitFit(create_missing=True),
     "series_adapter of pfeiffer": SeriesAdapter(preset="pfeiffer", bottleneck=4),
     "series_adapter before the mlp": SeriesAdapter(preset="llm_adapters", placement=["mlp_input"], bottleneck=4),
@@ -75,7 +77,7 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("ia3", family): "MultiheadAttention.*no linear layers" for family in ("torch_encoder", "torch_decoder")},
     # Both would hang on the MLP's linear layers, which have no biases.
     **{("bitfit and parallel_adapter", family): "BitFit and ParallelAdapter would both" for family in NO_BIAS_IN_MLP},
-    ("lora", "sequential"): "rank of an update of it is at most 4",
+    **{(name, "sequential"): "rank of an update of it is at most 4" for name in ("lora", "dora")},
 }
 
 

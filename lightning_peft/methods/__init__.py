@@ -5,22 +5,28 @@ from importlib import import_module
 
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.compacter import Compacter
+from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.full_finetuning import FullFinetuning
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.layer_norm_tuning import LayerNormTuning
+from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.parallel_adapter import ParallelAdapter
 from lightning_peft.methods.series_adapter import SeriesAdapter
+from lightning_peft.methods.vera import VeRA
 
 __all__ = [
     "IA3",
     "BitFit",
     "Compacter",
+    "DoRA",
     "FullFinetuning",
     "LayerNormTuning",
+    "LoHa",
     "LoRA",
     "ParallelAdapter",
     "SeriesAdapter",
+    "VeRA",
 ]
 
 for _module in pkgutil.iter_modules(__path__):

@@ -1,7 +1,8 @@
 """LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021), arXiv:2106.09685, section 4.1.
 
 rsLoRA's scale: A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA (Kalajdzievski, 2023),
-arXiv:2312.03732, section 3.
+arXiv:2312.03732, section 3. Another learning rate for B: LoRA+ (Hayou et al., 2024), arXiv:2402.12354, section 4.
+A frozen A: LoRA-FA (Zhang et al., 2023), arXiv:2308.03303, section 3.1.
 """
 
 from __future__ import annotations
@@ -53,6 +54,12 @@ class LoRAAdapter(Adapter):
         with torch.no_grad():
             zero.zero_()
         fill(drawn, self._seed, self._name, self._draw)
+
+    def freeze_A(self) -> None:
+        """Make A a buffer: not trained, but saved."""
+        frozen = self.lora_A.detach()
+        del self.lora_A
+        self.register_buffer("lora_A", frozen)
 
     def _draw(self, values: Tensor, generator: torch.Generator) -> None:
         if self._embedding:
@@ -106,12 +113,17 @@ class LoRA(PEFTMethod):
         rank_pattern: Other ranks for some modules, by pattern.
         alpha_pattern: Other alphas for some modules, by pattern.
         use_rslora: Multiply by ``alpha / sqrt(r)`` instead.
+        loraplus_lr_ratio: The learning rate of B is the optimizer's, multiplied by this (LoRA+).
+        freeze_A: Train B alone, which keeps ``[..., r]`` of each input for the backward pass instead of all (LoRA-FA).
         init: How A is drawn: ``kaiming`` as in the paper's code, or ``gaussian`` as in its text. B is zero.
     """
 
     name: ClassVar[str] = "lora"
     hosts: ClassVar[str] = "linear layers, Conv1D, embeddings"
     count: ClassVar[str] = "Σ r (in + out)"
+    free: ClassVar[frozenset[str]] = PEFTMethod.free | {"loraplus_lr_ratio", "freeze_A"}
+    kind: ClassVar[type[LoRAAdapter]] = LoRAAdapter
+    """The adapters that it makes."""
 
     r: int = 8
     alpha: float = 16
@@ -122,22 +134,28 @@ class LoRA(PEFTMethod):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    loraplus_lr_ratio: float = 1.0
+    freeze_A: bool = False
     init: Init = "kaiming"
 
     def __post_init__(self) -> None:
+        me = type(self).__name__
         for key in ("target_modules", "exclude_modules", "layers"):
             if isinstance(value := getattr(self, key), tuple | set | frozenset):
                 object.__setattr__(self, key, sorted(value))
         for what, r in {"r": self.r, **self.rank_pattern}.items():
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                raise PEFTError(f"LoRA: rank {what}={r!r} was given; a rank is a whole number of at least 1.")
+                raise PEFTError(f"{me}: rank {what}={r!r} was given; a rank is a whole number of at least 1.")
         for what, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
             if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):
-                raise PEFTError(f"LoRA: {what}={alpha!r} was given; alpha is a positive number.")
+                raise PEFTError(f"{me}: {what}={alpha!r} was given; alpha is a positive number.")
         if not 0 <= self.dropout < 1:
-            raise PEFTError(f"LoRA: dropout={self.dropout!r} was given; it is a probability in [0, 1).")
+            raise PEFTError(f"{me}: dropout={self.dropout!r} was given; it is a probability in [0, 1).")
+        ratio = self.loraplus_lr_ratio
+        if not (isinstance(ratio, int | float) and math.isfinite(ratio) and ratio > 0):
+            raise PEFTError(f"{me}: loraplus_lr_ratio={ratio!r} was given; it is a positive number.")
         if self.init not in ("kaiming", "gaussian"):
-            raise PEFTError(f"LoRA: init={self.init!r} was given; it is 'kaiming' or 'gaussian'.")
+            raise PEFTError(f"{me}: init={self.init!r} was given; it is 'kaiming' or 'gaussian'.")
 
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the linear layers and embeddings that ``target_modules`` names."""
@@ -152,22 +170,31 @@ class LoRA(PEFTMethod):
         """Return the rank and alpha of the module ``name``."""
         return first_match(self.rank_pattern, name, self.r), first_match(self.alpha_pattern, name, self.alpha)
 
+    def lr_ratio(self, parameter: str) -> float:
+        """Return LoRA+'s ratio for B."""
+        return self.loraplus_lr_ratio if parameter == "lora_B" else 1.0
+
     def adapter(self, name: str, module: nn.Module, seed: int) -> LoRAAdapter:
         """Make the adapter of the linear layer or embedding ``module``."""
-        r, alpha = self.rank_and_alpha(name)
+        me, (r, alpha) = type(self).__name__, self.rank_and_alpha(name)
         d_in, d_out = features(module)
         if r > min(d_in, d_out):
             raise PEFTError(
-                f"LoRA: r={r} was given, but {name!r} is {d_in} → {d_out}: the rank of an update of it is at most "
+                f"{me}: r={r} was given, but {name!r} is {d_in} → {d_out}: the rank of an update of it is at most "
                 f"{min(d_in, d_out)}. Take a smaller r, set rank_pattern={{{name!r}: …}}, or exclude the module."
             )
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             raise PEFTError(
-                f"LoRA: {name!r} is an embedding with max_norm={module.max_norm}, which rewrites its weight while it "
+                f"{me}: {name!r} is an embedding with max_norm={module.max_norm}, which rewrites its weight while it "
                 "is read. Exclude it."
             )
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-        return LoRAAdapter(module, r, scale, self.dropout, self.init, seed, name)
+        if isinstance(module, nn.Embedding) and self.freeze_A:
+            raise PEFTError(f"{me}: freeze_A was given, but A of the embedding {name!r} starts at zero. Exclude it.")
+        adapter = self.kind(module, r, scale, self.dropout, self.init, seed, name)
+        if self.freeze_A:
+            adapter.freeze_A()
+        return adapter
 
 
 def _adaptable(module: nn.Module) -> bool:

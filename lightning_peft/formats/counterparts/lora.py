@@ -26,7 +26,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     **dict.fromkeys(
         (
-            *("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices"),
+            *("lora_bias", "layer_replication", "target_parameters", "trainable_token_indices"),
             *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config"),
             *("monteclora_config", "megatron_config"),
         ),
@@ -50,9 +50,15 @@ class LowRank:
 class LoRAInHF(Counterpart):
     """``LORA`` without DoRA, biases and the like."""
 
-    method = LoRA
+    use_dora: ClassVar[bool] = False
+
+    method: ClassVar[type[LoRA]] = LoRA
     peft_type = "LORA"
     parameters: ClassVar[Mapping[str, str]] = {**_LINEAR, **_EMBEDDING}
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        """Tell LoRA and DoRA apart."""
+        return bool(config.get("use_dora", False)) == self.use_dora
 
     def parameters_of(self, module: nn.Module) -> Mapping[str, str]:
         """Return other names for embeddings."""
@@ -72,6 +78,7 @@ class LoRAInHF(Counterpart):
             "rank_pattern": {host: rank for host, (rank, _) in pairs.items() if rank != r},
             "alpha_pattern": {host: value for host, (_, value) in pairs.items() if value != alpha},
             "use_rslora": method.use_rslora,
+            "use_dora": self.use_dora,
             "bias": "none",
             "fan_in_fan_out": all(is_conv1d(modules[host]) for host in pairs),
             "init_lora_weights": "gaussian" if method.init == "gaussian" else True,
@@ -87,7 +94,7 @@ class LoRAInHF(Counterpart):
             ranks[host] = _pattern(config, "rank_pattern", "r", host, source)
             alphas[host] = _pattern(config, "alpha_pattern", "lora_alpha", host, source)
             self._check_shapes(host, modules[host], ranks[host], shapes, source)
-        return LoRA(
+        return self.method(
             r=config["r"],
             alpha=config["lora_alpha"],
             dropout=config.get("lora_dropout", 0.0),
@@ -103,7 +110,9 @@ class LoRAInHF(Counterpart):
                 f"{source} adapts {host!r}, which is a {type(module).__name__} here. Load its own base model."
             )
         d_in, d_out = features(module)
-        for suffix, expected in zip(self.parameters_of(module), ((r, d_in), (d_out, r)), strict=True):
+        expected_of = {"lora_A": (r, d_in), "lora_B": (d_out, r), "lora_magnitude_vector": (d_out,)}
+        for suffix, parameter in self.parameters_of(module).items():
+            expected = expected_of[parameter]
             given = shapes.get(f"{PREFIX}{host}.{suffix}")
             if given != expected:
                 raise PEFTError(

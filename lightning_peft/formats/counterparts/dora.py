@@ -1,0 +1,26 @@
+"""DoRA in HF PEFT's format: LoRA's, with one more tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import nn
+
+from lightning_peft.formats.counterparts.lora import LoRAInHF
+from lightning_peft.methods.dora import DoRA
+from lightning_peft.methods.lora import LoRA
+
+_MAGNITUDE = {"lora_magnitude_vector": "lora_magnitude_vector"}
+
+
+class DoRAInHF(LoRAInHF):
+    """``LORA`` with ``use_dora``."""
+
+    method: ClassVar[type[LoRA]] = DoRA
+    use_dora: ClassVar[bool] = True
+    parameters: ClassVar[Mapping[str, str]] = {**LoRAInHF.parameters, **_MAGNITUDE}
+
+    def parameters_of(self, module: nn.Module) -> Mapping[str, str]:
+        """Return LoRA's and the magnitudes."""
+        return {**super().parameters_of(module), **_MAGNITUDE}

@@ -1,0 +1,41 @@
+"""LoHa in HF PEFT's format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lightning_peft.errors import PEFTError
+from lightning_peft.formats.counterpart import Counterpart, Shapes, targets_for_hf, targets_from
+from lightning_peft.method import PEFTMethod
+from lightning_peft.methods.loha import LoHa
+
+
+class LoHaInHF(Counterpart):
+    """``LOHA`` with one rank and alpha."""
+
+    method = LoHa
+    peft_type = "LOHA"
+    parameters: ClassVar[Mapping[str, str]] = {
+        name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    }
+
+    def config(self, root: nn.Module, method: LoHa, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
+        """Return the hyper-parameters."""
+        return {"r": method.r, "alpha": method.alpha, "target_modules": targets_for_hf(hosts, root)}
+
+    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+        """Return the LoHa; other ranks or alphas for some modules are refused."""
+        for key in ("r", "alpha"):
+            if not isinstance(config.get(key), int | float):
+                raise PEFTError(f"{source}: its configuration has {key}={config.get(key)!r}; a number was expected.")
+        for key in ("rank_pattern", "alpha_pattern"):
+            if config.get(key):
+                raise PEFTError(f"{source} uses {key}={config[key]!r}, which LoHa has not here: it cannot be read.")
+        return LoHa(
+            r=config["r"],
+            alpha=config["alpha"],
+            target_modules=targets_from(self.hosts(root, shapes, source), root),
+        )

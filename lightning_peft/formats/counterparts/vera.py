@@ -1,0 +1,73 @@
+"""VeRA in HF PEFT's format, where the shared projections stand at the root."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lightning_peft.adapter import CHILD
+from lightning_peft.errors import PEFTError
+from lightning_peft.formats.counterpart import Counterpart, Shapes, targets_for_hf, targets_from
+from lightning_peft.method import PEFTMethod
+from lightning_peft.methods.vera import VeRA
+from lightning_peft.select import named_modules
+from lightning_peft.weights import is_conv1d
+
+_SHARED = {"base_model.vera_A": "vera_A", "base_model.vera_B": "vera_B"}
+
+
+class VeRAInHF(Counterpart):
+    """``VERA``."""
+
+    method = VeRA
+    peft_type = "VERA"
+    parameters: ClassVar[Mapping[str, str]] = {
+        "vera_lambda_b": "vera_lambda_b",
+        "vera_lambda_d": "vera_lambda_d",
+    }
+
+    def config(self, root: nn.Module, method: VeRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
+        """Return the hyper-parameters; the projections are always saved."""
+        hosts = list(hosts)
+        modules = named_modules(root)
+        return {
+            "r": method.r,
+            "d_initial": method.d_initial,
+            "vera_dropout": method.dropout,
+            "projection_prng_key": method.projection_seed,
+            "save_projection": True,
+            "target_modules": targets_for_hf(hosts, root),
+            "bias": "none",
+            "fan_in_fan_out": all(is_conv1d(modules[host]) for host in hosts),
+        }
+
+    def names(self, root: nn.Module, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
+        """Return the names of the vectors, and those of the projections, which are the first host's."""
+        hosts = list(hosts)
+        first = next(name for name in named_modules(root) if name in hosts)
+        shared = {in_file: f"{first}.{CHILD}.projections.{name}" for in_file, name in _SHARED.items()}
+        return {**super().names(root, hosts, chosen), **shared}
+
+    def owns(self, name: str) -> bool:
+        """Whether the tensor is a vector or a projection."""
+        return name in _SHARED or super().owns(name)
+
+    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+        """Return the VeRA."""
+        r, key = config.get("r"), config.get("projection_prng_key", 0)
+        for what, value in (("r", r), ("projection_prng_key", key)):
+            if not isinstance(value, int):
+                raise PEFTError(f"{source}: its configuration has {what}={value!r}; a whole number was expected.")
+        if config.get("bias", "none") != "none":
+            raise PEFTError(f"{source} uses bias={config['bias']!r}, which is not plain VeRA and cannot be read.")
+        if config.get("save_projection", True) and not _SHARED.keys() <= shapes.keys():
+            raise PEFTError(f"{source} lacks the projections that its configuration speaks of. It is damaged.")
+        return VeRA(
+            r=config["r"],
+            d_initial=config.get("d_initial", 0.1),
+            projection_seed=key,
+            dropout=config.get("vera_dropout", 0.0),
+            target_modules=targets_from(self.hosts(root, shapes, source), root),
+        )

@@ -1,0 +1,89 @@
+"""DoRA: Weight-Decomposed Low-Rank Adaptation (Liu et al., 2024), arXiv:2402.09353, sections 4.1 and 4.3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.errors import PEFTError
+from lightning_peft.methods.lora import LoRA, LoRAAdapter
+from lightning_peft.weights import read_matrix
+
+
+class DoRAAdapter(LoRAAdapter):
+    """W' = m ⊙ (W0 + scale · B A) / ‖W0 + scale · B A‖ (equation 5); m ``[out]``, norms over the input dimension."""
+
+    _start: Tensor | None = None
+
+    def __init__(self, host: nn.Module, *args: Any) -> None:
+        super().__init__(host, *args)
+        self._start = self._norms(host)
+        self.lora_magnitude_vector = nn.Parameter(self._start.to(self.lora_B).clone())
+
+    def reset_parameters(self) -> None:
+        """Set B A to zero and the magnitudes to the norms of the weight, which then is unchanged."""
+        super().reset_parameters()
+        if self._start is None:
+            return
+        if self._start.is_meta:
+            raise PEFTError(
+                f"DoRA: the magnitudes of {self._name!r} start as the norms of its weight, which had no values yet "
+                "(device meta) when the adapter was made. Load the model's weights before injecting."
+            )
+        with torch.no_grad():
+            self.lora_magnitude_vector.copy_(self._start)
+
+    @torch.no_grad()
+    def _norms(self, host: nn.Module) -> Tensor:
+        """Return ‖W0 + scale · B A‖ ``[out]``: a constant to the gradient (section 4.3)."""
+        return _row_norms(super().fold(read_matrix(host), None)[0])
+
+    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Rescale what LoRA makes of ``output`` ``[..., out]``, but for the bias.
+
+        Dropout concerns the low-rank term alone.
+        """
+        updated = super().forward(base, args, kwargs, output)
+        bias = base._parameters.get("bias")
+        change = self.lora_magnitude_vector / self._norms(base) - 1
+        return (updated + change * (updated if bias is None else updated - bias)).to(output.dtype)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return m ⊙ V / ‖V‖ with V = W0 + scale · B A."""
+        direction = super().fold(weight, bias)[0]
+        norms = _row_norms(direction)
+        return direction * (self.lora_magnitude_vector.detach().to(norms) / norms)[:, None], bias
+
+
+def _row_norms(matrix: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=1)
+    # A row of zeros has the magnitude zero, and stays one.
+    return norms.clamp(min=torch.finfo(norms.dtype).tiny)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRA(LoRA):
+    """LoRA for the direction of each row of a weight, and a learned length for it.
+
+    Args:
+        r: Rank of the update of the directions.
+        alpha: That update is multiplied by ``alpha / r``.
+        dropout: Probability with which an element of the low-rank term's input is zeroed during training.
+        target_modules: What to adapt, as for :class:`LoRA`.
+        exclude_modules: Patterns of modules to leave out.
+        layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.
+        rank_pattern: Other ranks for some modules, by pattern.
+        alpha_pattern: Other alphas for some modules, by pattern.
+        use_rslora: Multiply by ``alpha / sqrt(r)`` instead.
+        loraplus_lr_ratio: The learning rate of B is multiplied by this (LoRA+).
+        freeze_A: Train B and the magnitudes alone (LoRA-FA).
+        init: How A is drawn, as for :class:`LoRA`. B is zero.
+    """
+
+    name: ClassVar[str] = "dora"
+    hosts: ClassVar[str] = "linear layers, Conv1D"
+    count: ClassVar[str] = "Σ r (in + out) + out"
+    kind: ClassVar[type[LoRAAdapter]] = DoRAAdapter

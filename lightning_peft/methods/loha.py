@@ -1,0 +1,101 @@
+"""LoHa: FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning (Hyeon-Woo et al., 2022).
+
+arXiv:2108.06098, section 2.1; as an adapter: LyCORIS (Yeh et al., 2024), arXiv:2309.14859, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_peft.adapter import Adapter
+from lightning_peft.calls import input_of
+from lightning_peft.errors import PEFTError
+from lightning_peft.method import PEFTMethod
+from lightning_peft.seeding import fill
+from lightning_peft.select import select
+from lightning_peft.weights import features, is_linear, tensor_options
+
+
+class LoHaAdapter(Adapter):
+    """h = W0 x + scale · ((W1a W1b) ⊙ (W2a W2b)) x; Wa ``[out, r]``, Wb ``[r, in]``: of a rank up to r²."""
+
+    mergeable = True
+
+    def __init__(self, host: nn.Module, r: int, scale: float, seed: int, name: str) -> None:
+        super().__init__()
+        d_in, d_out = features(host)
+        options = tensor_options(host)
+        self.hada_w1_a = nn.Parameter(torch.empty(d_out, r, **options))
+        self.hada_w1_b = nn.Parameter(torch.empty(r, d_in, **options))
+        self.hada_w2_a = nn.Parameter(torch.empty(d_out, r, **options))
+        self.hada_w2_b = nn.Parameter(torch.empty(r, d_in, **options))
+        self.scale, self._seed, self._name = scale, seed, name
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all but the last matrix from U(-1/sqrt(columns), 1/sqrt(columns)), as HF PEFT; that one is zero."""
+        for key in ("hada_w1_a", "hada_w1_b", "hada_w2_a"):
+            fill(self.get_parameter(key), self._seed, f"{self._name}.{key}", _draw)
+        nn.init.zeros_(self.hada_w2_b)
+
+    def _delta(self, dtype: torch.dtype) -> Tensor:
+        """Return the change of the weight, ``[out, in]``."""
+        first, second = self.hada_w1_a @ self.hada_w1_b, self.hada_w2_a @ self.hada_w2_b
+        return (first * second * self.scale).to(dtype)
+
+    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Add what the change of the weight makes of the input to ``output`` ``[..., out]``."""
+        x = input_of(args, kwargs)
+        return (output + functional.linear(x, self._delta(x.dtype))).to(output.dtype)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the changed weight."""
+        return weight + self._delta(weight.dtype).detach(), bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoHa(PEFTMethod):
+    """Updates of linear layers that are the Hadamard product of two of low rank.
+
+    Args:
+        r: Rank of each of the two.
+        alpha: The update is multiplied by ``alpha / r``.
+        target_modules: What to adapt: ``all-linear`` (every linear layer but the output head), ``attention``,
+            ``mlp``, or names, globs and regular expressions (``re:.*proj``). HF PEFT has no LoHa for ``Conv1D``.
+        exclude_modules: Patterns of modules to leave out.
+        layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.
+    """
+
+    name: ClassVar[str] = "loha"
+    hosts: ClassVar[str] = "linear layers"
+    count: ClassVar[str] = "Σ 2r (in + out)"
+
+    r: int = 8
+    alpha: float = 8
+    target_modules: list[str] | str = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    layers: list[int] | str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise PEFTError(f"LoHa: r={self.r!r} was given; a rank is a whole number of at least 1.")
+        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
+            raise PEFTError(f"LoHa: alpha={self.alpha!r} was given; alpha is a positive number.")
+
+    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return the linear layers that ``target_modules`` names."""
+        return select(model, self.target_modules, adaptable=is_linear, exclude=self.exclude_modules, layers=self.layers)
+
+    def adapter(self, name: str, module: nn.Module, seed: int) -> LoHaAdapter:
+        """Make the adapter of the linear layer ``module``."""
+        return LoHaAdapter(module, self.r, self.alpha / self.r, seed, name)
+
+
+def _draw(values: Tensor, generator: torch.Generator) -> None:
+    nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)

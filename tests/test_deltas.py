@@ -1,0 +1,299 @@
+"""Methods that change weights, against HF PEFT (files both ways, outputs, gradients, merged weights) and formulas."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from families import build, outputs
+from modules import SteppedRegression, loader, trainer
+from peft.optimizers import create_loraplus_optimizer
+from torch import Tensor, nn
+
+from lightning_peft import (
+    DoRA,
+    LoHa,
+    LoRA,
+    PEFTError,
+    PEFTMethod,
+    PEFTStrategy,
+    VeRA,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+)
+
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_fc"],
+    "bert": ["query", "value"],
+    "t5": ["q", "wo"],
+    "llama with embeddings": ["embed_tokens", "k_proj"],
+}
+LINEAR = [family for family in TARGETS if "embeddings" not in family]
+
+Judge = Callable[[list[str]], peft.PeftConfig]
+Ours = Callable[[list[str]], PEFTMethod]
+METHODS: dict[str, tuple[Ours, Judge, list[str]]] = {
+    "dora": (
+        lambda targets: DoRA(r=4, alpha=12, target_modules=targets),
+        lambda targets: peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets, use_dora=True),
+        list(TARGETS),
+    ),
+    "vera": (
+        lambda targets: VeRA(r=6, target_modules=targets),
+        lambda targets: peft.VeraConfig(r=6, target_modules=targets, projection_prng_key=7),
+        LINEAR,
+    ),
+    "vera without its projections": (
+        lambda targets: VeRA(r=6, projection_seed=5, target_modules=targets),
+        lambda targets: peft.VeraConfig(r=6, target_modules=targets, projection_prng_key=7, save_projection=False),
+        ["llama", "gpt2"],
+    ),
+    "loha": (
+        lambda targets: LoHa(r=3, alpha=9, target_modules=targets),
+        lambda targets: peft.LoHaConfig(r=3, alpha=9, target_modules=targets),
+        ["llama", "bert", "t5"],
+    ),
+}
+CASES = [(name, family) for name, (_, _, families) in METHODS.items() for family in families]
+
+
+def base(family: str) -> tuple[nn.Module, dict[str, Any]]:
+    model, inputs = build(family.split()[0])
+    return model.double(), {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def shift(model: nn.Module) -> None:
+    """Move what is trained away from its start, without which norms and products of zeros are all the same."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def loaded_by_judge(family: str, path: Path) -> nn.Module:
+    judge = peft.PeftModel.from_pretrained(base(family)[0], path, is_trainable=True, autocast_adapter_dtype=False)
+    return judge.double().eval()
+
+
+@pytest.mark.parametrize(("name", "family"), CASES)
+def test_our_files_in_peft(name: str, family: str, tmp_path: Path) -> None:
+    model, inputs = base(family)
+    plain = outputs(model, inputs)
+    inject(model, METHODS[name][0](TARGETS[family]))
+    shift(model)
+    expected = outputs(model, inputs)
+    assert (expected - plain).abs().max() > 1e-6
+    save_adapter(model, tmp_path / "adapter")
+    judge = loaded_by_judge(family, tmp_path / "adapter")
+    assert (outputs(judge, inputs) - expected).abs().max() <= 1e-9
+
+    expected.square().sum().backward()
+    outputs(judge, inputs).square().sum().backward()
+    theirs = sorted((p.grad for p in judge.parameters() if p.grad is not None), key=_order)
+    ours = sorted((p.grad for p in model.parameters() if p.grad is not None), key=_order)
+    assert len(theirs) == len(ours) > 0
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.abs().max() > 0
+        assert (a.flatten().sort()[0] - b.flatten().sort()[0]).abs().max() <= 1e-9 * b.abs().max().clamp(min=1.0)
+
+    if "embeddings" not in family:  # peft merges an adapted embedding into the tied head as well
+        merged = judge.merge_and_unload().state_dict()
+        merge(model, unload=True)
+        for key, tensor in model.state_dict().items():
+            assert (tensor - merged[key]).abs().max() <= 1e-9, key
+
+
+def _order(gradient: Tensor) -> tuple[int, float]:
+    return gradient.numel(), round(float(gradient.norm()), 6)
+
+
+@pytest.mark.parametrize(("name", "family"), CASES)
+def test_their_files_in_ours(name: str, family: str, tmp_path: Path) -> None:
+    model, inputs = base(family)
+    judge = peft.get_peft_model(model, METHODS[name][1](TARGETS[family]), autocast_adapter_dtype=False).double().eval()
+    shift(judge)
+    judge.save_pretrained(tmp_path / "adapter")
+    loaded, _ = base(family)
+    plain = outputs(loaded, inputs)
+    load_adapter(loaded, tmp_path / "adapter")
+    assert (outputs(loaded, inputs) - outputs(judge, inputs)).abs().max() <= 1e-9
+    assert (outputs(loaded, inputs) - plain).abs().max() > 1e-6
+
+
+def one_layer(bias: bool = True) -> tuple[nn.Module, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    model = nn.Sequential(nn.Linear(6, 8, bias=bias)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model, torch.randn(5, 6, generator=generator, dtype=torch.float64)
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {n.rsplit(".", 1)[-1]: p for n, p in model.named_parameters() if ".peft." in n}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_dora_is_its_equation(bias: bool) -> None:
+    """Equation 5, and section 4.3: the norm is a constant to the gradient."""
+    model, x = one_layer(bias)
+    inject(model, DoRA(r=2, alpha=6))
+    start = tensors(model)["lora_magnitude_vector"].clone()
+    assert torch.allclose(start, model[0].weight.square().sum(1).sqrt(), rtol=1e-14, atol=0)
+    shift(model)
+    result = model(x)
+    result.square().sum().backward()
+    ours = {name: p.grad for name, p in tensors(model).items()}
+
+    a, b, m = (
+        tensors(model)[n].detach().clone().requires_grad_() for n in ("lora_A", "lora_B", "lora_magnitude_vector")
+    )
+    direction = model[0].weight.detach() + 3.0 * torch.einsum("or,ri->oi", b, a)
+    weight = m[:, None] * direction / direction.detach().square().sum(1, keepdim=True).sqrt()
+    expected = torch.einsum("bi,oi->bo", x, weight) + (model[0].bias if bias else 0)
+    expected.square().sum().backward()
+    assert (result - expected).abs().max() <= 1e-12
+    for name, leaf in (("lora_A", a), ("lora_B", b), ("lora_magnitude_vector", m)):
+        assert (ours[name] - leaf.grad).abs().max() <= 1e-9 * leaf.grad.abs().max(), name
+
+
+def test_dora_of_a_row_of_zeros_and_of_a_weight_without_values() -> None:
+    model, x = one_layer()
+    with torch.no_grad():
+        model[0].weight[2] = 0
+    expected = model(x)
+    inject(model, DoRA(r=2))
+    assert torch.equal(model(x), expected)
+    model(x).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in tensors(model).values())
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(6, 8))
+    inject(empty, DoRA(r=2))
+    adapter = empty[0].peft["default"]
+    assert sum(p.numel() for p in adapter.parameters()) == 2 * (6 + 8) + 8
+    with pytest.raises(PEFTError, match="Load the model's weights before injecting"):
+        adapter.to_empty(device="cpu").reset_parameters()
+
+
+def test_vera_is_its_equation() -> None:
+    """Equation 2, with the corners of one pair of matrices for layers of different sizes."""
+    generator = torch.Generator().manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 4)).double()
+    x = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    inject(model, VeRA(r=7))
+    shift(model)
+    first, second = (layer.peft["default"] for layer in model)
+    assert first.projections is second.projections
+    big_a, big_b = first.projections.vera_A, first.projections.vera_B
+    assert big_a.shape == (7, 9)
+    assert big_b.shape == (9, 7)
+    expected = x
+    for layer, (d_in, d_out) in zip(model, ((6, 9), (9, 4)), strict=True):
+        d, b = layer.peft["default"].vera_lambda_d, layer.peft["default"].vera_lambda_b
+        update = torch.einsum("o,or,r,ri->oi", b, big_b[:d_out], d, big_a[:, :d_in])
+        expected = torch.einsum("bi,oi->bo", expected, layer.weight + update) + layer.bias
+    assert (model(x) - expected).abs().max() <= 1e-12
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 9 + 4 + 2 * 7
+
+
+@pytest.mark.parametrize("options", [{"r": 0}, {"d_initial": 0.0}, {"dropout": 1.0}])
+def test_vera_refuses(options: dict[str, Any]) -> None:
+    with pytest.raises(PEFTError, match=f"VeRA: {next(iter(options))}="):
+        VeRA(**options)
+
+
+@pytest.mark.parametrize("kind", [LoRA, DoRA])
+def test_lora_plus_trains_as_with_their_optimizer(kind: type[LoRA], tmp_path: Path) -> None:
+    """Against HF PEFT's param groups for the same weights; without the magnitudes, which it speeds up too."""
+    module = SteppedRegression()
+    method = kind(r=2, target_modules=["net.0", "net.2"], loraplus_lr_ratio=16)
+    run = trainer(tmp_path, PEFTStrategy(method, merge_on_train_end=False), max_steps=1)
+    run.fit(module, loader())
+    rates = {
+        id(p): group["lr"] for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]
+    }
+    judge = SteppedRegression()
+    config = peft.LoraConfig(r=2, target_modules=["0", "2"], use_dora=kind is DoRA)
+    theirs = peft.get_peft_model(judge.net, config)
+    optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=16)
+    names = {id(p): n for n, p in theirs.named_parameters()}
+    expected = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    compared = 0
+    for name, parameter in module.net.named_parameters():
+        host, _, leaf = name.partition(".peft.default.")
+        if leaf and leaf != "lora_magnitude_vector":
+            plain = rates[id(module.net.get_parameter(f"{host}.peft.default.lora_A"))]
+            assert rates[id(parameter)] / plain == pytest.approx(
+                expected[f"base_model.model.{host}.{leaf}.default.weight"]
+            )
+            compared += 1
+        elif leaf:
+            assert rates[id(parameter)] == plain
+    assert compared == 4
+    for ratio in (0, -1.0, float("nan")):
+        with pytest.raises(PEFTError, match=f"{kind.__name__}: loraplus_lr_ratio="):
+            kind(loraplus_lr_ratio=ratio)
+
+
+@pytest.mark.parametrize("kind", [LoRA, DoRA])
+def test_lora_fa_trains_all_but_a(kind: type[LoRA], tmp_path: Path) -> None:
+    """The same as HF PEFT's adapter with A frozen by hand, gradients included; A is in the files."""
+    model, inputs = base("llama")
+    hosts = inject(model, kind(r=3, target_modules=["q_proj", "down_proj"], freeze_A=True))
+    first = {h: model.get_submodule(h).peft["default"].lora_A.clone() for h in hosts}
+    assert all(a.abs().max() > 0 for a in first.values())
+    shift(model)
+    save_adapter(model, tmp_path / "adapter")
+    judge = loaded_by_judge("llama", tmp_path / "adapter")
+    result = outputs(model, inputs)
+    result.square().sum().backward()
+    outputs(judge, inputs).square().sum().backward()
+    assert (outputs(judge, inputs) - result).abs().max() <= 1e-9
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert not any(name.endswith("lora_A") for name in trained)
+    for host in hosts:
+        wrapped = judge.get_submodule(f"base_model.model.{host}")
+        gradient = model.get_submodule(host).peft["default"].lora_B.grad
+        expected = wrapped.lora_B["default"].weight.grad
+        assert (gradient - expected).abs().max() <= 1e-9 * expected.abs().max().clamp(min=1.0)
+        assert torch.equal(wrapped.lora_A["default"].weight, first[host])
+    for frozen in (True, False):
+        again, _ = base("llama")
+        inject(again, kind(r=3, target_modules=["q_proj", "down_proj"], freeze_A=frozen), seed=99)
+        load_adapter(again, tmp_path / "adapter")
+        assert torch.equal(outputs(again, inputs), result)
+
+
+def test_lora_fa_refuses_embeddings() -> None:
+    with pytest.raises(PEFTError, match=r"A of the embedding 'model\.embed_tokens' starts at zero"):
+        inject(base("llama")[0], LoRA(r=3, target_modules=["embed_tokens"], freeze_A=True))
+
+
+def test_loha_is_its_equation() -> None:
+    model, x = one_layer()
+    inject(model, LoHa(r=2, alpha=6))
+    assert torch.equal(model(x), one_layer()[0](x))
+    shift(model)
+    a1, b1, a2, b2 = (tensors(model)[f"hada_{w}"] for w in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    update = 3.0 * torch.einsum("or,ri,os,si->oi", a1, b1, a2, b2)
+    expected = torch.einsum("bi,oi->bo", x, model[0].weight + update) + model[0].bias
+    assert (model(x) - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("options", [{"r": 0}, {"alpha": 0.0}])
+def test_loha_refuses(options: dict[str, Any]) -> None:
+    with pytest.raises(PEFTError, match=f"LoHa: {next(iter(options))}="):
+        LoHa(**options)
+
+
+def test_loha_files_with_patterns_are_refused(tmp_path: Path) -> None:
+    config = peft.LoHaConfig(r=3, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2})
+    peft.get_peft_model(base("llama")[0], config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(PEFTError, match=r"rank_pattern=.*cannot be read"):
+        load_adapter(base("llama")[0], tmp_path / "adapter")
