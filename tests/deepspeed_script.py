@@ -304,6 +304,12 @@ def built_in_pieces(out: Path, record: Record) -> None:
         eject(trained)
         record.content[f"{tag}-ejected"] = base_weights(trained)
 
+    half: dict[str, Any] = {"module": Late, "precision": "bf16-true", **WHOLE, **TWO}
+    fit(out, "whole-half", base(3), **half)
+    fit(out, "whole-half-two", base(3), 2, **half)
+    resume = out / "whole-half-two-directories" / "last"
+    fit(out, "whole-half-resumed", base(3), resume=resume, **half)
+
 
 WHOLE: dict[str, Any] = {"method": LoRA(r=2, target_modules=["net.0"]), "train_also": "net.2"}
 
@@ -333,6 +339,22 @@ def rest(out: Path, record: Record) -> None:
     record.fitted("full-resumed", *fit(out, "no", base(2), checkpoint="full", resume=full_two(out), **TWO))
     _, module = fit(out, "handover", base(3), **TWO)
     record.fitted("handover", *fit(out, "no", base(3), module=lambda: module, **TWO))
+
+    # Without an evaluation in between, for which Lightning deletes all hooks; ZeRO-3 has some of its own.
+    fitted, module = fit(out, "hooks", base(3), **TWO)
+    before = len(module.net[0]._forward_hooks)
+    fitted.fit_loop.max_epochs = 4
+    fitted.fit(module, loader(batch_size=8))
+    record.content["hooks"] = (before, len(module.net[0]._forward_hooks))
+
+    strategy = base(3)
+    del strategy.config["zero_optimization"]["stage3_param_persistence_threshold"]
+    fitted, module = fit(out, "persistent", strategy, **TWO)
+    record.fitted("persistent", fitted, module)
+    outputs(module)
+    record.content["persistent-gathered"] = module.net[0].weight.shape
+    unmerge(module)
+    record.content["persistent-unmerged"] = base_weights(module)
 
     def refused(stage: int, **options: Any) -> str:
         return error(lambda: fit(out, "no", base(stage), **options, **TWO))

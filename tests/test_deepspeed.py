@@ -253,6 +253,24 @@ class TestMore:
         assert_near({**more[tag]["adapters"], **trained}, expected)
         assert_same(more[f"{tag}-ejected"], base_weights())
 
+    def test_what_is_trained_whole_is_saved_in_float32(self, more: Run) -> None:
+        """Its copy in the module is bfloat16, that of the optimizer is not."""
+        read = trainer(more.out).strategy.load_checkpoint
+        judge, resumed = (
+            read(more.out / f"{tag}-directories" / "last") for tag in ("whole-half", "whole-half-resumed")
+        )
+        assert_same(resumed["state_dict"], judge["state_dict"])
+        head = judge["state_dict"]["net.2.weight"]
+        assert not torch.equal(head, head.bfloat16().float())
+
+    def test_small_weights_that_stay_gathered_are_unmerged(self, more: Run) -> None:
+        assert more["persistent-gathered"] == (16, 8)
+        assert_same(more["persistent-unmerged"], base_weights())
+
+    def test_hooks_of_the_last_run_are_gone(self, more: Run) -> None:
+        before, after = more["hooks"]
+        assert after == before
+
     def test_a_second_trainer_takes_the_module_over(self, more: Run) -> None:
         _, module = more.script.fit(more.out, "single-first", "auto")
         again, _ = more.script.fit(more.out, "single-second", "auto", module=lambda: module)
