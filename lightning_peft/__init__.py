@@ -1,5 +1,6 @@
 """Parameter-efficient fine-tuning for any LightningModule, as one Trainer flag."""
 
+from lightning_peft.disable import disable
 from lightning_peft.eject import eject
 from lightning_peft.errors import PEFTError
 from lightning_peft.inject import inject, set_adapter
@@ -18,6 +19,7 @@ __all__ = [
     "PEFTMethod",
     "PEFTStrategy",
     "adapter_state_dict",
+    "disable",
     "eject",
     "inject",
     "load_adapter",
