@@ -1,6 +1,7 @@
 """Parameter-efficient fine-tuning for any LightningModule, as one Trainer flag."""
 
 from lightning_peft.base_weights import load_base_weights
+from lightning_peft.disable import disable
 from lightning_peft.eject import eject
 from lightning_peft.errors import PEFTError
 from lightning_peft.inject import inject, set_adapter
@@ -19,6 +20,7 @@ __all__ = [
     "PEFTMethod",
     "PEFTStrategy",
     "adapter_state_dict",
+    "disable",
     "eject",
     "inject",
     "load_adapter",

@@ -84,6 +84,6 @@ class DoRA(LoRA):
     """
 
     name: ClassVar[str] = "dora"
-    hosts: ClassVar[str] = "linear layers, Conv1D"
+    hosts: ClassVar[str] = "linear layers, Conv1D, embeddings"
     count: ClassVar[str] = "Σ r (in + out) + out"
     kind: ClassVar[type[LoRAAdapter]] = DoRAAdapter
