@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from lightning_peft.adapter import Adapter, slots
 from lightning_peft.base_weights import materialise
 from lightning_peft.bases.sharded import OnShards
+from lightning_peft.errors import PEFTError
 from lightning_peft.fingerprint import record_base
 from lightning_peft.registry import registries
 from lightning_peft.sharding import shard
@@ -82,8 +83,13 @@ def _split(adapter: Adapter, host: nn.Module, weight: DTensor, mesh: DeviceMesh)
     axis = None
     if isinstance(placement, Shard):
         axis = ("in", "out")[(placement.dim == 0) != is_transposed(host)]
+    if missing := [name for name, _ in adapter.named_parameters() if name not in adapter.axes]:
+        raise PEFTError(
+            f"{type(adapter).__name__} does not say how {missing[0]!r} is split beside a layer that tensor parallelism has "
+            "split. Use LoRA there, or shard with fully_shard alone."
+        )
     for name, parameter in list(adapter.named_parameters(recurse=False)):
-        axes = adapter.axes.get(name, ())
+        axes = adapter.axes[name]
         split = Shard(axes.index(axis)) if axis in axes else Replicate()
         pieces = shard(parameter.detach(), mesh, [split])
         adapter.register_parameter(name, nn.Parameter(pieces, requires_grad=parameter.requires_grad))

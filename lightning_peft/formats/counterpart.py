@@ -114,7 +114,7 @@ class Counterpart:
         found: dict[str, set[str]] = {}
         for name in shapes:
             suffix = next((s for s in self.parameters if name.endswith(f".{s}")), None)
-            if not name.startswith(PREFIX):
+            if not (name.startswith(PREFIX) or self.owns(name)):
                 raise PEFTError(f"{source}: the tensor {name!r} does not start with {PREFIX!r}; it is no HF PEFT file.")
             if suffix is not None:
                 found.setdefault(name[len(PREFIX) : -len(suffix) - 1], set()).add(suffix)
