@@ -23,6 +23,7 @@ from lightning_peft import (
     PEFTError,
     PEFTMethod,
     PEFTStrategy,
+    PrefixTuning,
     SeriesAdapter,
     adapter_state_dict,
     eject,
@@ -46,6 +47,7 @@ METHODS: dict[str, PEFTMethod | list[PEFTMethod]] = {
     "series_adapter of pfeiffer": SeriesAdapter(preset="pfeiffer", bottleneck=4),
     "series_adapter before the mlp": SeriesAdapter(preset="llm_adapters", placement=["mlp_input"], bottleneck=4),
     "parallel_adapter everywhere": ParallelAdapter(placement=["attention", "mlp"], bottleneck=4),
+    "prefix_tuning with an mlp": PrefixTuning(prefix_projection=True, encoder_hidden_size=12),
     "bitfit and parallel_adapter": [BitFit(create_missing=True), ParallelAdapter(bottleneck=4)],
 }
 # torch has another kernel for models without gradients and hooks.
@@ -55,12 +57,19 @@ START = {
     "series_adapter": 0.1,
     "series_adapter of pfeiffer": 0.1,
     "series_adapter before the mlp": 0.1,
+    # A prefix is attended to, whatever it is.
+    "prefix_tuning": 0.6,
+    "prefix_tuning with an mlp": 0.6,
+    "prompt_tuning": 1.0,
 }
 
 MIXTURES = ("mixtral", "qwen3_moe")
 NO_BIAS = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "t5", *MIXTURES)
 NO_BIAS_IN_MLP = ("qwen2", "falcon", *(family for family in NO_BIAS if family not in MIXTURES))
 BLOCKS = [name for name in METHODS if name.startswith(("series", "parallel", "ia3"))] + ["bitfit and parallel_adapter"]
+DECODER_ONLY = [name for name in METHODS if name.startswith(("prefix_tuning", "prompt_tuning"))]
+ENCODERS = ("bert", "roberta", "deberta_v2", "distilbert", "vit", "clip", "torch_encoder")
+NO_DECODER = ("sequential", *ENCODERS, "t5", "bart", "whisper", "torch_decoder")
 # Cells that make no sense, with the reason that the error gives.
 REFUSED: dict[tuple[str, str], str] = {
     **{("bitfit", family): "has no biases" for family in NO_BIAS},
@@ -72,6 +81,7 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("ia3", family): "MultiheadAttention.*no linear layers" for family in ("torch_encoder", "torch_decoder")},
     # Both would hang on the MLP's linear layers, which have no biases.
     **{("bitfit and parallel_adapter", family): "BitFit and ParallelAdapter would both" for family in NO_BIAS_IN_MLP},
+    **{(method, family): "decoder-only transformers models" for method in DECODER_ONLY for family in NO_DECODER},
     ("lora", "sequential"): "rank of an update of it is at most 4",
 }
 

@@ -9,9 +9,21 @@ from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.layer_norm_tuning import LayerNormTuning
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.parallel_adapter import ParallelAdapter
+from lightning_peft.methods.prefix_tuning import PrefixTuning
+from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.series_adapter import SeriesAdapter
 
-__all__ = ["IA3", "BitFit", "FullFinetuning", "LayerNormTuning", "LoRA", "ParallelAdapter", "SeriesAdapter"]
+__all__ = [
+    "IA3",
+    "BitFit",
+    "FullFinetuning",
+    "LayerNormTuning",
+    "LoRA",
+    "ParallelAdapter",
+    "PrefixTuning",
+    "PromptTuning",
+    "SeriesAdapter",
+]
 
 for _module in pkgutil.iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
