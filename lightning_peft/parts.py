@@ -39,8 +39,7 @@ def _full_names(prefix: str, registry: Registry, adapter: str) -> dict[str, list
         "train_also": list(registry.train_also),
         "whole": [name for name in registry.whole if name not in registry.chosen],
     }
-    lead = f"{prefix}." if prefix else ""
-    return {what: [lead + name for name in names] for what, names in listed.items()}
+    return {what: [f"{prefix}.{name}".strip(".") for name in names] for what, names in listed.items()}
 
 
 def _common_prefix(inner: Iterable[str], registry_prefix: str, names: Mapping[str, list[str]]) -> str:
@@ -52,7 +51,7 @@ def _common_prefix(inner: Iterable[str], registry_prefix: str, names: Mapping[st
 
 def _prefix_of(inner: Iterable[str], split: bool, full_name: str) -> str:
     """Return the model that a module or parameter belongs to."""
-    around = next((p for p in inner if p and full_name.startswith(f"{p}.")), None)
+    around = next((p for p in inner if p and (full_name == p or full_name.startswith(f"{p}."))), None)
     if around is not None:
         return around
     return full_name.split(".")[0] if split else ""
@@ -79,6 +78,8 @@ def _module_of(parameter: str) -> str:
 
 
 def _relative(name: str, prefix: str) -> str:
+    if name == prefix:
+        return ""
     return name.removeprefix(f"{prefix}.") if prefix else name
 
 

@@ -24,6 +24,7 @@ from lightning_peft import (
     PEFTError,
     PEFTMethod,
     PEFTStrategy,
+    PrefixTuning,
     SeriesAdapter,
     adapter_state_dict,
     eject,
@@ -48,6 +49,7 @@ METHODS: dict[str, PEFTMethod | list[PEFTMethod]] = {
     "series_adapter of pfeiffer": SeriesAdapter(preset="pfeiffer", bottleneck=4),
     "series_adapter before the mlp": SeriesAdapter(preset="llm_adapters", placement=["mlp_input"], bottleneck=4),
     "parallel_adapter everywhere": ParallelAdapter(placement=["attention", "mlp"], bottleneck=4),
+    "prefix_tuning with an mlp": PrefixTuning(prefix_projection=True, encoder_hidden_size=12),
     "bitfit and parallel_adapter": [BitFit(create_missing=True), ParallelAdapter(bottleneck=4)],
 }
 # torch has another kernel for models without gradients and hooks.
@@ -58,6 +60,10 @@ START = {
     "series_adapter of pfeiffer": 0.1,
     "series_adapter before the mlp": 0.1,
     "compacter": 0.1,
+    # A prefix is attended to, whatever it is.
+    "prefix_tuning": 0.6,
+    "prefix_tuning with an mlp": 0.6,
+    "prompt_tuning": 1.0,
 }
 
 MIXTURES = ("mixtral", "qwen3_moe")
@@ -66,6 +72,9 @@ NO_BIAS_IN_MLP = ("qwen2", "falcon", *(family for family in NO_BIAS if family no
 BLOCKS = [name for name in METHODS if name.startswith(("series", "parallel", "ia3", "compacter"))] + [
     "bitfit and parallel_adapter"
 ]
+DECODER_ONLY = [name for name in METHODS if name.startswith(("prefix_tuning", "prompt_tuning"))]
+ENCODERS = ("bert", "roberta", "deberta_v2", "distilbert", "vit", "clip", "torch_encoder")
+NO_DECODER = ("sequential", *ENCODERS, "t5", "bart", "whisper", "torch_decoder")
 # Cells that make no sense, with the reason that the error gives.
 REFUSED: dict[tuple[str, str], str] = {
     **{("bitfit", family): "has no biases" for family in NO_BIAS},
@@ -78,6 +87,7 @@ REFUSED: dict[tuple[str, str], str] = {
     # Both would hang on the MLP's linear layers, which have no biases.
     **{("bitfit and parallel_adapter", family): "BitFit and ParallelAdapter would both" for family in NO_BIAS_IN_MLP},
     **{(name, "sequential"): "rank of an update of it is at most 4" for name in ("lora", "dora")},
+    **{(method, family): "decoder-only transformers models" for method in DECODER_ONLY for family in NO_DECODER},
 }
 
 

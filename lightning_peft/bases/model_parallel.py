@@ -85,8 +85,8 @@ def _split(adapter: Adapter, host: nn.Module, weight: DTensor, mesh: DeviceMesh)
         axis = ("in", "out")[(placement.dim == 0) != is_transposed(host)]
     if missing := [name for name, _ in adapter.named_parameters() if name not in adapter.axes]:
         raise PEFTError(
-            f"{type(adapter).__name__} does not say how {missing[0]!r} is split beside a layer that tensor parallelism has "
-            "split. Use LoRA there, or shard with fully_shard alone."
+            f"{type(adapter).__name__} does not say how {missing[0]!r} is split beside a layer that tensor parallelism "
+            "has split. Use LoRA there, or shard with fully_shard alone."
         )
     for name, parameter in list(adapter.named_parameters(recurse=False)):
         axes = adapter.axes[name]

@@ -12,6 +12,8 @@ from lightning_peft.methods.layer_norm_tuning import LayerNormTuning
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.parallel_adapter import ParallelAdapter
+from lightning_peft.methods.prefix_tuning import PrefixTuning
+from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.series_adapter import SeriesAdapter
 from lightning_peft.methods.vera import VeRA
 
@@ -25,6 +27,8 @@ __all__ = [
     "LoHa",
     "LoRA",
     "ParallelAdapter",
+    "PrefixTuning",
+    "PromptTuning",
     "SeriesAdapter",
     "VeRA",
 ]

@@ -1,0 +1,50 @@
+"""Prompt tuning in HF PEFT's format: one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lightning_peft.adapter import CHILD
+from lightning_peft.formats.counterpart import Counterpart, Shapes
+from lightning_peft.formats.counterparts.prompt_learning import common_config, tokens_in
+from lightning_peft.method import PEFTMethod
+from lightning_peft.methods.prompt_tuning import PromptTuning
+from lightning_peft.virtual_tokens import find_decoder
+
+
+class PromptTuningInHF(Counterpart):
+    """``PromptTuning``."""
+
+    method = PromptTuning
+    peft_type = "PROMPT_TUNING"
+    parameters: ClassVar[Mapping[str, str]] = {"prompt_embeddings": "prompt_embeddings"}
+
+    def config(
+        self, root: nn.Module, method: PromptTuning, hosts: Iterable[str], chosen: Iterable[str]
+    ) -> dict[str, Any]:
+        """Return the sizes of the prompt."""
+        decoder = find_decoder(root, "PromptTuning")
+        embedding: Any = decoder.module.get_input_embeddings()  # type: ignore[operator]
+        return {
+            **common_config(decoder, method.num_virtual_tokens),
+            "token_dim": embedding.embedding_dim,
+            "num_attention_heads": decoder.config.num_attention_heads,
+            # What it started from is of no use to who reads it: HF PEFT would want a tokenizer.
+            "prompt_tuning_init": "RANDOM",
+        }
+
+    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+        """Return the prompt tuning."""
+        return PromptTuning(num_virtual_tokens=tokens_in(config, shapes, source))
+
+    def names(self, root: nn.Module, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
+        """Return the one tensor."""
+        decoder = find_decoder(root, "PromptTuning")
+        return {file: f"{decoder.name}.{CHILD}.{name}".lstrip(".") for file, name in self.parameters.items()}
+
+    def owns(self, name: str) -> bool:
+        """Whether it is the one tensor."""
+        return name in self.parameters
