@@ -135,6 +135,8 @@ def read_low_rank(
     reader = LoRAInHF()
     if config.get("peft_type") != reader.peft_type:
         raise PEFTError(f"{source} is an adapter of type {config.get('peft_type')!r}; {reader.peft_type} can be read.")
+    if not reader.reads(config):
+        raise PEFTError(f"{source} uses use_dora={config['use_dora']!r}, which is not plain LoRA.")
     _refuse_unknown(config, source)
     grouped = reader.grouped(shapes, source)
     found = {}
