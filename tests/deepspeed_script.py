@@ -19,7 +19,7 @@ from modules import Llama, Regression, inputs, loader, trainer
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from lightning_peft import LoRA, PEFTStrategy, eject, save_adapter, unmerge
+from lightning_peft import DoRA, LoRA, PEFTMethod, PEFTStrategy, eject, save_adapter, unmerge
 from lightning_peft.adapter import adapter_parameters
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.callbacks.summary import summary_table
@@ -145,7 +145,7 @@ def fit(
     module: Callable[[], Shared] = Shared,
     resume: Path | None = None,
     checkpoint: Any = "adapter",
-    method: LoRA | None = None,
+    method: PEFTMethod | None = None,
     train_also: str | None = None,
     **options: Any,
 ) -> tuple[L.Trainer, Shared]:
@@ -297,6 +297,7 @@ def built_in_pieces(out: Path, record: Record) -> None:
     record.fitted("late", *fit(out, "late", base(3), module=Late, **TWO))
     record.fitted("injects", *fit(out, "injects", base(3), module=InjectsItself, **TWO))
     record.fitted("half-late", *fit(out, "half-late", base(3), module=Late, precision="bf16-mixed", **TWO))
+    record.fitted("dora", *fit(out, "dora", base(3), module=Late, method=DoRA(r=2), **TWO))
     record.content["files"] = fit_from_files(out, base(3), **TWO)
     for tag, module in (("whole", Shared), ("whole-late", Late)):
         fitted, trained = fit(out, tag, base(3), module=module, **WHOLE, **TWO)

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from modules import Llama, Regression, assert_same, by_hand, inputs, trainer
 from torch import Tensor
 
-from lightning_peft import LoRA, PEFTError, PEFTStrategy, load_adapter
+from lightning_peft import DoRA, LoRA, PEFTError, PEFTStrategy, load_adapter
 from lightning_peft.callbacks.summary import summary_table
 from lightning_peft.formats.deepspeed import is_deepspeed, require_layout
 
@@ -232,6 +232,11 @@ class TestMore:
         assert_near(more["files"]["adapters"], expected["adapters"])
         assert more["files"]["merged"]
         assert more["files"]["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+    def test_a_method_that_reads_the_weights(self, more: Run) -> None:
+        _, module = more.script.fit(more.out, "single-dora", "auto", method=DoRA(r=2))
+        expected = {name: p for name, p in module.named_parameters() if ".peft." in name}
+        assert_near(more["dora"]["adapters"], expected)
 
     def test_built_in_pieces_in_bfloat16(self, more: Run) -> None:
         assert_same(more["half-late"]["adapters"], more["half3"]["adapters"])
