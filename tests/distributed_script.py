@@ -119,10 +119,12 @@ def fsdp1(**options: Any) -> FSDPStrategy:
     return CPUFSDPStrategy(auto_wrap_policy={nn.Linear}, **options)
 
 
+STARTED_HERE = ("ddp_spawn", "ddp_fork", "ddp_notebook")
+"""Strategies that start all workers from this process, for one run each."""
 BASES: dict[str, tuple[Callable[[], Strategy | str], type[Recorded]]] = {
     "auto": (lambda: "auto", Recorded),
     "ddp": (lambda: "ddp", Recorded),
-    "ddp_spawn": (lambda: "ddp_spawn", Recorded),
+    **{base: (partial(str, base), Recorded) for base in STARTED_HERE},
     "fsdp": (fsdp1, Recorded),
     "fsdp_by_size": (
         lambda: CPUFSDPStrategy(auto_wrap_policy=partial(size_based_auto_wrap_policy, min_num_params=100)),
@@ -232,7 +234,7 @@ def main() -> None:
     run(out, "three", base, devices, 3, out / "two-directories" / "last")
     run(out, "file", base, devices, 3, out / "two-files" / "last.ckpt")
     run(out, "one", base, devices, 3, single / "two-directories" / "last")
-    if base != "ddp_spawn":  # Lightning allows it one fit
+    if base not in STARTED_HERE:
         go_on(out, base, devices)
         evaluate(out, base, devices)
         if base not in NO_FULL_STATE:

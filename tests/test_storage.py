@@ -169,10 +169,11 @@ def test_a_crash_between_the_two_renames_is_mended(directory: Path) -> None:
     assert torch.equal(outputs(model, inputs), outputs(adapted(), inputs))
 
 
-def test_a_read_only_directory(tmp_path: Path) -> None:
-    folder = tmp_path / "readonly"
+@pytest.mark.parametrize("mode", [0o555, 0o000], ids=["read-only", "closed"])
+def test_a_directory_without_permission(tmp_path: Path, mode: int) -> None:
+    folder = tmp_path / "folder"
     folder.mkdir()
-    folder.chmod(0o555)
+    folder.chmod(mode)
     for parent in [tmp_path, *tmp_path.parents]:
         if parent.stat().st_uid == os.getuid() and parent.name.startswith(("pytest-", tmp_path.name)):
             parent.chmod(parent.stat().st_mode | 0o055)
@@ -192,4 +193,5 @@ def test_a_read_only_directory(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120)
     assert "refused: Cannot write" in done.stdout, done.stdout + done.stderr
     assert "Permission denied" in done.stdout
+    folder.chmod(0o755)
     assert not list(folder.iterdir())

@@ -5,6 +5,7 @@ The format is HF PEFT 0.21's (``adapter_config.json``, ``adapter_model.safetenso
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ _COUNTERPARTS: list[Counterpart] = []
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Counterpart:
+class Counterpart(ABC):
     """A method in HF PEFT's terms. A subclass with a ``method`` registers itself.
 
     Names "in the model" are relative to its root and leave out the adapter's name: ``0.q_proj.peft.lora_A``.
@@ -48,6 +49,7 @@ class Counterpart:
         """Whether a configuration of this :attr:`peft_type` is this method's."""
         return True
 
+    @abstractmethod
     def config(self, root: nn.Module, method: Any, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
         """Return the method's own keys of ``adapter_config.json``.
 
@@ -57,15 +59,14 @@ class Counterpart:
             hosts: Names of the adapted modules.
             chosen: Names of the parameters that the method itself trains.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the method that a configuration and the tensors' names and shapes describe.
 
         Raises:
             PEFTError: They contradict each other or ``root``, or describe something that this package has not.
         """
-        raise NotImplementedError
 
     def parameters_of(self, module: nn.Module) -> Mapping[str, str]:
         """Return those of :attr:`parameters` that an adapter of ``module`` has."""

@@ -32,14 +32,10 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         PEFTError: ``path`` exists and is not a directory written by this package, or cannot be written to.
     """
     target = Path(os.path.abspath(path))
-    restore_interrupted(target)
-    if target.exists() and not (target / MARKER).is_file() and not (target.is_dir() and not any(target.iterdir())):
-        raise PEFTError(
-            f"{target} exists and was not written by lightning_peft: it is not overwritten. Choose another path, or "
-            "remove it."
-        )
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        restore_interrupted(target)
+        _refuse_foreign(target)
         staging.mkdir(parents=True)
         yield staging
         for file in [*staging.rglob("*"), staging]:
@@ -51,6 +47,14 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _refuse_foreign(target: Path) -> None:
+    if target.exists() and not (target / MARKER).is_file() and not (target.is_dir() and not any(target.iterdir())):
+        raise PEFTError(
+            f"{target} exists and was not written by lightning_peft: it is not overwritten. Choose another path, or "
+            "remove it."
+        )
 
 
 def restore_interrupted(path: str | os.PathLike[str]) -> None:
