@@ -1,5 +1,6 @@
 """Trains on two processes and leaves what each rank ended with in a directory: ``distributed_script.py BASE OUT``."""
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -201,6 +202,20 @@ def go_on(out: Path, base: str, devices: int) -> None:
         torch.save(losses, out / "on.pt")
 
 
+def trained_whole(out: Path, base: str, devices: int) -> None:
+    """Train a module whole that begins with other values on every rank, where rank 0's are to count."""
+    L.seed_everything(0)
+    below, module_class = BASES[base]
+    module = module_class(out, "whole")
+    if not base.startswith(("fsdp2", "tensor", "both")):  # whose shards are the user's, rank by rank
+        with torch.no_grad():
+            module.net[2].weight.add_(int(os.environ.get("LOCAL_RANK", 0)))
+    strategy = PEFTStrategy(LoRA(r=2, target_modules=["net.0"]), base=below(), train_also=["net.2"])
+    checkpoint = AdapterCheckpoint(out / "whole-directories", save_last=True, save_top_k=0)
+    options: dict[str, Any] = {"max_epochs": 2, "devices": devices, "use_distributed_sampler": False}
+    trainer(out, strategy, callbacks=[checkpoint], **options).fit(module, loader(batch_size=8))
+
+
 def whole_checkpoints(out: Path, base: str, devices: int) -> None:
     """Save the frozen weights as well, go on from there, and test a checkpoint after the merge."""
     fitted, module = make(base, out, "full", devices, 2, checkpoint="full")
@@ -237,6 +252,7 @@ def main() -> None:
     if base not in STARTED_HERE:
         go_on(out, base, devices)
         evaluate(out, base, devices)
+        trained_whole(out, base, devices)
         if base not in NO_FULL_STATE:
             whole_checkpoints(out, base, devices)
     if torch.distributed.is_initialized():

@@ -29,6 +29,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("single")
     distributed_script.run(path, "two", "auto", 1, 2)
     distributed_script.run(path, "three", "auto", 1, 3)
+    distributed_script.trained_whole(path, "auto", 1)
     return path
 
 
@@ -145,6 +146,17 @@ def test_evaluation_without_training(out: Path) -> None:
     content, outputs = load(out / "evaluate.pt"), by_hand(load(out / "two-rank0.pt")["adapters"], inputs())
     assert content["loss"] == pytest.approx(float((outputs - inputs()[:, :4]).square().mean()), abs=BOUND)
     torch.testing.assert_close(content["outputs"], outputs, rtol=0, atol=BOUND)
+
+
+@pytest.mark.usefixtures("runs_once")
+def test_a_module_trained_whole(out: Path, single: Path) -> None:
+    alone = load(single / "whole-rank0.pt")["outputs"]
+    for file in out.glob("whole-rank*.pt"):
+        torch.testing.assert_close(load(file)["outputs"], alone, rtol=0, atol=BOUND)
+    ours, theirs = (checkpoint(path / "whole-directories" / "last")["state_dict"] for path in (out, single))
+    assert ours.keys() == theirs.keys() >= {"net.2.weight", "net.2.bias"}
+    for name, value in theirs.items():
+        assert (ours[name] - value).abs().max() <= BOUND, name
 
 
 @pytest.mark.usefixtures("runs_once")
