@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
-
 import pytest
 import torch
 import transformers as t

@@ -216,6 +216,71 @@ def test_the_equation_before_the_mlp_and_after_the_layer() -> None:
     assert torch.allclose(seen[1], bottleneck("model.layers.0", seen[0]), atol=1e-5)
 
 
+# The norm that each layer ends in. Layers of other families end in a residual connection.
+LAST_NORM = {
+    **dict.fromkeys(("bert", "roberta", "deberta_v2"), "output.LayerNorm"),
+    "distilbert": "output_layer_norm",
+    "bart": "final_layer_norm",
+    "torch_encoder": "norm2",
+    "torch_decoder": "norm3",
+}
+
+
+@pytest.mark.parametrize("alias", [False, True])
+@pytest.mark.parametrize("family", sorted(ALL_FAMILIES.keys() - {"sequential"}))
+def test_the_equation_of_pfeiffer(family: str, alias: bool) -> None:
+    """N(R + f(H)) where the layer gives H = N(R), also if someone's hook gives another tensor of the same memory."""
+    dtype, tolerance = (torch.float32, 1e-5) if family in ("mixtral", "qwen3_moe") else (torch.float64, 1e-9)
+    model, inputs = build(family)
+    model.to(dtype)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    name = find_blocks(model)[0].layer
+    layer, seen = model.get_submodule(name), {}
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        seen["H"] = (output[0] if isinstance(output, tuple) else output).detach().clone()
+
+    layer.register_forward_hook(after, with_kwargs=True)
+    norm = layer.get_submodule(LAST_NORM[family]) if family in LAST_NORM else None
+    if norm is not None:
+        norm.register_forward_pre_hook(lambda module, args: seen.update(R=args[0].detach().clone()))
+        if alias:
+            norm.register_forward_hook(lambda module, args, output: output.view_as(output))
+    outputs(model, inputs)
+    given = dict(seen)
+    inject(model, SeriesAdapter(preset="pfeiffer", bottleneck=3))
+    randomise(model)
+    down, up, down_bias, up_bias = (
+        model.get_parameter(f"{name}.peft.default.{key}") for key in ("down", "up", "down_bias", "up_bias")
+    )
+    hidden = torch.relu(torch.einsum("...i,bi->...b", given["H"], down) + down_bias)
+    branch = torch.einsum("...b,ob->...o", hidden, up) + up_bias
+    if norm is None:
+        expected = given["H"] + branch
+    else:
+        expected = nn.functional.layer_norm(given["R"] + branch, (32,), norm.weight, norm.bias, norm.eps)
+    outputs(model, inputs)
+    assert (seen["H"] - given["H"]).abs().max() > 1e-3
+    assert (seen["H"] - expected).abs().max() <= tolerance
+
+
+def test_pfeiffer_s_place_compiles() -> None:
+    for family in ("bert", "opt"):
+        model, inputs = build(family)
+        inject(model, SeriesAdapter(preset="pfeiffer", bottleneck=3))
+        randomise(model)
+        expected = outputs(model, inputs)
+        layers = find_blocks(model)[0].layer.rpartition(".")[0]
+        for layer in model.get_submodule(layers):
+            layer.compile(backend="eager", fullgraph=True)
+        assert torch.equal(outputs(model, inputs), expected)
+
+
+def test_a_norm_that_is_trained_whole_cannot_be_listened_to() -> None:
+    with pytest.raises(PEFTError, match=r"residual' listens to 'bert\.encoder.*give train_norms=True"):
+        inject(build("bert")[0], SeriesAdapter(preset="pfeiffer"), train_also=["LayerNorm"])
+
+
 Named = namedtuple("Named", ["hidden", "rest"])
 
 
@@ -250,6 +315,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "preset": (lambda: SeriesAdapter(preset="x"), "preset='x'.*houlsby"),
     "placement": (lambda: ParallelAdapter(placement=["layer"]), "placement=.*attention"),
     "nowhere": (lambda: SeriesAdapter(placement=[]), "placement=.*attention"),
+    "one place": (lambda: SeriesAdapter(placement=["layer", "residual"]), "'layer' and 'residual' adapt one module"),
     "init": (lambda: SeriesAdapter(init="x"), "init='x'.*zero_up"),
     "dropout": (lambda: ParallelAdapter(dropout=1), "dropout=1"),
     "scale": (lambda: ParallelAdapter(scale=float("inf")), "scale=inf"),
