@@ -47,8 +47,7 @@ class DoRAAdapter(LoRAAdapter):
         Dropout concerns the low-rank term alone.
         """
         updated = super().forward(base, args, kwargs, output)
-        # An attribute: while the module runs under FSDP1, it is no parameter.
-        bias = getattr(base, "bias", None)
+        bias = base._parameters.get("bias")
         change = self.lora_magnitude_vector / self._norms(base) - 1
         return (updated + change * (updated if bias is None else updated - bias)).to(output.dtype)
 
