@@ -1,5 +1,6 @@
 """Where attention, MLP and norms are in every family; what a bottleneck around them computes."""
 
+import dataclasses
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import transformers as t
 from families import ALL_FAMILIES, build, outputs, randomise
 from torch import Tensor, nn
 
-from lightning_peft import ParallelAdapter, PEFTError, SeriesAdapter, inject
+from lightning_peft import IA3, Compacter, ParallelAdapter, PEFTError, PEFTMethod, SeriesAdapter, eject, inject
 from lightning_peft.blocks import Block, find_blocks, layer_norms
 from lightning_peft.calls import on_hidden
 
@@ -116,6 +117,39 @@ def test_what_is_beside_a_stack_of_layers_is_no_mlp() -> None:
     assert [b.last for b in find_blocks(model, ["attention"])] == [f"layers.{i}.self_attn" for i in range(3)]
     with pytest.raises(PEFTError, match="No mlp block"):
         find_blocks(model)
+
+
+class OddExperts(nn.Module):
+    """A mixture of experts in one parameter, as no model in transformers has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(32, 4, bias=False)
+        self.experts = nn.Parameter(torch.randn(4, 32, 32) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...e,eoi,...i->...o", self.router(x).softmax(-1), self.experts, x)
+
+
+@pytest.mark.parametrize("odd", [[1], [0, 1]])
+@pytest.mark.parametrize(
+    "method", [SeriesAdapter(bottleneck=4), ParallelAdapter(bottleneck=4), Compacter(bottleneck=8), IA3()], ids=str
+)
+def test_experts_of_an_unknown_form_are_refused(method: PEFTMethod, odd: list[int]) -> None:
+    model, inputs = build("mistral")
+    for layer in odd:
+        model.model.layers[layer].mlp = OddExperts()
+    keys = list(model.state_dict())
+    message = rf"The MLP of 'model\.layers\.{odd[0]}' .*'model\.layers\.{odd[0]}\.mlp' is a OddExperts .*\[4, 32, 32\]"
+    with pytest.raises(PEFTError, match=message + ".*Name modules to adapt in target_modules"):
+        inject(model, method)
+    assert list(model.state_dict()) == keys
+    # What to do, as the error says.
+    inject(model, SeriesAdapter(bottleneck=4, target_modules=["mlp"]))
+    eject(model)
+    if odd == [1]:
+        inject(model, dataclasses.replace(method, layers=[0]))  # type: ignore[type-var]
+        assert torch.isfinite(outputs(model, inputs)).all()
 
 
 def test_norms_are_found() -> None:
