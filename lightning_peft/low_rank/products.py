@@ -42,7 +42,6 @@ def applies(base: nn.Module, x: Tensor, *matrices: Tensor) -> bool:
         (type(base) is nn.Linear or is_conv1d(base))
         and "forward" not in base.__dict__
         and not base._backward_hooks
-        and not base._backward_pre_hooks
         and type(x) is Tensor
         and all(type(m) in (nn.Parameter, Tensor) and m.dtype == own and not hasattr(m, "ds_id") for m in matrices)
         and (x.dtype == own == dtype or (dtype in _NARROW and {x.dtype, own} <= {dtype, torch.float32}))
@@ -167,10 +166,7 @@ def _or_zeros(grad: Tensor | None, other: Tensor, rank: int) -> Tensor:
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """Return scale · left right."""
-    if torch.is_grad_enabled():
-        return scale * (left @ right)
-    # With beta = 0 the first argument is not read.
+    """Return scale · left right; with beta = 0 the first argument is not read."""
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
