@@ -24,8 +24,8 @@ from lightning_peft.adapter import adapter_parameters
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.callbacks.summary import summary_table
 from lightning_peft.errors import PEFTError
+from lightning_peft.low_rank.linear import LoRAAdapter
 from lightning_peft.merge import is_merged
-from lightning_peft.methods.lora import LoRAAdapter
 from lightning_peft.sharding import replace, whole
 
 STAGES = (1, 2, 3)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.methods.lora import LoRA, LoRAAdapter
+from lightning_peft.low_rank.embedding import EmbeddingLoRAAdapter
+from lightning_peft.low_rank.linear import LoRAAdapter
+from lightning_peft.methods.lora import LoRA
 from lightning_peft.weights import read_matrix
 
 
@@ -58,6 +60,10 @@ class DoRAAdapter(LoRAAdapter):
         return direction * (self.lora_magnitude_vector.detach().to(norms) / norms)[:, None], bias
 
 
+class EmbeddingDoRAAdapter(DoRAAdapter, EmbeddingLoRAAdapter):
+    """The same for an embedding: one magnitude for each of its dimensions."""
+
+
 def _row_norms(matrix: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(matrix, dim=1)
     # A row of zeros has the magnitude zero, and stays one.
@@ -86,4 +92,4 @@ class DoRA(LoRA):
     name: ClassVar[str] = "dora"
     hosts: ClassVar[str] = "linear layers, Conv1D, embeddings"
     count: ClassVar[str] = "Σ r (in + out) + out"
-    kind: ClassVar[type[LoRAAdapter]] = DoRAAdapter
+    kinds: ClassVar[tuple[type[LoRAAdapter], ...]] = (DoRAAdapter, EmbeddingDoRAAdapter)

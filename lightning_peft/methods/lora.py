@@ -8,94 +8,21 @@ A frozen A: LoRA-FA (Zhang et al., 2023), arXiv:2308.03303, section 3.1.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from lightning_peft.adapter import Adapter
-from lightning_peft.calls import input_of
+from lightning_peft.blocks import shared_inputs
 from lightning_peft.errors import PEFTError
+from lightning_peft.low_rank.embedding import EmbeddingLoRAAdapter
+from lightning_peft.low_rank.linear import Init, LoRAAdapter
+from lightning_peft.low_rank.shared_input import SharedInput
 from lightning_peft.method import PEFTMethod
-from lightning_peft.seeding import fill
 from lightning_peft.select import first_match, require_matches, select
-from lightning_peft.weights import adapter_dtype, features, is_linear, weight_of
-
-Init = Literal["kaiming", "gaussian"]
-
-
-class LoRAAdapter(Adapter):
-    """h = W0 x + scale · B A x (equation 3); x ``[..., in]``, A ``[r, in]``, B ``[out, r]``."""
-
-    mergeable = True
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"lora_A": (None, "in"), "lora_B": ("out", None)}
-
-    def __init__(self, host: nn.Module, r: int, scale: float, dropout: float, init: Init, seed: int, name: str):
-        super().__init__()
-        d_in, d_out = features(host)
-        options: dict[str, Any] = {"dtype": adapter_dtype(host), "device": weight_of(host).device}
-        self.lora_A = nn.Parameter(torch.empty(r, d_in, **options))
-        self.lora_B = nn.Parameter(torch.empty(d_out, r, **options))
-        self.scale, self.dropout = scale, dropout
-        self._init, self._seed, self._name = init, seed, name
-        self._embedding = isinstance(host, nn.Embedding)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set B A to zero.
-
-        ``kaiming`` draws A from U(-1/sqrt(in), 1/sqrt(in)) as the paper's own code does, ``gaussian`` from
-        N(0, 1/r²): the paper's text says Gaussian and gives no width. An embedding is the other way round, as in
-        the paper's code: A is zero, B from N(0, 1).
-        """
-        drawn, zero = (self.lora_B, self.lora_A) if self._embedding else (self.lora_A, self.lora_B)
-        with torch.no_grad():
-            zero.zero_()
-        fill(drawn, self._seed, self._name, self._draw)
-
-    def freeze_A(self) -> None:
-        """Make A a buffer: not trained, but saved."""
-        frozen = self.lora_A.detach()
-        del self.lora_A
-        self.register_buffer("lora_A", frozen)
-
-    def _draw(self, values: Tensor, generator: torch.Generator) -> None:
-        if self._embedding:
-            nn.init.normal_(values, generator=generator)
-        elif self._init == "kaiming":
-            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
-        else:
-            nn.init.normal_(values, std=1 / len(values), generator=generator)
-
-    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        """Add the low-rank term to ``output`` ``[..., out]``."""
-        x = input_of(args, kwargs)
-        if isinstance(base, nn.Embedding):
-            hidden = functional.embedding(  # [..., r]
-                x, self.lora_A.T, base.padding_idx, None, 2.0, base.scale_grad_by_freq, base.sparse
-            )
-            # Gemma multiplies what it looks up: the low-rank term has to be in the same units.
-            scale = self.scale * getattr(base, "embed_scale", 1.0)
-        else:
-            x = functional.dropout(x, self.dropout, self.training)
-            # The small matrices follow the activations: casting x instead would cost a float32 copy of it.
-            hidden = functional.linear(x, self.lora_A.to(x.dtype))  # [..., r]
-            scale = self.scale
-        delta = functional.linear(hidden, self.lora_B.to(hidden.dtype))  # [..., out]
-        if isinstance(scale, Tensor):
-            return (output + delta * scale).to(output.dtype)
-        return torch.add(output, delta, alpha=scale).to(output.dtype)
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return W0 + scale · B A (section 4.1, "No Additional Inference Latency")."""
-        product = self.lora_B.detach().to(weight.dtype) @ self.lora_A.detach().to(weight.dtype)
-        return torch.add(weight, product, alpha=self.scale), bias
-
-    def extra_repr(self) -> str:
-        """Show what parameters do not."""
-        return f"scale={self.scale:g}, dropout={self.dropout:g}"
+from lightning_peft.weights import features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +49,8 @@ class LoRA(PEFTMethod):
     hosts: ClassVar[str] = "linear layers, Conv1D, embeddings"
     count: ClassVar[str] = "Σ r (in + out)"
     free: ClassVar[frozenset[str]] = PEFTMethod.free | {"loraplus_lr_ratio", "freeze_A"}
-    kind: ClassVar[type[LoRAAdapter]] = LoRAAdapter
-    """The adapters that it makes."""
+    kinds: ClassVar[tuple[type[LoRAAdapter], ...]] = (LoRAAdapter, EmbeddingLoRAAdapter)
+    """The adapters that it makes, one for each kind of module."""
 
     r: int = 8
     alpha: float = 16
@@ -160,7 +87,7 @@ class LoRA(PEFTMethod):
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the linear layers and embeddings that ``target_modules`` names."""
         hosts = select(
-            model, self.target_modules, adaptable=_adaptable, exclude=self.exclude_modules, layers=self.layers
+            model, self.target_modules, adaptable=self._adaptable, exclude=self.exclude_modules, layers=self.layers
         )
         require_matches(self.rank_pattern, hosts, "rank_pattern")
         require_matches(self.alpha_pattern, hosts, "alpha_pattern")
@@ -173,6 +100,16 @@ class LoRA(PEFTMethod):
     def lr_ratio(self, parameter: str) -> float:
         """Return LoRA+'s ratio for B."""
         return self.loraplus_lr_ratio if parameter == "lora_B" else 1.0
+
+    def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
+        """Make the adapters of ``hosts``; those of layers with one input share its product with their A."""
+        made = super().adapters(model, hosts, seed)
+        for names in shared_inputs(model):
+            members = [adapter for name in names if isinstance(adapter := made.get(name), LoRAAdapter)]
+            shared = SharedInput(*members)
+            for adapter in members:
+                adapter.shared_input = shared
+        return made
 
     def adapter(self, name: str, module: nn.Module, seed: int) -> LoRAAdapter:
         """Make the adapter of the linear layer or embedding ``module``."""
@@ -191,11 +128,11 @@ class LoRA(PEFTMethod):
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         if isinstance(module, nn.Embedding) and self.freeze_A:
             raise PEFTError(f"{me}: freeze_A was given, but A of the embedding {name!r} starts at zero. Exclude it.")
-        adapter = self.kind(module, r, scale, self.dropout, self.init, seed, name)
+        kind = next(kind for kind in self.kinds if kind.serves(module))
+        adapter = kind(module, r, scale, self.dropout, self.init, seed, name)
         if self.freeze_A:
             adapter.freeze_A()
         return adapter
 
-
-def _adaptable(module: nn.Module) -> bool:
-    return is_linear(module) or isinstance(module, nn.Embedding)
+    def _adaptable(self, module: nn.Module) -> bool:
+        return any(kind.serves(module) for kind in self.kinds)

@@ -1,0 +1,1 @@
+"""The low-rank change beside a module, one file for each kind of module."""

@@ -1,0 +1,106 @@
+"""The low-rank change of a linear layer: LoRA (Hu et al., 2021), arXiv:2106.09685, section 4.1."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_peft.adapter import Adapter
+from lightning_peft.calls import input_of, with_input
+from lightning_peft.low_rank.products import Expand, add_low_rank, applies
+from lightning_peft.low_rank.shared_input import Reduced, SharedInput
+from lightning_peft.seeding import fill
+from lightning_peft.weights import adapter_dtype, features, is_linear, weight_of
+
+Init = Literal["kaiming", "gaussian"]
+
+
+class LoRAAdapter(Adapter):
+    """h = W0 x + scale · B A x (equation 3); x ``[..., in]``, A ``[r, in]``, B ``[out, r]``."""
+
+    mergeable = True
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"lora_A": (None, "in"), "lora_B": ("out", None)}
+
+    def __init__(self, host: nn.Module, r: int, scale: float, dropout: float, init: Init, seed: int, name: str):
+        super().__init__()
+        d_in, d_out = features(host)
+        options: dict[str, Any] = {"dtype": adapter_dtype(host), "device": weight_of(host).device}
+        self.lora_A = nn.Parameter(torch.empty(r, d_in, **options))
+        self.lora_B = nn.Parameter(torch.empty(d_out, r, **options))
+        self.scale, self.dropout = scale, dropout
+        self.shared_input = SharedInput(self)
+        self._reduced: Reduced | None = None
+        self._init, self._seed, self._name = init, seed, name
+        self.reset_parameters()
+
+    @staticmethod
+    def serves(module: nn.Module) -> bool:
+        """Whether ``module`` is of the kind that this class adapts."""
+        return is_linear(module)
+
+    def reset_parameters(self) -> None:
+        """Draw A and set B to zero.
+
+        ``kaiming`` draws A from U(-1/sqrt(in), 1/sqrt(in)) as the paper's own code does, ``gaussian`` from
+        N(0, 1/r²): the paper's text says Gaussian and gives no width.
+        """
+        with torch.no_grad():
+            self.lora_B.zero_()
+        fill(self.lora_A, self._seed, self._name, self._draw)
+
+    def freeze_A(self) -> None:
+        """Make A a buffer: not trained, but saved."""
+        frozen = self.lora_A.detach()
+        del self.lora_A
+        self.register_buffer("lora_A", frozen)
+
+    def _draw(self, values: Tensor, generator: torch.Generator) -> None:
+        if self._init == "kaiming":
+            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+        else:
+            nn.init.normal_(values, std=1 / len(values), generator=generator)
+
+    def joins(self, other: LoRAAdapter) -> bool:
+        """Whether one product with the A of both can serve both, if they are given the same input."""
+        mine, others = self.lora_A, other.lora_A
+        same = (self.dropout, self.training, mine.dtype) == (other.dropout, other.training, others.dtype)
+        return same and type(mine) is type(others) and mine.shape[1:] == others.shape[1:]
+
+    def before(
+        self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Compute A x, and have the layer's dX come back through it."""
+        x = input_of(args, kwargs)
+        # In training also without gradients: reentrant checkpointing runs once so, and has to see the same dropout.
+        if not ((self.training or torch.is_grad_enabled()) and applies(base, x, self.lora_A, self.lora_B)):
+            return args, kwargs
+        handed_on, self._reduced = self.shared_input.reduce(self, x)
+        return with_input(args, kwargs, handed_on)
+
+    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Add the low-rank term to ``output`` ``[..., out]``."""
+        reduced, self._reduced = self._reduced, None
+        if reduced is not None:
+            added: Tensor = Expand.apply(output, *reduced, self.scale)
+            return added
+        x = input_of(args, kwargs)
+        if not (self.training or torch.is_grad_enabled()) and applies(base, x, self.lora_A, self.lora_B):
+            return add_low_rank(output, x, self.lora_A, self.lora_B, self.scale)
+        x = functional.dropout(x, self.dropout, self.training)
+        # The small matrices follow the activations: casting x instead would cost a float32 copy of it.
+        hidden = functional.linear(x, self.lora_A.to(x.dtype))  # [..., r]
+        delta = functional.linear(hidden, self.lora_B.to(hidden.dtype))  # [..., out]
+        return torch.add(output, delta, alpha=self.scale).to(output.dtype)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return W0 + scale · B A (section 4.1, "No Additional Inference Latency")."""
+        product = self.lora_B.detach().to(weight.dtype) @ self.lora_A.detach().to(weight.dtype)
+        return torch.add(weight, product, alpha=self.scale), bias
+
+    def extra_repr(self) -> str:
+        """Show what parameters do not."""
+        return f"scale={self.scale:g}, dropout={self.dropout:g}"
