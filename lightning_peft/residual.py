@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.bottleneck import Bottleneck
 from lightning_peft.calls import on_hidden
+from lightning_peft.errors import PEFTError
 from lightning_peft.tap import Tap
 
 
@@ -27,7 +28,11 @@ class ResidualBottleneck(Bottleneck):
         self.taps = nn.ModuleList(norms.values())
 
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Add the bottleneck's output: before the norm in which the layer ended, if it did."""
+        """Add the bottleneck's output: before the norm in which the layer ended, if it did.
+
+        Raises:
+            PEFTError: That norm ran without a graph, in reentrant activation checkpointing.
+        """
         return on_hidden(output, lambda hidden: self._add(base, hidden))
 
     def _add(self, base: nn.Module, hidden: Tensor) -> Tensor:
@@ -36,8 +41,14 @@ class ResidualBottleneck(Bottleneck):
         for name, tap in zip(self._norms, self.taps, strict=True):
             assert isinstance(tap, Tap)
             seen = tap.take()
-            if seen is not None and _is_same(seen[1], hidden):
-                result = base.get_submodule(name)(seen[0] + branch)
+            if seen is not None and _is_same(seen.output, hidden):
+                if torch.is_grad_enabled() and not seen.with_graph:
+                    raise PEFTError(
+                        f"SeriesAdapter: placement='residual' (preset='pfeiffer') adds to what the norm {name!r} gets, "
+                        "which reentrant activation checkpointing computes without a graph: gradients would be lost. "
+                        "Give gradient_checkpointing_kwargs={'use_reentrant': False}."
+                    )
+                result = base.get_submodule(name)(seen.input + branch)
                 tap.take()
         return result
 

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapter import Adapter
 from lightning_peft.calls import input_of
 
 
+class Call(NamedTuple):
+    """What a module was called with."""
+
+    input: Tensor
+    output: Any
+    with_graph: bool
+    """Whether autograd was on."""
+
+
 class Tap(Adapter):
-    """Keeps the hidden state that its host was last given, and what it returned."""
+    """Keeps the last call of its host."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: tuple[Tensor, Any] | None = None
+        self._seen: Call | None = None
 
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Keep input and output."""
-        self._seen = input_of(args, kwargs), output
+        """Keep the hidden state that the host was given, and what it returned."""
+        self._seen = Call(input_of(args, kwargs), output, torch.is_grad_enabled())
         return output
 
-    def take(self) -> tuple[Tensor, Any] | None:
-        """Return the host's last input and output, if it ran, and forget them."""
+    def take(self) -> Call | None:
+        """Return the host's last call, if it ran, and forget it."""
         seen, self._seen = self._seen, None
         return seen
 

@@ -310,6 +310,32 @@ def test_pfeiffer_s_place_compiles() -> None:
         assert torch.equal(outputs(model, inputs), expected)
 
 
+@pytest.mark.parametrize("family", ["bert", "bart", "opt"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_pfeiffer_s_place_under_activation_checkpointing(family: str, reentrant: bool) -> None:
+    gradients: list[list[Tensor]] = []
+    for options in (None, {"use_reentrant": reentrant}):
+        model, inputs = build(family)
+        model.train()
+        for module in model.modules():
+            # BART drops out by a rate of its own.
+            vars(module).update({key: 0.0 for key in ("p", "dropout") if isinstance(vars(module).get(key), float)})
+        if options is not None:
+            model.gradient_checkpointing_enable(options)
+            model.enable_input_require_grads()
+        inject(model, SeriesAdapter(preset="pfeiffer", bottleneck=3))
+        randomise(model)
+        if options is not None and reentrant and family in LAST_NORM:
+            with pytest.raises(PEFTError, match=r"gradients would be lost.*'use_reentrant': False"):
+                outputs(model, inputs)
+            return
+        outputs(model, inputs).square().sum().backward()
+        gradients.append([p.grad for name, p in model.named_parameters() if ".peft." in name])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert plain.abs().max() > 0
+        assert (plain - checkpointed).abs().max() <= 1e-6 * plain.abs().max()
+
+
 def test_a_norm_that_is_trained_whole_cannot_be_listened_to() -> None:
     with pytest.raises(PEFTError, match=r"residual' listens to 'bert\.encoder.*give train_norms=True"):
         inject(build("bert")[0], SeriesAdapter(preset="pfeiffer"), train_also=["LayerNorm"])

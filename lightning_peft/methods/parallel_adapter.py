@@ -44,7 +44,7 @@ def _tapped(tap: Tap) -> Tensor:
             "ParallelAdapter: the last module of a block ran without its first one. Name modules to adapt in "
             "target_modules."
         )
-    return seen[0]
+    return seen.input
 
 
 @dataclass(frozen=True, kw_only=True)
