@@ -410,11 +410,11 @@ def test_the_output_is_not_changed_through_a_view(kind: str) -> None:
 
 
 def test_a_gradient_of_another_layout_is_not_added_to_in_place() -> None:
-    x = torch.randn(3, IN, dtype=torch.float64, requires_grad=True)
-    a, weights = torch.randn(2, IN, dtype=torch.float64), torch.randn(IN, 3, dtype=torch.float64)
+    x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
+    a, weights = torch.randn(2, IN, dtype=torch.float64), torch.randn(IN, 3, 2, dtype=torch.float64)
     handed_on, hidden, _ = products.Reduce.apply(x, 0.0, a.requires_grad_(), a)
-    ((handed_on.T * weights).sum() + hidden.sum()).backward()
-    torch.testing.assert_close(x.grad, weights.T + a.sum(dim=0))
+    ((handed_on.transpose(0, 2) * weights).sum() + hidden.sum()).backward()
+    torch.testing.assert_close(x.grad, weights.transpose(0, 2) + a.sum(dim=0))
 
 
 # Where the plain expression has to be used.
