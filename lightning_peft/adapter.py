@@ -134,6 +134,8 @@ def attach(host: nn.Module, name: str, adapter: Adapter) -> None:
         slot = Slot(host)
         host.add_module(CHILD, slot)
     slot[name] = adapter
+    # A model in eval mode stays in it: dropout and what else depends on the mode follow the host.
+    slot.train(host.training)
     slot.hook_before(host)
     slot.active = slot.active or name
 

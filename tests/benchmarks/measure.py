@@ -101,7 +101,7 @@ def saved_storages(run: Callable[[], Any], model: nn.Module) -> tuple[dict[int, 
 
 
 def input_storages(run: Callable[[], Any], modules: Iterable[nn.Module]) -> tuple[dict[int, int], Any]:
-    """Return address and bytes of every storage that one of ``modules`` is given as input, and what keeps them alive."""
+    """Return address and bytes of every storage that one of ``modules`` gets as input, and what keeps them alive."""
     found: dict[int, int] = {}
     alive = []
 

@@ -42,13 +42,9 @@ class Table:
 
 
 def _text(cell: Any) -> str:
-    return (
-        f"{cell:,.3g}"
-        if isinstance(cell, float) and abs(cell) < 1000
-        else f"{cell:,.0f}"
-        if isinstance(cell, float | int)
-        else str(cell)
-    )
+    if not isinstance(cell, float | int):
+        return str(cell)
+    return f"{cell:,.3g}" if isinstance(cell, float) and abs(cell) < 1000 else f"{cell:,.0f}"
 
 
 def answer(question: Callable[[Options], list[Table]]) -> None:

@@ -1,4 +1,4 @@
-"""The models that are measured: shapes that matter, random weights, hidden states in and hidden states (or a loss) out."""
+"""The models that are measured: shapes that matter, random weights; from hidden states to hidden states or a loss."""
 
 from __future__ import annotations
 
@@ -67,11 +67,9 @@ class Subject(nn.Module):
         result = self.model(inputs_embeds=hidden)
         if not hasattr(result, "logits"):
             return result.last_hidden_state
-        logits = result.logits
+        logits = result.logits.flatten(0, -2)
         # Any labels do: what they are changes neither time nor memory.
-        return nn.functional.cross_entropy(
-            logits.view(-1, logits.shape[-1]), logits.new_zeros(logits.shape[:-1].numel(), dtype=torch.long)
-        )
+        return nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
 
 class Stack(nn.Sequential):

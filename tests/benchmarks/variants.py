@@ -60,7 +60,12 @@ def hf_peft(model: Any, dropout: float) -> nn.Module:
 
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=list(model.targets))
     # Injected in place, without the wrapper around the model: the layers are what is compared.
-    return peft.inject_adapter_in_model(config, model)
+    model = peft.inject_adapter_in_model(config, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # As `get_peft_model` does.
+            parameter.data = parameter.data.float()
+    return model
 
 
 def _loralib(model: Any, dropout: float) -> nn.Module:
