@@ -19,7 +19,7 @@ from lightning_peft.inject import remove
 from lightning_peft.registry import required
 from lightning_peft.select import transformers_models
 from lightning_peft.sharding import kept_part, whole, write
-from lightning_peft.weights import as_matrix, as_stored, read_matrix, weight_of
+from lightning_peft.weights import as_stored, is_transposed, read_matrix, weight_of
 
 _Host = tuple[str, nn.Module, Slot, Adapter]
 
@@ -188,7 +188,7 @@ def _merge_host(
         whole_bias = None if bias is None else whole(bias)
         after, new_bias = _whole_adapter(adapter).fold(before, whole_bias)
         stored = as_stored(host, after)
-        loss = 0.0 if stored.dtype == after.dtype else _loss(before, after, as_matrix(host, stored))
+        loss = 0.0 if stored.dtype == after.dtype else _loss(before, after, stored.T if is_transposed(host) else stored)
         if untie:
             host.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
         else:
@@ -203,8 +203,9 @@ def _merge_host(
 
 
 def _loss(before: Tensor, after: Tensor, stored: Tensor) -> float:
-    change = torch.linalg.vector_norm(after - before)
-    lost = torch.linalg.vector_norm(stored - after)
+    """Return what rounding to ``stored`` took of the change; ``before``, a wider copy of a weight, is used up."""
+    change = torch.linalg.vector_norm(before.sub_(after))
+    lost = torch.linalg.vector_norm(before.copy_(stored).sub_(after))
     return float(lost / change) if change > 0 else 0.0
 
 

@@ -96,6 +96,11 @@ def beside_frozen(layers: int) -> nn.Module:
     return model
 
 
+def saving_memory(model: nn.Module, path: Path) -> int:
+    """Return the bytes that saving the adapter of ``model`` allocates."""
+    return measure.peak_bytes(lambda: save_adapter(model, path))
+
+
 def main(options: Options) -> list[Table]:
     """Measure checkpoints."""
     layers = 2 if options.quick else 8
@@ -117,8 +122,7 @@ def main(options: Options) -> list[Table]:
         }
         rounds = measure.in_turns(cases, 4 * options.rounds)
         saving.rows.append(["time", measure.ratios(rounds, "large", "small", "save")])
-        peaks = [measure.peak_bytes(lambda model=model: save_adapter(model, path)) for model in (large, small)]
-        saving.rows.append(["memory", peaks[0] / max(peaks[1], 1) if peaks[0] else 1.0])
+        saving.rows.append(["memory", (1 + saving_memory(large, path)) / (1 + saving_memory(small, path))])
     return [sizes, formula, saving]
 
 

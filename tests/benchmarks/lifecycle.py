@@ -134,10 +134,10 @@ def main(options: Options) -> list[Table]:
         }.items():
             taken, against = compare(prepare, options.rounds)
             times.rows.append([what, taken, against])
-    times.notes.append(
+    times.notes += [
         "HF peft's merge keeps nothing and subtracts to undo; ours keeps a copy and is undone bit for bit.",
         "Ours waits until a saved adapter is on the disk (fsync); HF peft's may be lost in a power cut.",
-    )
+    ]
     columns = ["base", "layers", "merge", "lightning_peft", "HF peft"]
     memory = Table("merge_memory", "Extra memory at the peak of a merge, in float32 deltas of one layer", columns)
     for dtype in (torch.float32, torch.bfloat16):

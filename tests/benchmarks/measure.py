@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -151,11 +152,17 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    return max(itertools.accumulate(_allocations(run), initial=0))
+
+
+def left_bytes(run: Callable[[], object]) -> int:
+    """Return how much more is allocated on the CPU after ``run`` than before."""
+    return sum(_allocations(run))
+
+
+def _allocations(run: Callable[[], object]) -> list[int]:
+    """Return the bytes allocated (or, if negative, freed) on the CPU during ``run``, in order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
-    events = profiled.profiler.kineto_results.events()
-    live = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
