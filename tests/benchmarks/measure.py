@@ -36,12 +36,12 @@ class Spread:
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
-def in_turns(cases: Mapping[str, Timed], rounds: int, warmup: int = 1) -> list[dict[str, Mapping[str, float]]]:
+def in_turns(cases: Mapping[Any, Timed], rounds: int, warmup: int = 1) -> list[dict[Any, Mapping[str, float]]]:
     """Run every case once in every round (A B C A B C …) and return the rounds after the first ``warmup``."""
     return [{name: case() for name, case in cases.items()} for _ in range(warmup + rounds)][warmup:]
 
 
-def ratios(rounds: list[dict[str, Mapping[str, float]]], case: str, reference: str, what: str) -> Spread:
+def ratios(rounds: list[dict[Any, Mapping[str, float]]], case: Any, reference: Any, what: str) -> Spread:
     """Return what ``case`` took, divided by what ``reference`` took in the same round."""
     return Spread.of(turn[case][what] / turn[reference][what] for turn in rounds)
 

@@ -32,16 +32,8 @@ def without_activations(weights: int, trained: int) -> float:
 
 def main(options: Options) -> list[Table]:
     """Measure the peak memory of a training step."""
-    columns = [
-        "model",
-        "variant",
-        "weights",
-        "optimizer state",
-        "activations and gradients",
-        "peak",
-        "/ full",
-        "/ full by formula",
-    ]
+    parts_named = ["weights", "optimizer state", "activations and gradients", "peak"]
+    columns = ["model", "variant", *parts_named, "/ full", "/ full by formula"]
     table = Table("peak_memory", "Peak memory of a training step in MB", columns)
     for name, shape in _shapes(options).items():
         dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
@@ -52,19 +44,13 @@ def main(options: Options) -> list[Table]:
             parts = step_memory(model, hidden, options.device)
             peak = sum(parts.values())
             full = full or peak
+            megabytes = [part / MB for part in (*parts.values(), peak)]
             trained = _bytes([p for p in model.parameters() if p.requires_grad])
-            limit = (
-                without_activations(parts["weights"], trained)
-                if variant.name not in (variants.FULL, variants.BOUND)
-                else "-"
-            )
-            table.rows.append(
-                [name, variant.name, *(part / MB for part in parts.values()), peak / MB, peak / full, limit]
-            )
+            lora = variant.name not in (variants.FULL, variants.BOUND)
+            formula = without_activations(parts["weights"], trained) if lora else "-"
+            table.rows.append([name, variant.name, *megabytes, peak / full, formula])
             del model
-    table.notes.append(
-        "By formula: LoRA / full fine-tuning where activations and the optimizer's temporaries are nothing."
-    )
+    table.notes.append("By formula: without activations and without temporaries of the optimizer.")
     table.notes += variants.skipped()
     return [table]
 

@@ -39,14 +39,15 @@ def main(options: Options) -> list[Table]:
     for name, shape in _shapes(options).items():
         dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
         subject, hidden = shape.build(options.device, dtype), shape.inputs(options.device, dtype)
-        cases = {}
-        for variant in variants.present():
-            # Full fine-tuning of a 70B layer takes 14 GB.
-            if variant.own_weights and "70B" in name and options.device == "cpu":
-                continue
-            for dropout in variant.dropouts:
-                cases[variant.name, dropout] = Case(variant.build(subject, dropout), hidden, options.device)
-        rounds = measure.in_turns({key: cases[key] for key in cases}, options.rounds)
+        large = options.device == "cpu" and "Llama" in name
+        wanted = (variants.BOUND, variants.OURS, variants.PEFT) if large and "70B" in name else ()
+        cases = {
+            (variant.name, dropout): Case(variant.build(subject, dropout), hidden, options.device)
+            for variant in variants.present(*wanted)
+            for dropout in variant.dropouts
+        }
+        # A round of a large layer takes a minute, and its spread is small.
+        rounds = measure.in_turns(cases, max(1, options.rounds // 2) if large else options.rounds)
         for variant, dropout in cases:
             against = [measure.ratios(rounds, (variant, dropout), (variants.BOUND, 0.0), part) for part in PARTS]
             peer = (variants.PEFT, dropout)

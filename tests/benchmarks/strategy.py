@@ -53,7 +53,7 @@ def period(module: pl.LightningModule, data: DataLoader[Any], steps: int, strate
 
 def main(options: Options) -> list[Table]:
     """Time steps of the training loop."""
-    layers, tokens, steps = (1, 16, 6) if options.quick else (8, 128, 10)
+    layers, tokens, steps = (1, 16, 6) if options.quick else (4, 64, 8)
     data = DataLoader(torch.randint(0, 1000, (4 * steps, tokens)), batch_size=4)
     cases: dict[str, measure.Timed] = {
         "HF peft in configure_model": lambda: period(Diy(layers), data, steps, "auto"),
