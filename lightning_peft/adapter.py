@@ -134,6 +134,8 @@ def attach(host: nn.Module, name: str, adapter: Adapter) -> None:
         slot = Slot(host)
         host.add_module(CHILD, slot)
     slot[name] = adapter
+    # A model in eval mode stays in it: dropout and what else depends on the mode follow the host.
+    slot.train(host.training)
     slot.hook_before(host)
     slot.active = slot.active or name
 
@@ -164,7 +166,8 @@ def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:
 
 def clean_name(name: str) -> str:
     """Drop what wrappers (``torch.compile``, FSDP, activation checkpointing) put into a module's name."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_SEGMENTS)
+    parts = name.split(".")
+    return name if _WRAPPER_SEGMENTS.isdisjoint(parts) else ".".join(p for p in parts if p not in _WRAPPER_SEGMENTS)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.adapter import Adapter, Slot, slots, unwrap
@@ -19,7 +19,7 @@ from lightning_peft.inject import remove
 from lightning_peft.registry import required
 from lightning_peft.select import transformers_models
 from lightning_peft.sharding import kept_part, whole, write
-from lightning_peft.weights import as_matrix, as_stored, read_matrix, weight_of
+from lightning_peft.weights import as_stored, is_transposed, read_matrix, weight_of
 
 _Host = tuple[str, nn.Module, Slot, Adapter]
 
@@ -90,7 +90,7 @@ def merge(
     for name, host, slot, adapter in todo:
         if slot.merged is None:
             untie = id(weight_of(host)) in shared
-            losses[name], slot.merged = _merge_host(host, adapter, untie, gathered)
+            losses[name], slot.merged = _merge_host(host, adapter, untie, gathered, keep=not unload)
             if untie:
                 slot.merged["tied"] = _declare_untied(model)
     if unload:
@@ -113,6 +113,11 @@ def unmerge(model: nn.Module) -> None:
         if slot.merged is None:
             continue
         old = slot.merged["weight"]
+        if old is None:
+            raise PEFTError(
+                "merge(model, unload=True) was interrupted: it keeps no copies, so the weights that it has changed "
+                "cannot be restored. Load the base model again."
+            )
         if isinstance(old, nn.Parameter):
             host.weight = old
             for config in slot.merged["tied"]:
@@ -163,19 +168,27 @@ def _refuse_pieces(hosts: Sequence[_Host]) -> None:
 
 
 def _merge_host(
-    host: nn.Module, adapter: Adapter, untie: bool, gathered: Callable[[nn.Module], AbstractContextManager[Any]]
+    host: nn.Module,
+    adapter: Adapter,
+    untie: bool,
+    gathered: Callable[[nn.Module], AbstractContextManager[Any]],
+    keep: bool,
 ) -> tuple[float, dict[str, Any]]:
-    """Merge one host and return the loss and what restores it: each process keeps what it holds of the weight."""
+    """Merge one host and return the loss and what restores it: each process keeps what it holds of the weight.
+
+    With ``keep`` false nothing is kept, and the weight needs no more memory than its change.
+    """
     weight, bias = weight_of(host), host._parameters.get("bias")
     old_bias = None if bias is None else kept_part(bias).to("cpu", copy=True)
-    backup: dict[str, Any] = {"weight": weight if untie else kept_part(weight).to("cpu", copy=True), "bias": None}
+    backup: dict[str, Any] = {"weight": weight if untie else None, "bias": None}
+    if keep and not untie:
+        backup["weight"] = kept_part(weight).to("cpu", copy=True)
     with gathered(host):
         before = read_matrix(host)
         whole_bias = None if bias is None else whole(bias)
         after, new_bias = _whole_adapter(adapter).fold(before, whole_bias)
         stored = as_stored(host, after)
-        change = torch.linalg.vector_norm(after - before)
-        lost = torch.linalg.vector_norm(as_matrix(host, stored) - after)
+        loss = 0.0 if stored.dtype == after.dtype else _loss(before, after, stored.T if is_transposed(host) else stored)
         if untie:
             host.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
         else:
@@ -186,7 +199,14 @@ def _merge_host(
         elif whole_bias is not None and new_bias is not None and not torch.equal(new_bias, whole_bias):
             backup["bias"] = old_bias
             write(cast(nn.Parameter, bias), new_bias)
-    return float(lost / change) if change > 0 else 0.0, backup
+    return loss, backup
+
+
+def _loss(before: Tensor, after: Tensor, stored: Tensor) -> float:
+    """Return what rounding to ``stored`` took of the change; ``before``, a wider copy of a weight, is used up."""
+    change = torch.linalg.vector_norm(before.sub_(after))
+    lost = torch.linalg.vector_norm(before.copy_(stored).sub_(after))
+    return float(lost / change) if change > 0 else 0.0
 
 
 def _whole_adapter(adapter: Adapter) -> Adapter:
