@@ -42,6 +42,13 @@ def test_operators_launched(name: str) -> None:
     assert together(name, variants.OURS) <= 0.65 * together(name, variants.PEFT)
 
 
+def test_a_cpu_copies_one_matrix_more() -> None:
+    subject, hidden, count, dropout = CASES["a layer with its own input"]
+    assert sum(launches.per_layer(variants.OURS, subject, hidden, count, dropout, device="cpu")) == 7
+    names = measure.operators(OURS.build(subject), hidden)[1]
+    assert names.count("copy_") == count
+
+
 def test_the_count_sees_what_is_known() -> None:
     """HF peft's layer is dropout, two products, a multiplication, an addition; backward six more."""
     names = measure.operators(PEFT.build(CASES["a layer with its own input"][0]), CASES["with dropout 0.05"][1])

@@ -1,4 +1,7 @@
-"""How many operators does an adapter launch beside its layer? Deterministic; the proxy for GPU kernel launches."""
+"""How many operators does an adapter launch beside its layer? Deterministic; the proxy for GPU kernel launches.
+
+Counted on the meta device, which takes a GPU's way. On CPUs dB is computed in another layout, and copied (float32).
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,12 @@ from benchmarks.kept_bytes import targets_of
 from benchmarks.report import Options, Table, answer
 
 
-def per_layer(name: str, subject: nn.Module, hidden: Tensor, count: int, dropout: float = 0.0) -> tuple[float, float]:
+def per_layer(
+    name: str, subject: nn.Module, hidden: Tensor, count: int, dropout: float = 0.0, device: str = "meta"
+) -> tuple[float, float]:
     """Return how many operators a variant launches beyond the frozen model's, for each of ``count`` adapted layers."""
-    bound, variant = (variants.present(which)[0].build(subject, dropout) for which in (variants.BOUND, name))
+    hidden = hidden.detach().to(device).requires_grad_()
+    bound, variant = (variants.present(which)[0].build(subject, dropout).to(device) for which in (variants.BOUND, name))
     base, adapted = measure.operators(bound, hidden), measure.operators(variant, hidden)
     forward, backward = ((len(with_) - len(without)) / count for with_, without in zip(adapted, base, strict=True))
     return forward, backward
