@@ -118,6 +118,9 @@ def input_storages(run: Callable[[], Any], modules: Iterable[nn.Module]) -> tupl
     return found, alive
 
 
+_ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+
+
 class _Operators(TorchDispatchMode):
     """Counts what would be launched as kernels: no views, no bare allocations."""
 
