@@ -118,6 +118,9 @@ def input_storages(run: Callable[[], Any], modules: Iterable[nn.Module]) -> tupl
     return found, alive
 
 
+_ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+
+
 class _Operators(TorchDispatchMode):
     """Counts what would be launched as kernels: no views, no bare allocations."""
 
@@ -127,7 +130,7 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if not (func.is_view or name in ("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty")):
+        if not (func.is_view or name in ("_unsafe_view", *_ALLOCATIONS)):
             self.seen.append(name)
         return func(*args, **(kwargs or {}))
 
