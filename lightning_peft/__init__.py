@@ -1,6 +1,7 @@
 """Parameter-efficient fine-tuning for any LightningModule, as one Trainer flag."""
 
 from lightning_peft.base_weights import load_base_weights
+from lightning_peft.combine import combine
 from lightning_peft.disable import disable
 from lightning_peft.eject import eject
 from lightning_peft.errors import PEFTError
@@ -22,6 +23,7 @@ __all__ = [
     "PEFTStrategy",
     "adapter_names",
     "adapter_state_dict",
+    "combine",
     "disable",
     "eject",
     "inject",

@@ -117,9 +117,8 @@ def test_lora_is_pefts(family: str, targets: list[str], tmp_path: Path) -> None:
         first, again = outputs(model, inputs), outputs(model, inputs)
     assert close(first, expected)
     assert torch.equal(first, again)
-    assert (first - outputs(model, inputs)).abs().amax(dim=tuple(range(1, first.dim()))).bool().tolist() == [
-        name != "a" for name in ROWS
-    ]
+    with_a = outputs(model, inputs)
+    assert [close(row, other) for row, other in zip(first, with_a, strict=True)] == [name == "a" for name in ROWS]
 
 
 BOTTLENECK = {"bottleneck": 4, "init": "normal"}
@@ -171,7 +170,7 @@ def test_every_method_is_tried_or_refused() -> None:
 
 @pytest.mark.parametrize("method", [LoRA(r=2), ParallelAdapter(bottleneck=4), DoRA(r=2)], ids=lambda m: m.name)
 def test_gradients_are_the_sum_of_the_rows(method: PEFTMethod) -> None:
-    model = adapted("llama", {"a": method, "b": method, "c": method})
+    model = adapted("llama", {"a": method, "b": method, "c": method}).double()
     inputs = batch("llama", len(ROWS))
 
     def gradients() -> dict[str, Tensor]:
@@ -192,7 +191,7 @@ def test_gradients_are_the_sum_of_the_rows(method: PEFTMethod) -> None:
         outputs(model, inputs).square().sum().backward()
     found = gradients()
     assert found.keys() == expected.keys()
-    assert all(close(found[key], gradient) for key, gradient in expected.items())
+    assert all((found[key] - gradient).abs().max() <= 1e-9 * gradient.abs().max() for key, gradient in expected.items())
 
 
 def test_values_that_change_within_the_context_count() -> None:
@@ -253,7 +252,7 @@ def test_dropout_is_each_rows_own() -> None:
 
 
 def test_compiled_it_is_right_and_other_names_are_no_other_program() -> None:
-    model = adapted("llama", {name: LoRA(r=2) for name in "abc"})
+    model = adapted("llama", {name: LoRA(r=2) for name in "abc"}).requires_grad_(False)
     inputs = batch("llama", 4)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -278,7 +277,7 @@ def test_generation_with_beams() -> None:
     assert torch.equal(found, torch.cat(expected))
     with (
         pytest.raises(PEFTError, match=r"2 names were given.*6 rows was expected.*num_beams"),
-        adapter_names(model, "ab"[:0] or ["a", "b"]),
+        adapter_names(model, ["a", "b"]),
     ):
         model.generate(**inputs, **options)
 
@@ -293,10 +292,10 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(PEFTError, match=message), adapter_names(model, names):
             pass
-    with pytest.raises(PEFTError, match=r"2 names were given, but 'model.*works on a tensor of shape \[3, 7, 32\]"):
-        with adapter_names(model, ["a", "b"]):
-            outputs(model, inputs)
-    assert torch.equal(outputs(model, inputs), outputs(model, inputs))
+    before, message = outputs(model, inputs), r"2 names were given, but 'model.*works on a tensor of shape \[3, 7, 32\]"
+    with pytest.raises(PEFTError, match=message), adapter_names(model, ["a", "b"]):
+        outputs(model, inputs)
+    assert torch.equal(outputs(model, inputs), before)
     with adapter_names(model, ["a", "b", ""]):
         for action in (lambda: set_adapter(model, "b"), lambda: merge(model), lambda: inject(model, LoRA(), name="c")):
             with pytest.raises(PEFTError, match=r"inside of .*adapter_names"):
@@ -336,7 +335,7 @@ def test_modules_whose_first_dimension_is_not_the_batch() -> None:
     encoder = nn.TransformerEncoderLayer(8, 2, 16)
     inject(encoder, LoRA(r=1))
     with (
-        pytest.raises(PEFTError, match="'self_attn' works on tensors.*batch_first"),
+        pytest.raises(PEFTError, match=r"'self_attn' works on tensors.*batch_first"),
         adapter_names(encoder, ["default"]),
     ):
         pass
