@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from lightning_peft.weights import is_conv1d
 
 _NARROW = (torch.float16, torch.bfloat16)
+# Fake tensors stand for whole ones where memory is planned.
+_WHOLE = (Tensor, nn.Parameter, FakeTensor)
 
 
 def applies(base: nn.Module, x: Tensor, *matrices: Tensor) -> bool:
@@ -42,9 +45,8 @@ def applies(base: nn.Module, x: Tensor, *matrices: Tensor) -> bool:
         (type(base) is nn.Linear or is_conv1d(base))
         and "forward" not in base.__dict__
         and not base._backward_hooks
-        and not base._backward_pre_hooks
-        and type(x) is Tensor
-        and all(type(m) in (nn.Parameter, Tensor) and m.dtype == own and not hasattr(m, "ds_id") for m in matrices)
+        and type(x) in _WHOLE
+        and all(type(m) in _WHOLE and m.dtype == own and not hasattr(m, "ds_id") for m in matrices)
         and (x.dtype == own == dtype or (dtype in _NARROW and {x.dtype, own} <= {dtype, torch.float32}))
         and forward_ad._current_level < 0
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -167,10 +169,7 @@ def _or_zeros(grad: Tensor | None, other: Tensor, rank: int) -> Tensor:
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """Return scale · left right."""
-    if torch.is_grad_enabled():
-        return scale * (left @ right)
-    # With beta = 0 the first argument is not read.
+    """Return scale · left right; with beta = 0 the first argument is not read."""
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
