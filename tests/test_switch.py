@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from lightning_peft import (
     IA3,
     DoRA,
-    LoHa,
     LoRA,
     ParallelAdapter,
     PEFTError,
     PEFTMethod,
     SeriesAdapter,
-    VeRA,
     disable,
     eject,
     inject,
@@ -66,8 +64,6 @@ TARGETS: dict[str, Any] = {"target_modules": ["0", "2"]}
 METHODS: dict[str, PEFTMethod] = {
     "lora": LoRA(r=2, **TARGETS),
     "dora": DoRA(r=2, **TARGETS),
-    "vera": VeRA(r=2, **TARGETS),
-    "loha": LoHa(r=2, **TARGETS),
     "ia3": IA3(target_modules=["0", "2"], feedforward_modules=["2"]),
     "series": SeriesAdapter(bottleneck=2, train_norms=False, **TARGETS),
     "parallel": ParallelAdapter(bottleneck=2, **TARGETS),
