@@ -148,6 +148,13 @@ def test_cat_and_svd_are_the_weighted_sum(family: str, ranks: tuple[int, ...]) -
     assert difference(changes(model, "cut"), expected) > 1e-2
 
 
+def test_rslora_is_combined_at_its_own_scale() -> None:
+    model, _ = adapted("llama", use_rslora=True)
+    expected = weighted(model)
+    combine(model, list("abc"), WEIGHTS, "new")
+    assert difference(changes(model, "new"), expected) < 1e-5
+
+
 def test_cat_beyond_the_rank_of_the_matrix_stays_exact() -> None:
     model = nn.Sequential(nn.Linear(6, 4))
     for seed, name in enumerate("abc"):
