@@ -222,13 +222,17 @@ def test_the_number_of_kernels_does_not_grow_with_the_adapters() -> None:
     names = [f"a{index}" for index in range(8)]
     model = adapted("llama", {name: LoRA(r=2) for name in names})
     inputs, counts = batch("llama", 8), []
-    for rows in (["a0"] * 8, names):
+    for rows in (["a0", "a1"] * 4, [*names[:-1], "a0"], names, ["a0"] * 8):
         with torch.no_grad(), adapter_names(model, rows):
             outputs(model, inputs)
             with Counted() as counted:
                 outputs(model, inputs)
             counts.append(counted.count)
-    assert counts[0] == counts[1]
+    assert counts[0] == counts[1] == counts[3]
+    assert counts[2] < counts[0]
+    with torch.no_grad(), Counted() as counted:
+        outputs(model, inputs)
+    assert counts[2] == counted.count
 
 
 def test_dropout_is_each_rows_own() -> None:
