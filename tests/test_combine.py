@@ -155,6 +155,17 @@ def test_rslora_is_combined_at_its_own_scale() -> None:
     assert difference(changes(model, "new"), expected) < 1e-5
 
 
+def test_ranks_are_those_of_the_module_not_of_one_with_a_longer_name() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    inject(model, LoRA(r=2), name="a")
+    inject(model, LoRA(r=1, target_modules=["1.0", "1.1"]), name="b")
+    fill(model, "a", 0)
+    fill(model, "b", 1)
+    assert combine(model, ["a", "b"], [1.0, 1.0], "new") == ["0", "1.0", "1.1"]
+    ranks = [len(host.peft["new"].lora_A) for host in (model[0], *model[1])]
+    assert ranks == [2, 3, 3]
+
+
 def test_cat_beyond_the_rank_of_the_matrix_stays_exact() -> None:
     model = nn.Sequential(nn.Linear(6, 4))
     for seed, name in enumerate("abc"):

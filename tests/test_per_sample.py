@@ -194,6 +194,20 @@ def test_gradients_are_the_sum_of_the_rows(method: PEFTMethod) -> None:
     assert all((found[key] - gradient).abs().max() <= 1e-9 * gradient.abs().max() for key, gradient in expected.items())
 
 
+@pytest.mark.parametrize("narrow", ["weights", "autocast"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_in_bfloat16(narrow: str, grad: bool) -> None:
+    model, inputs = adapted("llama", {"a": LoRA(r=2), "b": LoRA(r=3)}), batch("llama", 3)
+    expected = alone(model, inputs, ["a", "b", ""])
+    if narrow == "weights":
+        model.to(torch.bfloat16)
+    rows = torch.autocast("cpu", torch.bfloat16, enabled=narrow == "autocast")
+    with torch.set_grad_enabled(grad), rows, adapter_names(model, ["a", "b", ""]):
+        found = outputs(model, inputs)
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 def test_values_that_change_within_the_context_count() -> None:
     model = adapted("llama", {"a": LoRA(r=2), "b": LoRA(r=2)})
     inputs = batch("llama", 2)
