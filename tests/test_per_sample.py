@@ -197,10 +197,11 @@ def test_gradients_are_the_sum_of_the_rows(method: PEFTMethod) -> None:
 @pytest.mark.parametrize("narrow", ["weights", "autocast"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_in_bfloat16(narrow: str, grad: bool) -> None:
-    model, inputs = adapted("llama", {"a": LoRA(r=2), "b": LoRA(r=3)}), batch("llama", 3)
+    model, inputs = adapted("sequential", {"a": LoRA(r=2), "b": LoRA(r=3)}), batch("sequential", 3)
     expected = alone(model, inputs, ["a", "b", ""])
     if narrow == "weights":
         model.to(torch.bfloat16)
+        inputs = {key: value.to(torch.bfloat16) for key, value in inputs.items()}
     rows = torch.autocast("cpu", torch.bfloat16, enabled=narrow == "autocast")
     with torch.set_grad_enabled(grad), rows, adapter_names(model, ["a", "b", ""]):
         found = outputs(model, inputs)
