@@ -17,6 +17,7 @@ from lightning_peft.formats.counterpart import targets_from
 from lightning_peft.inject import inject
 from lightning_peft.low_rank.combination import How, Term, combined
 from lightning_peft.low_rank.linear import LoRAAdapter
+from lightning_peft.method import PEFTMethod
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.registry import Registry, required
 from lightning_peft.seeding import generator_of
@@ -46,11 +47,11 @@ def combine(
     ``svd``              the matrix of rank ``rank`` that is nearest to Σ w ΔW
     ``linear``           A = Σ √(w s) A, B = Σ √(w s) B: of equal ranks, one of the same. It is not Σ w ΔW: the A of
                          each adapter meets the B of every other
-    ``magnitude_prune``  ``linear`` of the largest elements of A and of B
-    ``ties``             of these, the mean of those that have the sign of their sum (arXiv:2306.01708)
+    ``magnitude_prune``  ``linear`` of the largest elements of each A and each B
+    ``ties``             of the largest elements, the mean of those with the sign of their sum (arXiv:2306.01708)
     ``dare_linear``      ``linear`` of elements drawn at random, divided by ``density`` (arXiv:2311.03099)
-    ``dare_ties``        of these, the mean of those that have the sign of their sum
-    ``…_svd``            the last four, of ΔW instead of A and B, as in the papers; then as ``svd``
+    ``dare_ties``        of elements drawn so, the mean of those with the sign of their sum
+    ``…_svd``            the last four, of ΔW instead of A and B, as in the papers; then as ``svd``. It forms ΔW
     ==================== ===========================================================================================
 
     TIES elects signs before the weights count. The new LoRA's scale is 1, and a module that an adapter leaves alone
@@ -74,7 +75,8 @@ def combine(
     """
     model = unwrap(model)
     found = required(model)
-    _check(found, adapters, weights, name, method, rank, density)
+    _check_adapters(found, adapters, weights, name)
+    _check_method(method, rank, density)
     made: list[tuple[nn.Module, LoRA, _Factors]] = []
     for _, root, registry in found:
         factors = {
@@ -93,16 +95,13 @@ def combine(
     return hosts
 
 
-def _check(
-    found: Sequence[tuple[str, nn.Module, Registry]],
-    adapters: Sequence[str],
-    weights: Sequence[float],
-    name: str,
-    method: str,
-    rank: int | None,
-    density: float | None,
+def _check_adapters(
+    found: Sequence[tuple[str, nn.Module, Registry]], adapters: Sequence[str], weights: Sequence[float], name: str
 ) -> None:
-    methods = {adapter: used for _, _, registry in found for adapter, used in registry.methods.items()}
+    methods: dict[str, list[PEFTMethod]] = {}
+    for _, _, registry in found:
+        for adapter, used in registry.methods.items():
+            methods.setdefault(adapter, []).extend(used)
     known = ", ".join(sorted(methods))
     if isinstance(adapters, str) or not adapters:
         raise PEFTError(f"combine: adapters={adapters!r} was given; a list of names was expected. Adapters: {known}.")
@@ -120,6 +119,9 @@ def _check(
             f"combine: weights={list(weights)!r} was given; a finite number for each of {', '.join(adapters)} was "
             "expected."
         )
+
+
+def _check_method(method: str, rank: int | None, density: float | None) -> None:
     if method not in get_args(How):
         raise PEFTError(f"combine: method={method!r} was given; it is one of {', '.join(get_args(How))}.")
     if rank is not None and (not method.endswith("svd") or not isinstance(rank, int) or rank < 1):
