@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.adapter import Adapter, Slot, slots, unwrap
+from lightning_peft.bottleneck import Bottleneck
+from lightning_peft.bottleneck_rows import BottleneckRows
 from lightning_peft.errors import PEFTError
 from lightning_peft.inject import refuse_merged
 from lightning_peft.low_rank.linear import LoRAAdapter
@@ -104,6 +106,9 @@ def _for_rows(host: str, adapters: Sequence[Adapter | None], rows: Tensor) -> Ad
     low_rank = [a for a in adapters if a is None or type(a) is LoRAAdapter]
     if len(low_rank) == len(adapters):
         return LowRankRows(host, low_rank, rows)
+    bottlenecks = [a for a in adapters if a is None or isinstance(a, Bottleneck)]
+    if len(bottlenecks) == len(adapters) and BottleneckRows.serves(bottlenecks):
+        return BottleneckRows(host, bottlenecks, rows)
     return GroupedRows(host, adapters, rows)
 
 

@@ -223,19 +223,25 @@ def test_values_that_change_within_the_context_count() -> None:
     assert not close(after, before)
 
 
+NO_KERNELS = {"view", "_unsafe_view", "t", "transpose", "expand", "unsqueeze", "slice", "select", "detach", "alias"}
+
+
 class Counted(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
+        self.count += func.overloadpacket.__name__ not in NO_KERNELS
         return func(*args, **(kwargs or {}))
 
 
-def test_the_number_of_kernels_does_not_grow_with_the_adapters() -> None:
+@pytest.mark.parametrize(
+    "method", [LoRA(r=2), SeriesAdapter(bottleneck=4, train_norms=False)], ids=["lora", "series_adapter"]
+)
+def test_the_number_of_kernels_does_not_grow_with_the_adapters(method: PEFTMethod) -> None:
     names = [f"a{index}" for index in range(8)]
-    model = adapted("llama", {name: LoRA(r=2) for name in names})
+    model = adapted("llama", dict.fromkeys(names, method))
     inputs, counts = batch("llama", 8), []
     for rows in (["a0", "a1"] * 4, [*names[:-1], "a0"], names, ["a0"] * 8):
         with torch.no_grad(), adapter_names(model, rows):
@@ -243,11 +249,11 @@ def test_the_number_of_kernels_does_not_grow_with_the_adapters() -> None:
             with Counted() as counted:
                 outputs(model, inputs)
             counts.append(counted.count)
-    assert counts[0] == counts[1] == counts[3]
-    assert counts[2] < counts[0]
+    assert counts[0] == counts[1] == counts[3] > counts[2]
+    # With an adapter for each row there are no more than with one for all.
     with torch.no_grad(), Counted() as counted:
         outputs(model, inputs)
-    assert counts[2] == counted.count
+    assert counts[2] <= counted.count
 
 
 def test_dropout_is_each_rows_own() -> None:
