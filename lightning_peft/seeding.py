@@ -19,9 +19,13 @@ def fill(parameter: Tensor, seed: int, name: str, init: Callable[[Tensor, torch.
     """
     if parameter.is_meta:
         return
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     values = torch.empty(parameter.shape, dtype=torch.float32)
     with torch.no_grad():
-        init(values, generator)
+        init(values, generator(seed, name))
     write(parameter, values)
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """Return a private generator on the CPU, seeded by ``(seed, name)``."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
