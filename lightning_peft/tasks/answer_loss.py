@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lightning_peft.infix import IGNORED, answers
 
+
 def answer_logits(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
