@@ -188,7 +188,7 @@ class PrefixTuning(PEFTMethod):
                 f"a prefix needs {width} values of each token. Take fewer tokens than a sliding window has, or start "
                 "at random."
             )
-        return torch.stack(held).squeeze(1).permute(2, 0, 1, 3).reshape(tokens, -1).float()
+        return torch.stack(held).squeeze(1).permute(2, 0, 1, 3).reshape(tokens, -1)
 
 
 def key_value_heads(decoder: Decoder) -> tuple[int, int]:

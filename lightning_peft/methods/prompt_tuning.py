@@ -106,7 +106,7 @@ class PromptTuning(PEFTMethod):
         given = (self.init_ids, self.init_text, self.tokenizer_name_or_path)
         ids = initial_ids("PromptTuning", decoder, number, *given)
         drawn = torch.randint(embedding.num_embeddings, (number,), generator=draw) if ids is None else torch.tensor(ids)
-        return embedded(decoder, drawn).float()
+        return embedded(decoder, drawn)
 
     def _layer_starts(self, model: nn.Module, decoder: Decoder, start: Tensor, seed: int) -> dict[str, Tensor]:
         """Return the initial activations ``[prefix + infix, hidden]`` that each layer but the first is given."""
@@ -119,4 +119,4 @@ class PromptTuning(PEFTMethod):
         )
         if seen is None:
             return dict.fromkeys(layers, torch.empty(shape, device="meta"))
-        return {name: state[0].float() for name, state in zip(layers, seen.hidden_states[1:], strict=False)}
+        return {name: state[0] for name, state in zip(layers, seen.hidden_states[1:], strict=False)}
