@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_peft.errors import PEFTError
 
@@ -41,3 +43,18 @@ def on_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
         f"An adapted module returned a {type(output).__name__}; a tensor, or a tuple or dataclass beginning with one, "
         "was expected. Adapt a module inside it."
     )
+
+
+@contextmanager
+def recorded_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Give a dictionary that gets, within the context, the hidden state that each of ``modules`` is called with."""
+    found: dict[str, Tensor] = {}
+
+    def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found[name] = input_of(args, kwargs)
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            hook = module.register_forward_pre_hook(partial(record, name), with_kwargs=True)
+            stack.callback(hook.remove)
+        yield found

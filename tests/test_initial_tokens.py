@@ -95,7 +95,7 @@ def test_a_prefix_from_a_text_is_the_text_before_the_input(family: str) -> None:
     model, inputs = build(family)
     model.double().train()
     inject(model, PrefixTuning(num_virtual_tokens=6, init_ids=[7, 9, 11, 8]))
-    assert model.training
+    assert all(part.training for part in model.modules())
     ids = inputs["input_ids"]
     text = torch.tensor([[7, 9, 11, 8, 7, 9]]).expand(len(ids), -1)
     judge = build(family)[0].double()

@@ -264,30 +264,6 @@ def test_parameter_counts() -> None:
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
 
 
-def test_gpt3_prompt() -> None:
-    """PreEmbed of GPT-3 175B: l_p · d = 256 · 12,288."""
-    config = t.GPT2Config(n_embd=12288, n_layer=96, n_head=96, n_positions=2048)
-    with torch.device("meta"):
-        model = t.GPT2LMHeadModel(config)
-    inject(model, PromptTuning(num_virtual_tokens=256))
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 256 * 12_288
-
-
-def test_initial_prompts() -> None:
-    model = build("llama")[0]
-    rows = model.get_input_embeddings().weight
-
-    def prompt(**options: Any) -> Tensor:
-        fresh = build("llama")[0]
-        inject(fresh, PromptTuning(num_virtual_tokens=5, **options), seed=1)
-        return next(iter(adapter_parameters(fresh).values()))
-
-    assert torch.equal(prompt(init_ids=[7, 9]), rows[[7, 9, 7, 9, 7]])
-    drawn = prompt()
-    assert all(any(torch.equal(row, other) for other in rows) for row in drawn)
-    assert 0.5 < prompt(init="random").std() < 1.5
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapter import Adapter
+from lightning_peft.calls import recorded_inputs
 from lightning_peft.errors import PEFTError
 from lightning_peft.infix import PromptEnd
 from lightning_peft.initial_tokens import embedded, initial_ids, observed, require_one_start, without_start
@@ -114,9 +115,8 @@ class PromptTuning(PEFTMethod):
         if self.init == "random":
             return {name: torch.randn(shape, generator=generator(seed, name)) for name in layers}
         inputs = start.to(next(decoder.module.parameters()))[None]
-        seen = observed(
-            "PromptTuning", model, decoder, inputs_embeds=inputs, output_hidden_states=True, use_cache=False
-        )
+        with recorded_inputs({name: model.get_submodule(name) for name in layers}) as states:
+            seen = observed("PromptTuning", model, decoder, inputs_embeds=inputs, use_cache=False)
         if seen is None:
             return dict.fromkeys(layers, torch.empty(shape, device="meta"))
-        return {name: state[0] for name, state in zip(layers, seen.hidden_states[1:], strict=False)}
+        return {name: states[name][0] for name in layers}
