@@ -116,16 +116,11 @@ def refuse_call(method: str, base: Any, named: Mapping[str, Any], cache: Any, nu
             f"{method}: the text and {number} virtual tokens take {taken} positions, but the model has a table of "
             f"{limit}. Cut the texts to {limit - number} tokens, or take fewer virtual tokens."
         )
-    if held and checkpoints_activations(base):
+    if held and base.training and base.is_gradient_checkpointing and torch.is_grad_enabled():
         raise PEFTError(
             f"{method}: a cache of {held} tokens was given while activations are checkpointed, which drops it. Turn "
             "one of the two off."
         )
-
-
-def checkpoints_activations(base: Any) -> bool:
-    """Whether a forward pass would now leave out activations, to compute them again in the backward pass."""
-    return bool(base.training and base.is_gradient_checkpointing and torch.is_grad_enabled())
 
 
 def _has_position_table(base: Any) -> bool:

@@ -146,6 +146,64 @@ def test_a_prefix_and_a_static_cache(family: str) -> None:
     assert torch.equal(generated(model, inputs, cache_implementation="static"), generated(model, inputs))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefix_under_activation_checkpointing_leaves_no_cache(family: str) -> None:
+    """The configuration asks for a cache; the keys of a layer that runs twice would be in it twice."""
+    losses = []
+    for checkpointing in (False, True):
+        model, inputs = injected(family, "prefix")
+        model.config.use_cache = True
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        for part in model.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+        result = model.train()(**inputs, labels=inputs["input_ids"], use_cache=True)
+        cache = t.DynamicCache(config=model.config)
+        again = model(**inputs, labels=inputs["input_ids"], cache=cache, use_cache=True).loss
+        again.backward()
+        (parameter,) = adapter_parameters(model).values()
+        losses.append((result.loss, again, parameter.grad))
+        if checkpointing:
+            assert cache.get_seq_length() == 0
+            assert result.cache is None or result.cache.get_seq_length() == 0
+            # Without a gradient nothing runs twice: then the model has the cache that it would have alone.
+            stock: Any = build(family)[0].train()
+            stock.gradient_checkpointing_enable({"use_reentrant": False})
+            with torch.no_grad():
+                held = [part(**inputs, use_cache=True).cache.get_seq_length() for part in (model, stock)]
+            assert held[0] == held[1]
+    (plain, plain_again, gradient), (loss, again, checkpointed) = losses
+    assert plain == plain_again == loss == again
+    assert gradient.abs().max() > 1e-6
+    assert (gradient - checkpointed).abs().max() <= 1e-7
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_filled_cache_and_activation_checkpointing_are_refused(name: str) -> None:
+    model, inputs = injected("llama", name)
+    cache = model(**inputs, use_cache=True).cache
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(PEFTError, match="while activations are checkpointed"):
+        model.train()(input_ids=inputs["input_ids"][:, :1], cache=cache)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@pytest.mark.parametrize("name", METHODS)
+def test_texts_too_long_for_the_table_of_positions_are_refused(name: str, family: str) -> None:
+    """4 virtual tokens leave 1020 of GPT-2's 1024 positions, and 60 of this OPT's 64."""
+    model, _ = injected(family, name)
+    limit = model.config.max_position_embeddings
+    ids = torch.ones(1, limit - 3, dtype=torch.long)
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :-2], use_cache=True).cache
+        model(input_ids=ids[:, :1], cache=cache)
+    with pytest.raises(PEFTError, match=f"take {limit + 1} positions.*table of {limit}"):
+        model(input_ids=ids)
+    with pytest.raises(PEFTError, match=f"Cut the texts to {limit - 4} tokens"):
+        model(input_ids=ids[:, :1], cache=cache)
+
+
 def test_a_prompt_refuses_caches_that_it_is_not_in() -> None:
     model, inputs = injected("llama", "prompt")
     with pytest.raises(PEFTError, match="static cache"):

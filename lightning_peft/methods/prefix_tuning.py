@@ -22,7 +22,6 @@ from lightning_peft.virtual_tokens import (
     by_name,
     cache_of,
     cache_parameter,
-    checkpoints_activations,
     find_decoder,
     rebuilt,
     refuse_call,
@@ -58,10 +57,7 @@ class PrefixRoom(Adapter):
         wanted = named.get("use_cache")
         wanted = getattr(base.config, "use_cache", False) if wanted is None else wanted
         refuse_call("PrefixTuning", base, named, cache, tokens, cached=False)
-        # Activation checkpointing runs a layer twice: a cache would hold its keys twice.
-        if checkpoints_activations(base):
-            cache = None
-        elif cache is None and wanted:
+        if cache is None and wanted:
             cache = DynamicCache(config=base.config)
         mask = named.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 4 and cache is not None and any(cache.is_sliding):
