@@ -283,11 +283,17 @@ def logits(module: pl.LightningModule) -> Tensor:
 
 
 STRATEGY: dict[str, PEFTMethod] = {"bitfit": BitFit(create_missing=True)}
+RUNS = [
+    *OURS,
+    "prefix_tuning with an mlp",
+    "prefix_tuning from a text",
+    "prefix_tuning and parallel_adapter",
+]
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", RUNS)
 def test_fit_resume_and_merge(name: str, tmp_path: Path) -> None:
-    method = STRATEGY.get(name) or OURS[name]()
+    method = STRATEGY.get(name) or METHODS[name]
 
     def fit(steps: int, folder: str, **options: Any) -> Stepped:
         callback = AdapterCheckpoint(dirpath=tmp_path / folder, save_last=True, every_n_train_steps=1)

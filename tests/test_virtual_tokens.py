@@ -27,25 +27,26 @@ def masked(model: nn.Module, inputs: dict[str, Any], padding: str) -> tuple[dict
     return {**inputs, "attention_mask": mask}, mask.bool()
 
 
-def injected(family: str, name: str, width: float = 1.0) -> tuple[Any, dict[str, Any]]:
+def injected(family: str, name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
     model, inputs = build(family)
+    model.to(dtype)
     inject(model, METHODS[name])
-    draw(adapter_parameters(model).values(), width)
+    draw(adapter_parameters(model).values())
     return model, inputs
 
 
-def draw(parameters: Any, width: float = 1.0) -> None:
+def draw(parameters: Any) -> None:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in parameters:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * width)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
-def trainable_judge(family: str, path: Path, model: nn.Module) -> Any:
+def trainable_judge(family: str, path: Path, model: Any) -> Any:
     """peft's model with the configuration that we wrote, and our values: peft trains no prompt that it loads."""
     config = peft.PeftConfig.from_pretrained(path)
     config.inference_mode = False
-    judge: Any = peft.get_peft_model(build(family)[0], config).eval()
+    judge: Any = peft.get_peft_model(build(family)[0], config).eval().to(model.dtype)
     ((_, parameter),) = adapter_parameters(model).items()
     judge.prompt_encoder["default"].embedding.weight.data.copy_(parameter.detach())
     return judge
@@ -55,26 +56,29 @@ def own_positions(logits: Tensor, name: str, prompt: int = 4) -> Tensor:
     return logits[:, prompt:] if name == "prompt" else logits
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("padding", PADDING)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", METHODS)
-def test_logits_and_gradients_are_those_of_peft(name: str, family: str, padding: str, tmp_path: Path) -> None:
-    model, inputs = injected(family, name)
+def test_logits_and_gradients_are_those_of_peft(
+    name: str, family: str, padding: str, dtype: torch.dtype, bound: float, tmp_path: Path
+) -> None:
+    model, inputs = injected(family, name, dtype)
     inputs, mask = masked(model, inputs, padding)
     save_adapter(model, tmp_path / "ours")
     judge = trainable_judge(family, tmp_path / "ours", model)
     ours, theirs = outputs(model, inputs), own_positions(outputs(judge, inputs), name)
-    assert (ours - outputs(build(family)[0], inputs)).abs().max() > 1e-3
-    assert (ours - theirs)[mask].abs().max() <= 1e-5
+    assert (ours - outputs(build(family)[0].to(dtype), inputs)).abs().max() > 1e-3
+    assert (ours - theirs)[mask].abs().max() <= bound
     ours[mask].square().sum().backward()
     theirs[mask].square().sum().backward()
     ((_, parameter),) = adapter_parameters(model).items()
     (other,) = [p for p in judge.parameters() if p.requires_grad]
     assert other.grad.abs().max() > 1e-6
-    assert (parameter.grad - other.grad).abs().max() <= 1e-5 * other.grad.abs().max().clamp(min=1.0)
+    assert (parameter.grad - other.grad).abs().max() <= bound * other.grad.abs().max().clamp(min=1.0)
 
     judge.save_pretrained(tmp_path / "theirs")
-    loaded = build(family)[0]
+    loaded = build(family)[0].to(dtype)
     load_adapter(loaded, tmp_path / "theirs")
     assert torch.equal(outputs(loaded, inputs), ours)
 
