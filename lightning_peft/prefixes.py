@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
+from lightning_peft.errors import PEFTError
 from lightning_peft.initial_tokens import start
 from lightning_peft.seeding import fill
+from lightning_peft.sharding import in_zero_pieces
 
 
 class Prefixes(nn.Module):
@@ -85,7 +88,16 @@ class ProjectedPrefixes(Prefixes):
         return functional.linear(hidden, self.up[columns], self.up_bias[columns])
 
     def fold(self) -> None:
-        """Bring ``prompt_embeddings`` up to date."""
+        """Bring ``prompt_embeddings`` up to date.
+
+        Raises:
+            PEFTError: The MLP is in shards. Some state is read by one process alone, which could not put it together.
+        """
+        if isinstance(self.up, DTensor) or in_zero_pieces(self.up):
+            raise PEFTError(
+                "PrefixTuning: the MLP of prefix_projection=True is in shards, and cannot be folded into a prefix. Leave "
+                "self.trainer.strategy.inject() out of configure_model, so that it stays whole on every process."
+            )
         if not self.prompt_embeddings.is_meta:
             with torch.no_grad():
                 self.prompt_embeddings.copy_(torch.cat([self(layer) for layer in range(self._layers)], dim=1))

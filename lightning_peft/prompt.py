@@ -14,7 +14,7 @@ from lightning_peft.calls import input_of, with_input
 from lightning_peft.errors import PEFTError
 from lightning_peft.infix import Layout, PromptEnd, prompt_ends
 from lightning_peft.initial_tokens import start
-from lightning_peft.virtual_tokens import by_name, cache_parameter, rebuilt, refuse_call
+from lightning_peft.virtual_tokens import by_name, cache_parameter, rebuilt, refuse_call, refuse_pieces
 from lightning_peft.weights import tensor_options
 
 # The layout, left on a cache that the virtual tokens are in.
@@ -51,6 +51,7 @@ class Prompt(Adapter):
         self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put the virtual tokens in, unless they are in the cache; widen the mask, shift positions."""
+        refuse_pieces("PromptTuning", self.prompt_embeddings)
         named, cache = by_name(base, args, kwargs)
         labels = self._end[0].labels()
         _refuse_call(base, named, cache, len(self._start))

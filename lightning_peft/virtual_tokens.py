@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.errors import PEFTError
 from lightning_peft.select import is_attention_name, named_modules, transformers_models
+from lightning_peft.sharding import in_zero_pieces
 
 # transformers renames the argument: `cache` since 5.24, `layer_past` inside some attention blocks.
 _CACHE_NAMES = ("cache", "past_key_values", "layer_past")
@@ -126,6 +127,15 @@ def refuse_call(method: str, base: Any, named: Mapping[str, Any], cache: Any, nu
 def _has_position_table(base: Any) -> bool:
     tokens = base.get_input_embeddings()
     return any(isinstance(child, nn.Embedding) and child is not tokens for child in base.children())
+
+
+def refuse_pieces(method: str, parameter: Tensor) -> None:
+    """Raise :class:`PEFTError` if ZeRO-3 has cut ``parameter`` up, which it puts together for forward methods alone."""
+    if in_zero_pieces(parameter):
+        raise PEFTError(
+            f"{method}: ZeRO-3 has the virtual tokens in pieces, and does not put them together before the model is "
+            "called. Take deepspeed_stage_2, or FSDP."
+        )
 
 
 def cache_parameter(module: nn.Module) -> str | None:

@@ -25,6 +25,7 @@ from lightning_peft.virtual_tokens import (
     find_decoder,
     rebuilt,
     refuse_call,
+    refuse_pieces,
     require_room,
     require_tokens,
     widened,
@@ -52,6 +53,7 @@ class PrefixRoom(Adapter):
 
         from lightning_peft.prefix_cache import ShiftedCache
 
+        refuse_pieces("PrefixTuning", next(self.prefixes.parameters()))
         named, cache = by_name(base, args, kwargs)
         tokens = len(self.prefixes.prompt_embeddings)
         wanted = named.get("use_cache")
