@@ -95,8 +95,8 @@ class ProjectedPrefixes(Prefixes):
         """
         if isinstance(self.up, DTensor) or in_zero_pieces(self.up):
             raise PEFTError(
-                "PrefixTuning: the MLP of prefix_projection=True is in shards, and cannot be folded into a prefix. Leave "
-                "self.trainer.strategy.inject() out of configure_model, so that it stays whole on every process."
+                "PrefixTuning: the MLP of prefix_projection=True is in shards, and cannot be folded into a prefix. "
+                "Leave self.trainer.strategy.inject() out of configure_model, so that it stays whole on every process."
             )
         if not self.prompt_embeddings.is_meta:
             with torch.no_grad():

@@ -192,6 +192,16 @@ def test_a_filled_cache_and_activation_checkpointing_are_refused(name: str) -> N
         model.train()(input_ids=inputs["input_ids"][:, :1], cache=cache)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_virtual_tokens_in_pieces_are_refused(name: str) -> None:
+    model, inputs = injected("llama", name)
+    for parameter in adapter_parameters(model).values():
+        # As ZeRO-3 leaves them.
+        parameter.ds_shape, parameter.data = parameter.shape, parameter.data.new_empty(0)  # type: ignore[attr-defined]
+    with pytest.raises(PEFTError, match="ZeRO-3 has the virtual tokens in pieces"):
+        model(**inputs)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 @pytest.mark.parametrize("name", METHODS)
 def test_texts_too_long_for_the_table_of_positions_are_refused(name: str, family: str) -> None:

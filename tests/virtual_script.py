@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from deepspeed_script import CPUDeepSpeedStrategy
 from distributed_script import CPUFSDPStrategy, parallel
 from lightning.pytorch.strategies import Strategy
 from modules import Llama, adapter_state, loader, trainer
@@ -19,11 +18,8 @@ from lightning_peft import ParallelAdapter, PEFTError, PEFTMethod, PEFTStrategy,
 from lightning_peft.callbacks import AdapterCheckpoint
 
 METHODS: dict[str, PEFTMethod | list[PEFTMethod]] = {
-    "prefix": PrefixTuning(num_virtual_tokens=3),
     "mlp": PrefixTuning(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=6),
-    "text": PrefixTuning(num_virtual_tokens=3, init_ids=[5, 6, 7]),
-    "mam": [PrefixTuning(num_virtual_tokens=3), ParallelAdapter(bottleneck=4)],
-    "prompt": PromptTuning(num_virtual_tokens=3),
+    "mam": [PrefixTuning(num_virtual_tokens=3, init_ids=[5, 6, 7]), ParallelAdapter(bottleneck=4)],
     "layers": PromptTuning(num_virtual_tokens=3, num_infix_tokens=2, every_layer=True),
 }
 
@@ -76,8 +72,6 @@ BASES: dict[str, tuple[Callable[[], Strategy | str], type[Answering]]] = {
     "ddp": (lambda: "ddp", Answering),
     "fsdp": (lambda: CPUFSDPStrategy(auto_wrap_policy={LlamaDecoderLayer}), Answering),
     "fsdp2": (lambda: parallel(2, 1), Sharded),
-    "zero2": (lambda: CPUDeepSpeedStrategy(stage=2, process_group_backend="gloo"), Answering),
-    "zero3": (lambda: CPUDeepSpeedStrategy(stage=3, process_group_backend="gloo"), Answering),
 }
 
 
@@ -93,7 +87,7 @@ def run(out: Path, name: str, base: str, epochs: int, resume: bool = False) -> N
     fitted.fit(module_class(out, tag), loader(8), ckpt_path=out / f"{name}-1" / "last" if resume else None)
 
 
-REFUSED = {("fsdp2", "mlp"), *(("zero3", name) for name in METHODS)}
+REFUSED = {("fsdp2", "mlp")}
 
 
 def main() -> None:
