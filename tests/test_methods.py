@@ -51,7 +51,6 @@ METHODS: dict[str, PEFTMethod | list[PEFTMethod]] = {
     "series_adapter before the mlp": SeriesAdapter(preset="llm_adapters", placement=["mlp_input"], bottleneck=4),
     "parallel_adapter everywhere": ParallelAdapter(placement=["attention", "mlp"], bottleneck=4),
     "prefix_tuning with an mlp": PrefixTuning(prefix_projection=True, encoder_hidden_size=12),
-    "prefix_tuning from a text": PrefixTuning(init_ids=[3, 4, 5]),
     "prompt_tuning with infix tokens": PromptTuning(num_virtual_tokens=8, num_infix_tokens=4),
     "prompt_tuning in every layer": PromptTuning(num_virtual_tokens=8, num_infix_tokens=4, every_layer=True),
     "prefix_tuning and parallel_adapter": [PrefixTuning(), ParallelAdapter(bottleneck=4)],
@@ -68,7 +67,6 @@ START = {
     # A prefix is attended to, whatever it is.
     "prefix_tuning": 0.6,
     "prefix_tuning with an mlp": 0.6,
-    "prefix_tuning from a text": 0.6,
     "prefix_tuning and parallel_adapter": 0.6,
     "prompt_tuning": 1.0,
     "prompt_tuning with infix tokens": 1.0,
@@ -283,12 +281,7 @@ def logits(module: pl.LightningModule) -> Tensor:
 
 
 STRATEGY: dict[str, PEFTMethod] = {"bitfit": BitFit(create_missing=True)}
-RUNS = [
-    *OURS,
-    "prefix_tuning with an mlp",
-    "prefix_tuning from a text",
-    "prefix_tuning and parallel_adapter",
-]
+RUNS = [*OURS, "prefix_tuning with an mlp", "prefix_tuning and parallel_adapter"]
 
 
 @pytest.mark.parametrize("name", RUNS)

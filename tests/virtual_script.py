@@ -73,6 +73,7 @@ BASES: dict[str, tuple[Callable[[], Strategy | str], type[Answering]]] = {
     "fsdp": (lambda: CPUFSDPStrategy(auto_wrap_policy={LlamaDecoderLayer}), Answering),
     "fsdp2": (lambda: parallel(2, 1), Sharded),
 }
+REFUSED = {("fsdp2", "mlp")}
 
 
 def run(out: Path, name: str, base: str, epochs: int, resume: bool = False) -> None:
@@ -85,9 +86,6 @@ def run(out: Path, name: str, base: str, epochs: int, resume: bool = False) -> N
     strategy = PEFTStrategy(METHODS[name], base=below())
     fitted = trainer(out, strategy, callbacks=[callback], max_epochs=epochs, **options)
     fitted.fit(module_class(out, tag), loader(8), ckpt_path=out / f"{name}-1" / "last" if resume else None)
-
-
-REFUSED = {("fsdp2", "mlp")}
 
 
 def main() -> None:
