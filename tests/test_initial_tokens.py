@@ -1,5 +1,6 @@
 """What prompts and prefixes start as, against HF PEFT and against the base model with the text before its input."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers as t
 from families import build, outputs
+from modules import Llama, loader, trainer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from lightning_peft import (
     LoRA,
     PEFTError,
     PEFTMethod,
+    PEFTStrategy,
     PrefixTuning,
     PromptTuning,
     inject,
@@ -163,6 +166,16 @@ def test_a_model_without_weights_is_refused(method: PEFTMethod) -> None:
     inject(model, method)
     with pytest.raises(PEFTError, match="had no values yet"):
         materialise(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("method", [PromptTuning(), PrefixTuning(init_ids=[3])], ids=["prompt", "prefix"])
+def test_weights_that_come_later_are_no_start(method: PEFTMethod, tmp_path: Path) -> None:
+    module = Llama()
+    module.model.save_pretrained(tmp_path)
+    with pytest.raises(PEFTError, match="base_weights are loaded after the injection"):
+        trainer(tmp_path, PEFTStrategy(method, base_weights=str(tmp_path))).fit(module, loader())
+    start = dataclasses.replace(method, init="random") if isinstance(method, PromptTuning) else PrefixTuning()
+    trainer(tmp_path, PEFTStrategy(start, base_weights=str(tmp_path))).fit(Llama(), loader())
 
 
 def test_a_sliding_window_keeps_too_little() -> None:

@@ -141,6 +141,11 @@ class PrefixTuning(PEFTMethod):
                 "and values cannot start from them. Drop one of the two."
             )
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the prefix starts from what the model makes of a text."""
+        return bool(self.init_ids or self.init_text)
+
     def config(self) -> dict[str, Any]:
         """Return the hyper-parameters as plain JSON types, without the text that was started from."""
         return without_start(super().config())

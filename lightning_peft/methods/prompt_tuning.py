@@ -69,6 +69,11 @@ class PromptTuning(PEFTMethod):
         if self.init == "random" and (self.init_ids or self.init_text):
             raise PEFTError("PromptTuning: init='random' was given with a text to start from. Give one of the two.")
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the virtual tokens start from rows of the embedding."""
+        return self.init == "vocabulary"
+
     def config(self) -> dict[str, Any]:
         """Return the hyper-parameters as plain JSON types, without the text that was started from."""
         return without_start(super().config())
