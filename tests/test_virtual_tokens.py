@@ -218,6 +218,20 @@ def test_texts_too_long_for_the_table_of_positions_are_refused(name: str, family
         model(input_ids=ids[:, :1], cache=cache)
 
 
+def test_the_decoder_sees_a_prefix_as_taken_positions() -> None:
+    model, inputs = injected("llama", "prefix")
+    seen: list[int] = []
+
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(kwargs["cache"].get_seq_length())
+
+    model.model.register_forward_pre_hook(look, with_kwargs=True)
+    cache = model(**inputs, use_cache=True).cache
+    model(input_ids=inputs["input_ids"][:, :1], cache=cache)
+    assert seen == [4, 11]
+    assert cache.get_seq_length() == 8
+
+
 def test_a_prompt_refuses_caches_that_it_is_not_in() -> None:
     model, inputs = injected("llama", "prompt")
     with pytest.raises(PEFTError, match="static cache"):
