@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_peft.errors import PEFTError
 
@@ -53,3 +55,18 @@ def hidden_of(output: Any) -> Tensor:
 
     on_hidden(output, keep)
     return found[0]
+
+
+@contextmanager
+def recorded_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Give a dictionary that gets, within the context, the hidden state that each of ``modules`` is called with."""
+    found: dict[str, Tensor] = {}
+
+    def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found[name] = input_of(args, kwargs)
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            hook = module.register_forward_pre_hook(partial(record, name), with_kwargs=True)
+            stack.callback(hook.remove)
+        yield found

@@ -40,6 +40,11 @@ class PEFTMethod:
         if cls.__dict__.get("name"):
             _METHODS[cls.name] = cls
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether adapters start from values of the base's weights, which have to be there when they are made."""
+        return False
+
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the modules to adapt, by name; none, if the method makes no adapters.
 

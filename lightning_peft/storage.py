@@ -220,7 +220,9 @@ def _read_beside(model: nn.Module, directory: Path) -> dict[str, Tensor]:
     file = directory / _BESIDE_FILE
     if not is_lightning_module(model) or not file.is_file():
         return {}
-    tensors, parameters = read_tensors(file), dict(model.named_parameters())
+    # What adapters have there is for going on with the training that wrote it.
+    tensors = {name: tensor for name, tensor in read_tensors(file).items() if name == without_adapter(name)}
+    parameters = dict(model.named_parameters())
     check_tensors({name: parameters[name].shape for name in tensors if name in parameters}, tensors, str(file))
     return tensors
 

@@ -189,6 +189,11 @@ class PEFTStrategy(Strategy):
                 f"The model already has adapters, so train_also={self._train_also!r} would have no effect. Pass it to "
                 "inject, or leave the injection to the strategy."
             )
+        if not present and self._base_weights and (reading := [m for m in self.methods if m.reads_weights]):
+            raise PEFTError(
+                f"{type(reading[0]).__name__} starts from the model's weights, but base_weights are loaded after the "
+                "injection. Load them in configure_model with load_base_weights, or start at random."
+            )
         if not present:
             # One seed for all ranks: without it each would start from other values where nothing broadcasts them.
             seed = self.broadcast(torch.initial_seed())

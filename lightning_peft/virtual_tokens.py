@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.errors import PEFTError
 from lightning_peft.select import is_attention_name, named_modules, transformers_models
+from lightning_peft.sharding import in_zero_pieces
 
 # transformers renames the argument: `cache` since 5.24, `layer_past` inside some attention blocks.
 _CACHE_NAMES = ("cache", "past_key_values", "layer_past")
@@ -26,11 +27,17 @@ class Decoder:
     module: nn.Module
     attention: dict[str, nn.Module]
     """The attention blocks of its layers, in order, by name."""
+    around: str
+    """Name of the transformers model that it is in, or is."""
 
     @property
     def config(self) -> Any:
         """Its transformers configuration."""
         return self.module.config
+
+    def layers(self) -> list[str]:
+        """Return the names of its layers, in order: what holds the attention blocks."""
+        return [name.rpartition(".")[0] for name in self.attention]
 
 
 def find_decoder(model: nn.Module, method: str) -> Decoder:
@@ -67,13 +74,13 @@ def find_decoder(model: nn.Module, method: str) -> Decoder:
             f"{method} works on decoder-only transformers models; this {type(root).__name__} {reason}. Take another "
             "method, such as LoRA."
         )
-    return Decoder(around[-1], modules[around[-1]], attention)
+    return Decoder(around[-1], modules[around[-1]], attention, root_name)
 
 
-def require_tokens(method: str, number: int) -> None:
+def require_tokens(method: str, number: int, what: str = "num_virtual_tokens") -> None:
     """Raise :class:`PEFTError` unless ``number`` is a number of virtual tokens."""
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise PEFTError(f"{method}: num_virtual_tokens={number!r} was given; it is a whole number of at least 1.")
+        raise PEFTError(f"{method}: {what}={number!r} was given; it is a whole number of at least 1.")
 
 
 def require_room(method: str, number: int, decoder: Decoder) -> None:
@@ -81,8 +88,53 @@ def require_room(method: str, number: int, decoder: Decoder) -> None:
     positions = getattr(decoder.config, "max_position_embeddings", None)
     if isinstance(positions, int) and number >= positions:
         raise PEFTError(
-            f"{method}: num_virtual_tokens={number} was given, but the model has {positions} positions, and the text "
+            f"{method}: {number} virtual tokens were asked for, but the model has {positions} positions, and the text "
             "needs some. Take fewer."
+        )
+
+
+def refuse_call(method: str, base: Any, named: Mapping[str, Any], cache: Any, number: int, *, cached: bool) -> None:
+    """Refuse a call of the decoder that cannot be right with ``number`` virtual tokens.
+
+    Args:
+        method: Name of the method, for errors.
+        base: The decoder.
+        named: The arguments of its call.
+        cache: The key-value cache among them.
+        number: How many.
+        cached: Whether a filled cache holds them.
+
+    Raises:
+        PEFTError: The model has a table of positions that is too short for them and the text, or there is a filled
+            cache, which transformers drops under activation checkpointing.
+    """
+    held = 0 if cache is None else int(cache.get_seq_length())
+    text = named["inputs_embeds"] if named.get("input_ids") is None else named["input_ids"]
+    limit = getattr(base.config, "max_position_embeddings", None)
+    taken = text.shape[1] + held + (0 if cached and held else number)
+    if limit is not None and taken > limit and _has_position_table(base):
+        raise PEFTError(
+            f"{method}: the text and {number} virtual tokens take {taken} positions, but the model has a table of "
+            f"{limit}. Cut the texts to {limit - number} tokens, or take fewer virtual tokens."
+        )
+    if held and base.training and base.is_gradient_checkpointing and torch.is_grad_enabled():
+        raise PEFTError(
+            f"{method}: a cache of {held} tokens was given while activations are checkpointed, which drops it. Turn "
+            "one of the two off."
+        )
+
+
+def _has_position_table(base: Any) -> bool:
+    tokens = base.get_input_embeddings()
+    return any(isinstance(child, nn.Embedding) and child is not tokens for child in base.children())
+
+
+def refuse_pieces(method: str, parameter: Tensor) -> None:
+    """Raise :class:`PEFTError` if ZeRO-3 has cut ``parameter`` up, which it puts together for forward methods alone."""
+    if in_zero_pieces(parameter):
+        raise PEFTError(
+            f"{method}: ZeRO-3 has the virtual tokens in pieces, and does not put them together before the model is "
+            "called. Take deepspeed_stage_2, or FSDP."
         )
 
 
@@ -96,6 +148,11 @@ def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     named = {**dict(zip(_parameters(type(module).forward), args, strict=False)), **kwargs}
     given = [named.pop(name, None) for name in _CACHE_NAMES]
     return named, next((value for value in given if value is not None), None)
+
+
+def cache_of(output: Any) -> Any:
+    """Return the cache in a decoder's output, if there is one."""
+    return next((output[name] for name in _CACHE_NAMES if name in output), None)
 
 
 def widened(mask: Any, number: int) -> Tensor | None:

@@ -9,7 +9,18 @@ import torch
 import transformers as t
 from torch import nn
 
-from lightning_peft import BitFit, FullFinetuning, LoRA, ParallelAdapter, PEFTMethod, SeriesAdapter, eject, inject
+from lightning_peft import (
+    BitFit,
+    FullFinetuning,
+    LoRA,
+    ParallelAdapter,
+    PEFTMethod,
+    PrefixTuning,
+    PromptTuning,
+    SeriesAdapter,
+    eject,
+    inject,
+)
 
 # GPT-2's query, key and value projections are one layer: rows that adapt some of them stand on OPT, which has the same
 # widths and depth, and separate ones.
@@ -61,7 +72,7 @@ class Row:
     """A row of a paper's table."""
 
     model: str
-    method: PEFTMethod
+    method: PEFTMethod | list[PEFTMethod]
     count: int
     paper: float | None = None
     """The figure in the paper, in millions, to its printed digits."""
@@ -82,7 +93,13 @@ def llm(*places: Any) -> SeriesAdapter:
     return SeriesAdapter(preset="llm_adapters", bottleneck=256, placement=list(places))
 
 
+def virtual(prefix: int, infix: int, every_layer: bool = False) -> PromptTuning:
+    return PromptTuning(num_virtual_tokens=prefix, num_infix_tokens=infix, every_layer=every_layer)
+
+
 GPT3, OPT = "GPT-3", "GPT-3 as OPT"
+# The LoRA paper's figures of PreLayer are not those of its formula, L · d · (l_p + l_i), by 0.4 to 1.6 M.
+PRE_LAYER = "L d (l_p + l_i) by the paper's own formula is less"
 # LoRA, arXiv:2106.09685, tables 2 (RoBERTa, DeBERTa), 3 (GPT-2), 4 and 15 (GPT-3: the figures of LoRA are cut off, not
 # rounded, after one decimal); LLM-Adapters, arXiv:2304.01933, its README (LLaMA-7B). Rows without a figure are sums by
 # the formulas of this package's README for settings that these papers' code uses.
@@ -107,6 +124,20 @@ ROWS = [
     Row(OPT, lora(4, "q", "k", "v", "o"), 37_748_736, 37.7),
     Row(OPT, lora(64, "q", "v"), 301_989_888, 301.9),
     Row(OPT, lora(64, "q", "k", "v", "o"), 603_979_776, 603.8, "twice the 301.9 that were cut off"),
+    Row(GPT3, virtual(32, 8), 491_520, 0.4),
+    Row(GPT3, virtual(64, 8), 884_736, 0.9),
+    Row(GPT3, virtual(128, 8), 1_671_168, 1.7),
+    Row(GPT3, virtual(256, 8), 3_244_032, 3.2),
+    Row(GPT3, virtual(512, 8), 6_389_760, 6.4),
+    Row(GPT3, virtual(2, 2, True), 4_718_592, 5.1, PRE_LAYER),
+    Row(GPT3, virtual(8, 0, True), 9_437_184, 10.1, PRE_LAYER),
+    Row(GPT3, virtual(8, 8, True), 18_874_368, 20.2, PRE_LAYER),
+    Row(GPT3, virtual(32, 4, True), 42_467_328, 44.1, PRE_LAYER),
+    Row(GPT3, virtual(64, 0, True), 75_497_472, 76.1, PRE_LAYER),
+    Row(OPT, [lora(8, "q", "v"), virtual(8, 4)], 37_896_192, 37.8),
+    Row(OPT, [lora(32, "q", "v"), virtual(8, 4)], 151_142_400, 151.1),
+    Row(OPT, [lora(64, "q", "v"), virtual(8, 4)], 302_137_344, 302.1),
+    Row(OPT, [lora(8, "q", "v"), virtual(8, 4, True)], 51_904_512, 52.8, PRE_LAYER),
     Row("GPT-2 M as OPT", lora(4, "q", "v"), 393_216, 0.35, "r=4 by the paper's table 11; no r gives it"),
     Row("GPT-2 L as OPT", lora(4, "q", "v"), 737_280, 0.77, "r=4 by the paper's table 11; no r gives it"),
     Row("GPT-2 M", houlsby(112), 11_064_576, 11.09, "its bottleneck is not given; 112 comes near"),
@@ -133,6 +164,7 @@ ROWS = [
         ParallelAdapter(target_modules=["up_proj", "down_proj"], bottleneck=256, bias=False),
         247_463_936,
     ),
+    Row("LLaMA-7B", PrefixTuning(num_virtual_tokens=10), 2_621_440),
     Row("MiniLM", LoRA(r=8, target_modules=["query", "value"]), 73_728),
     Row("MiniLM", houlsby(16, norms=True), 161_472),
     Row("MiniLM", BitFit(), 25_728),
@@ -146,7 +178,12 @@ def on_meta(model: str) -> nn.Module:
     return made
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.model} {type(row.method).__name__} {row.count}")
+def label(row: Row) -> str:
+    methods = row.method if isinstance(row.method, list) else [row.method]
+    return f"{row.model} {'+'.join(type(method).__name__ for method in methods)} {row.count}"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=label)
 def test_counts(row: Row) -> None:
     model = on_meta(row.model)
     inject(model, row.method)

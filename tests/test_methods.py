@@ -25,6 +25,7 @@ from lightning_peft import (
     PEFTMethod,
     PEFTStrategy,
     PrefixTuning,
+    PromptTuning,
     SeriesAdapter,
     adapter_state_dict,
     eject,
@@ -50,6 +51,9 @@ METHODS: dict[str, PEFTMethod | list[PEFTMethod]] = {
     "series_adapter before the mlp": SeriesAdapter(preset="llm_adapters", placement=["mlp_input"], bottleneck=4),
     "parallel_adapter everywhere": ParallelAdapter(placement=["attention", "mlp"], bottleneck=4),
     "prefix_tuning with an mlp": PrefixTuning(prefix_projection=True, encoder_hidden_size=12),
+    "prompt_tuning with infix tokens": PromptTuning(num_virtual_tokens=8, num_infix_tokens=4),
+    "prompt_tuning in every layer": PromptTuning(num_virtual_tokens=8, num_infix_tokens=4, every_layer=True),
+    "prefix_tuning and parallel_adapter": [PrefixTuning(), ParallelAdapter(bottleneck=4)],
     "bitfit and parallel_adapter": [BitFit(create_missing=True), ParallelAdapter(bottleneck=4)],
 }
 # torch has another kernel for models without gradients and hooks.
@@ -63,7 +67,10 @@ START = {
     # A prefix is attended to, whatever it is.
     "prefix_tuning": 0.6,
     "prefix_tuning with an mlp": 0.6,
+    "prefix_tuning and parallel_adapter": 0.6,
     "prompt_tuning": 1.0,
+    "prompt_tuning with infix tokens": 1.0,
+    "prompt_tuning in every layer": 1.0,
 }
 
 MIXTURES = ("mixtral", "qwen3_moe")
@@ -274,11 +281,12 @@ def logits(module: pl.LightningModule) -> Tensor:
 
 
 STRATEGY: dict[str, PEFTMethod] = {"bitfit": BitFit(create_missing=True)}
+RUNS = [*OURS, "prefix_tuning with an mlp", "prefix_tuning and parallel_adapter"]
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", RUNS)
 def test_fit_resume_and_merge(name: str, tmp_path: Path) -> None:
-    method = STRATEGY.get(name) or OURS[name]()
+    method = STRATEGY.get(name) or METHODS[name]
 
     def fit(steps: int, folder: str, **options: Any) -> Stepped:
         callback = AdapterCheckpoint(dirpath=tmp_path / folder, save_last=True, every_n_train_steps=1)

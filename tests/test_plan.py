@@ -14,7 +14,7 @@ import transformers as t
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_peft import LoRA, PEFTError, PEFTStrategy, inject, save_adapter
+from lightning_peft import LoRA, PEFTError, PEFTMethod, PEFTStrategy, PromptTuning, inject, save_adapter
 from lightning_peft.planning.activations import step_bytes
 from lightning_peft.planning.layout import Layout, Precision
 from lightning_peft.planning.memory import alternatives, plan
@@ -40,7 +40,7 @@ CONFIGS = {"tiny": TINY, "mid": MID, "bert": BERT}
 BATCH, LENGTH = 4, 128
 
 
-def build(config: Any, device: str = "meta", *, dtype: Any = torch.float32, method: LoRA | None = None) -> Any:
+def build(config: Any, device: str = "meta", *, dtype: Any = torch.float32, method: PEFTMethod | None = None) -> Any:
     """A model with adapters; of weights, if it has any, that are the same in every call."""
     kind = t.AutoModelForSequenceClassification if isinstance(config, t.BertConfig) else t.AutoModelForCausalLM
     with torch.device(device), torch.random.fork_rng():
@@ -68,7 +68,8 @@ def loss_of(model: Any) -> torch.Tensor:
     tokens = torch.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) % 300
     mask = torch.ones_like(tokens)
     mask[0, :5] = 0
-    labels = tokens[:, 0] % 2 if isinstance(model.config, t.BertConfig) else tokens
+    answers = tokens.masked_fill(torch.arange(LENGTH) < LENGTH // 2, -100)
+    labels = tokens[:, 0] % 2 if isinstance(model.config, t.BertConfig) else answers
     loss: torch.Tensor = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
     return loss
 
@@ -191,6 +192,18 @@ def test_activations(name: str, mixed: bool, checkpointing: bool) -> None:
         saved = saved_bytes(model)
     # Recomputing a block and the gradient of the logits come on top of what is saved.
     assert saved < planned < (7 if checkpointing else 1.4) * saved
+
+
+def test_activations_of_virtual_tokens() -> None:
+    method = PromptTuning(num_virtual_tokens=8, num_infix_tokens=4, every_layer=True)
+    model = build(TINY, "cpu", method=method)
+    planned = step_bytes(build(TINY, method=method), BATCH, LENGTH, dtype_of=lambda _, tensor: tensor.dtype)
+
+    def step() -> None:
+        loss_of(model).backward()
+        model.zero_grad()
+
+    assert 0.98 <= planned / allocated_peak(step) <= 1.02
 
 
 @pytest.mark.parametrize(("length", "batch", "width", "heads", "layers"), [(128, 4, 256, 8, 4), (256, 2, 256, 4, 6)])

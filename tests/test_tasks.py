@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lightning_peft import LoRA, PEFTError, PEFTStrategy, adapter_state_dict, unmerge
 from lightning_peft.callbacks import AdapterCheckpoint
+from lightning_peft.infix import IGNORED
 from lightning_peft.tasks import CausalLM, ClassificationData, InstructionData, SequenceClassification
-from lightning_peft.tasks.answer_loss import IGNORED, answer_logits
+from lightning_peft.tasks.answer_loss import answer_logits
 from lightning_peft.tasks.pretrained import locate
 
 WORDS = ["red apple", "green pear", "blue plum", "a long yellow banana", "grape"]

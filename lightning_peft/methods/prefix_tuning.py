@@ -7,93 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lightning_peft.adapter import Adapter
 from lightning_peft.errors import PEFTError
+from lightning_peft.initial_tokens import initial_ids, observed, require_one_start, without_start
 from lightning_peft.method import PEFTMethod
-from lightning_peft.seeding import fill
+from lightning_peft.prefixes import Prefixes, ProjectedPrefixes
 from lightning_peft.virtual_tokens import (
     Decoder,
     by_name,
+    cache_of,
     cache_parameter,
     find_decoder,
     rebuilt,
+    refuse_call,
+    refuse_pieces,
     require_room,
     require_tokens,
     widened,
 )
 from lightning_peft.weights import tensor_options
-
-
-class Prefixes(nn.Module):
-    """The prefixes of all layers: ``[tokens, layers · 2 · heads · head_dim]``, of each layer keys, then values."""
-
-    prompt_embeddings: Tensor
-
-    def __init__(self, tokens: int, layers: int, width: int, options: Mapping[str, Any], seed: int, name: str) -> None:
-        super().__init__()
-        self._layers, self._width, self._seed, self._name = layers, width, seed, name
-        self._hold(torch.empty(tokens, layers * 2 * width, **options))
-
-    def _hold(self, prefixes: Tensor) -> None:
-        self.prompt_embeddings = nn.Parameter(prefixes)
-
-    def reset_parameters(self) -> None:
-        """Draw the prefixes from N(0, 1)."""
-        fill(self.prompt_embeddings, self._seed, self._name, _normal)
-
-    def forward(self, layer: int) -> Tensor:
-        """Return the prefix of a layer ``[tokens, 2 · heads · head_dim]``."""
-        return self.prompt_embeddings[:, self._columns(layer)]
-
-    def _columns(self, layer: int) -> slice:
-        return slice(layer * 2 * self._width, (layer + 1) * 2 * self._width)
-
-
-class ProjectedPrefixes(Prefixes):
-    """P = MLP(P') (section 4.3): P' ``[tokens, width]``, down ``[hidden, width]``, up ``[layers · 2 · width, hidden]``.
-
-    The buffer ``prompt_embeddings`` is P, brought up to date whenever the state is read: it is all that a file needs.
-    """
-
-    def __init__(
-        self, tokens: int, layers: int, width: int, options: Mapping[str, Any], seed: int, name: str, hidden: int
-    ) -> None:
-        super().__init__(tokens, layers, width, options, seed, name)
-        self.virtual_tokens = nn.Parameter(torch.empty(tokens, width, **options))
-        self.down = nn.Parameter(torch.empty(hidden, width, **options))
-        self.down_bias = nn.Parameter(torch.empty(hidden, **options))
-        self.up = nn.Parameter(torch.empty(layers * 2 * width, hidden, **options))
-        self.up_bias = nn.Parameter(torch.empty(layers * 2 * width, **options))
-        self.register_state_dict_pre_hook(_fold)
-
-    def _hold(self, prefixes: Tensor) -> None:
-        self.register_buffer("prompt_embeddings", prefixes)
-
-    def reset_parameters(self) -> None:
-        """Draw P' from N(0, 1), and the MLP as ``nn.Linear`` does."""
-        fill(self.virtual_tokens, self._seed, f"{self._name}.virtual_tokens", _normal)
-        for key in ("down", "down_bias", "up", "up_bias"):
-            draw = partial(_uniform, getattr(self, key.removesuffix("_bias")).shape[1] ** -0.5)
-            fill(getattr(self, key), self._seed, f"{self._name}.{key}", draw)
-
-    def forward(self, layer: int) -> Tensor:
-        """Return the prefix of a layer ``[tokens, 2 · heads · head_dim]``."""
-        hidden = torch.tanh(functional.linear(self.virtual_tokens, self.down, self.down_bias))
-        columns = self._columns(layer)
-        return functional.linear(hidden, self.up[columns], self.up_bias[columns])
-
-    def fold(self) -> None:
-        """Bring ``prompt_embeddings`` up to date."""
-        if not self.prompt_embeddings.is_meta:
-            with torch.no_grad():
-                self.prompt_embeddings.copy_(torch.cat([self(layer) for layer in range(self._layers)], dim=1))
 
 
 class PrefixRoom(Adapter):
@@ -118,14 +55,13 @@ class PrefixRoom(Adapter):
 
         from lightning_peft.prefix_cache import ShiftedCache
 
+        refuse_pieces("PrefixTuning", next(self.prefixes.parameters()))
         named, cache = by_name(base, args, kwargs)
         tokens = len(self.prefixes.prompt_embeddings)
         wanted = named.get("use_cache")
         wanted = getattr(base.config, "use_cache", False) if wanted is None else wanted
-        # Activation checkpointing runs a layer twice: a cache would hold its keys twice.
-        if base.training and base.is_gradient_checkpointing and torch.is_grad_enabled():
-            cache = None
-        elif cache is None and wanted:
+        refuse_call("PrefixTuning", base, named, cache, tokens, cached=False)
+        if cache is None and wanted:
             cache = DynamicCache(config=base.config)
         mask = named.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 4 and cache is not None and any(cache.is_sliding):
@@ -177,6 +113,10 @@ class PrefixTuning(PEFTMethod):
         num_virtual_tokens: Length of the prefix.
         prefix_projection: Train the prefix as the output of an MLP, which is folded away when an adapter is saved.
         encoder_hidden_size: Width of that MLP; that of the keys (heads · head_dim), if not given.
+        init_ids: Token ids of a text from whose keys and values the prefix starts, as if the text stood before every
+            text; it is repeated or cut to the length. By default the prefix is drawn from N(0, 1).
+        init_text: That text itself.
+        tokenizer_name_or_path: Where its tokenizer is; where the model comes from, if not given.
     """
 
     name: ClassVar[str] = "prefix_tuning"
@@ -187,6 +127,9 @@ class PrefixTuning(PEFTMethod):
     num_virtual_tokens: int = 10
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
+    init_ids: list[int] | None = None
+    init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
         require_tokens("PrefixTuning", self.num_virtual_tokens)
@@ -195,6 +138,21 @@ class PrefixTuning(PEFTMethod):
                 f"PrefixTuning: encoder_hidden_size={self.encoder_hidden_size!r} was given with prefix_projection="
                 f"{self.prefix_projection}; it is the width, at least 1, of the MLP of prefix_projection=True."
             )
+        require_one_start("PrefixTuning", self.init_ids, self.init_text, self.tokenizer_name_or_path)
+        if self.prefix_projection and (self.init_ids or self.init_text):
+            raise PEFTError(
+                "PrefixTuning: a text to start from was given with prefix_projection=True; the MLP that gives the keys "
+                "and values cannot start from them. Drop one of the two."
+            )
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the prefix starts from what the model makes of a text."""
+        return bool(self.init_ids or self.init_text)
+
+    def config(self) -> dict[str, Any]:
+        """Return the hyper-parameters as plain JSON types, without the text that was started from."""
+        return without_start(super().config())
 
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the decoder and its attention blocks."""
@@ -206,18 +164,38 @@ class PrefixTuning(PEFTMethod):
         """Make the prefixes, which the decoder's adapter holds and those of the attention blocks read."""
         decoder = find_decoder(model, "PrefixTuning")
         heads, head_dim = key_value_heads(decoder)
-        options = tensor_options(decoder.module)
         sizes = (self.num_virtual_tokens, len(decoder.attention), heads * head_dim)
+        given = (*sizes, tensor_options(decoder.module), seed, decoder.name)
         prefixes = (
-            ProjectedPrefixes(*sizes, options, seed, decoder.name, self.encoder_hidden_size or heads * head_dim)
+            ProjectedPrefixes(*given, self.encoder_hidden_size or heads * head_dim)
             if self.prefix_projection
-            else Prefixes(*sizes, options, seed, decoder.name)
+            else Prefixes(*given, self._start(model, decoder, sizes))
         )
         made: dict[str, Adapter] = {decoder.name: PrefixRoom(prefixes)}
         made.update({name: Prefix(prefixes, layer, heads) for layer, name in enumerate(decoder.attention)})
         if missing := made.keys() - hosts.keys():
             raise PEFTError(f"PrefixTuning: train_also trains {sorted(missing)[0]!r} whole, which a prefix adapts.")
         return made
+
+    def _start(self, model: nn.Module, decoder: Decoder, sizes: tuple[int, int, int]) -> Tensor | None:
+        """Return the keys and values of the text to start from, as :class:`Prefixes` has them, if there is one."""
+        given = (self.init_ids, self.init_text, self.tokenizer_name_or_path)
+        ids = initial_ids("PrefixTuning", decoder, self.num_virtual_tokens, *given)
+        if ids is None:
+            return None
+        inputs = torch.tensor([ids], device=next(decoder.module.parameters()).device)
+        seen = observed("PrefixTuning", model, decoder, input_ids=inputs, use_cache=True)
+        tokens, layers, width = sizes
+        if seen is None:
+            return torch.empty(tokens, layers * 2 * width, device="meta")
+        held = [states for layer in cache_of(seen).layers for states in (layer.keys, layer.values)]
+        if any(states.shape[2] != tokens or states[0, :, 0].numel() != width for states in held):
+            raise PEFTError(
+                f"PrefixTuning: the model keeps keys and values of shape {list(held[0].shape)} of {tokens} tokens, and "
+                f"a prefix needs {width} values of each token. Take fewer tokens than a sliding window has, or start "
+                "at random."
+            )
+        return torch.stack(held).squeeze(1).permute(2, 0, 1, 3).reshape(tokens, -1)
 
 
 def key_value_heads(decoder: Decoder) -> tuple[int, int]:
@@ -227,15 +205,3 @@ def key_value_heads(decoder: Decoder) -> tuple[int, int]:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(attention, "num_kv_heads", None) or getattr(config, "num_key_value_heads", None)
     return heads or config.num_attention_heads, width
-
-
-def _normal(values: Tensor, generator: torch.Generator) -> None:
-    values.normal_(generator=generator)
-
-
-def _uniform(bound: float, values: Tensor, generator: torch.Generator) -> None:
-    values.uniform_(-bound, bound, generator=generator)
-
-
-def _fold(prefixes: ProjectedPrefixes, *args: Any) -> None:
-    prefixes.fold()

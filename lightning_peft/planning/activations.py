@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_peft.errors import PEFTError
+from lightning_peft.infix import IGNORED, answers
 
 
 def step_bytes(
@@ -79,7 +80,9 @@ def _set_checkpointing(model: Any, enabled: bool) -> None:
 
 def _loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     # A function of its own: its tensors are gone when the backward pass starts, as those of a training_step are.
-    output = model(**inputs)
+    tokens = inputs.get("input_ids", torch.empty(0, 0))
+    with answers(torch.full_like(tokens, IGNORED)):
+        output = model(**inputs)
     scores = (output.logits if hasattr(output, "logits") else output[0]).flatten(0, -2)  # [tokens or images, classes]
     return functional.cross_entropy(scores.float(), scores.new_zeros(len(scores), dtype=torch.long))
 

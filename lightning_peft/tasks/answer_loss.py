@@ -7,7 +7,7 @@ import inspect
 import torch
 from transformers import PreTrainedModel
 
-IGNORED = -100  # the label of a token that is not part of an answer, as transformers has it
+from lightning_peft.infix import IGNORED, answers
 
 
 def answer_logits(
@@ -39,6 +39,7 @@ def answer_logits(
         extra["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     if "logits_to_keep" in accepted:
         extra["logits_to_keep"] = keep
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, **extra).logits[:, -keep:]
+    with answers(labels):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, **extra).logits[:, -keep:]
     chosen = is_answer[:, -(keep - 1) :]
     return logits[:, :-1][chosen].float(), labels[:, -(keep - 1) :][chosen]

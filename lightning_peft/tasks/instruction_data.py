@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.tasks.answer_loss import IGNORED
+from lightning_peft.infix import IGNORED
 from lightning_peft.tasks.pretrained import load_tokenizer
 from lightning_peft.tasks.records import Record, read_records
 from lightning_peft.tasks.resumable import ResumableLoader

@@ -22,6 +22,11 @@ class PromptTuningInHF(Counterpart):
     peft_type = "PROMPT_TUNING"
     parameters: ClassVar[Mapping[str, str]] = {"prompt_embeddings": "prompt_embeddings"}
 
+    def writes(self, method: PEFTMethod) -> bool:
+        """Whether HF PEFT has it: not with infix tokens, nor in every layer."""
+        assert isinstance(method, PromptTuning)
+        return not method.num_infix_tokens and not method.every_layer
+
     def config(
         self, root: nn.Module, method: PromptTuning, hosts: Iterable[str], chosen: Iterable[str]
     ) -> dict[str, Any]:
