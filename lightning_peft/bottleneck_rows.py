@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.bottleneck import ACTIVATIONS, Bottleneck
 from lightning_peft.rows import GroupedRows, padded
+from lightning_peft.tap import Call
 
 
 class BottleneckRows(GroupedRows):
@@ -45,14 +46,17 @@ class BottleneckRows(GroupedRows):
         """What has the input of a parallel adapter, if that is another module's."""
         return None if getattr(self._some, "tap", None) is None else self
 
-    def take(self) -> Tensor:
-        """Return what the taps of all adapters were given: each has seen its own rows."""
+    def take(self) -> Call | None:
+        """Return what the taps of all adapters were called with, if they ran: each has seen its own rows."""
         adapters: Sequence[Any] = self.adapters
-        taken: list[Tensor | None] = [None if adapter is None else adapter.tap.take() for adapter in adapters]
-        some = next(part for part in taken if part is not None)
+        seen: list[Call | None] = [None if adapter is None else adapter.tap.take() for adapter in adapters]
+        some = next((call.input for call in seen if call is not None), None)
+        if some is None:
+            return None
         sizes = [len(group) for group in self.groups]
         none = [some.new_zeros(size, *some.shape[1:]) for size in sizes]
-        return self.joined([n if part is None else part for part, n in zip(taken, none, strict=True)])
+        parts = [n if call is None else call.input for call, n in zip(seen, none, strict=True)]
+        return Call(self.joined(parts), None, torch.is_grad_enabled())
 
     def branch(self, x: Tensor) -> Tensor:
         """Return what each bottleneck makes of its rows of x ``[rows, ..., in]``; zero for rows without one."""

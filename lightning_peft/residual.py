@@ -22,6 +22,8 @@ class ResidualBottleneck(Bottleneck):
     not.
     """
 
+    by_row = False
+
     def __init__(self, *args: Any, norms: Mapping[str, Tap]) -> None:
         super().__init__(*args)
         self._norms = list(norms)

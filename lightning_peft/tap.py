@@ -23,8 +23,6 @@ class Call(NamedTuple):
 class Tap(Adapter):
     """Keeps the last call of its host."""
 
-    by_row = False
-
     def __init__(self) -> None:
         super().__init__()
         self._seen: Call | None = None

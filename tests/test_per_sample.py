@@ -128,7 +128,7 @@ OTHERS: dict[str, tuple[str, PEFTMethod]] = {
         "llama",
         SeriesAdapter(**BOTTLENECK, target_modules=["self_attn"], train_norms=False),
     ),
-    "series after layers": ("bert", SeriesAdapter(**BOTTLENECK, preset="pfeiffer")),
+    "series after layers": ("bert", SeriesAdapter(**BOTTLENECK, placement=["layer"], train_norms=False)),
     "series before the mlp": ("gpt2", SeriesAdapter(**BOTTLENECK, preset="llm_adapters", placement=["mlp_input"])),
     "parallel": ("llama", ParallelAdapter(**BOTTLENECK, placement=["attention", "mlp"])),
     "parallel on modules": ("vit", ParallelAdapter(**BOTTLENECK, target_modules=["attention"])),
