@@ -324,6 +324,12 @@ def test_names(stage: str) -> None:
     assert type(named) is type(strategy)
 
 
+def test_methods_that_read_gradients_are_refused() -> None:
+    strategy = PEFTStrategy(AdaLoRA(), base="deepspeed_stage_2")
+    with pytest.raises(PEFTError, match="AdaLoRA reads and changes gradients .* Use another base"):
+        strategy.setup(None)  # type: ignore[arg-type]
+
+
 class TestCalls:
     """What is called, or overridden, in the way in which it is: DeepSpeed and Lightning may change it."""
 

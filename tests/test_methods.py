@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from families import ALL_FAMILIES, build, outputs, randomise
-from modules import Llama, assert_same, loader, trainer
+from modules import Llama, Stop, assert_same, loader, trainer
 from test_inject import assert_same as assert_unchanged
 from test_inject import snapshot
 from torch import Tensor, nn
@@ -89,6 +89,7 @@ REFUSED: dict[tuple[str, str], str] = {
     # Both would hang on the MLP's linear layers, which have no biases.
     **{("bitfit and parallel_adapter", family): "BitFit and ParallelAdapter would both" for family in NO_BIAS_IN_MLP},
     **{(name, "sequential"): "rank of an update of it is at most 4" for name in ("lora", "dora")},
+    ("adalora", "sequential"): "rank of an update of it is at most 8",
     **{(method, family): "decoder-only transformers models" for method in DECODER_ONLY for family in NO_DECODER},
 }
 
@@ -284,7 +285,7 @@ def test_fit_resume_and_merge(name: str, tmp_path: Path) -> None:
 
     def fit(steps: int, folder: str, **options: Any) -> Stepped:
         callback = AdapterCheckpoint(dirpath=tmp_path / folder, save_last=True, every_n_train_steps=1)
-        run = trainer(tmp_path, PEFTStrategy(method), callbacks=[callback], max_steps=steps)
+        run = trainer(tmp_path, PEFTStrategy(method), callbacks=[callback, Stop(steps)], max_steps=4)
         module = Stepped()
         run.fit(module, loader(), **options)
         return module

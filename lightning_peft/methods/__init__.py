@@ -3,6 +3,7 @@
 import pkgutil
 from importlib import import_module
 
+from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.compacter import Compacter
 from lightning_peft.methods.dora import DoRA
@@ -20,6 +21,7 @@ from lightning_peft.methods.vera import VeRA
 
 __all__ = [
     "IA3",
+    "AdaLoRA",
     "BitFit",
     "Compacter",
     "DoRA",
