@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import lightning_peft
 from lightning_peft import (
+    AdaLoRA,
     BitFit,
     LoKr,
     LoRA,
@@ -276,7 +277,10 @@ def logits(module: pl.LightningModule) -> Tensor:
         return module.model.eval()(input_ids=torch.arange(6)[None]).logits  # type: ignore[operator, union-attr]
 
 
-STRATEGY: dict[str, PEFTMethod] = {"bitfit": BitFit(create_missing=True)}
+STRATEGY: dict[str, PEFTMethod] = {
+    "bitfit": BitFit(create_missing=True),
+    "adalora": AdaLoRA(init_r=6, target_r=3, tfinal=1),
+}
 
 
 @pytest.mark.parametrize("name", OURS)
