@@ -351,7 +351,7 @@ class PEFTStrategy(Strategy):
         def closure_and_more() -> Any:
             result = closure()
             scaler = getattr(self.precision_plugin, "scaler", None)
-            before_step(self._module, 1.0)
+            before_step(self._module, 1.0 if scaler is None else scaler.get_scale())
             return result
 
         scheduled = closure_and_more if changes_gradients(self.methods) else closure

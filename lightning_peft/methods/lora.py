@@ -8,14 +8,18 @@ A frozen A: LoRA-FA (Zhang et al., 2023), arXiv:2308.03303, section 3.1.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import nn
 
+from lightning_peft.adapter import Adapter
+from lightning_peft.blocks import shared_inputs
 from lightning_peft.errors import PEFTError
 from lightning_peft.low_rank.embedding import EmbeddingLoRAAdapter
 from lightning_peft.low_rank.linear import Init, LoRAAdapter
+from lightning_peft.low_rank.shared_input import SharedInput
 from lightning_peft.method import PEFTMethod
 from lightning_peft.select import first_match, require_matches, select
 from lightning_peft.weights import features
@@ -96,6 +100,16 @@ class LoRA(PEFTMethod):
     def lr_ratio(self, parameter: str) -> float:
         """Return LoRA+'s ratio for B."""
         return self.loraplus_lr_ratio if parameter == "lora_B" else 1.0
+
+    def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
+        """Make the adapters of ``hosts``; those of layers with one input share its product with their A."""
+        made = super().adapters(model, hosts, seed)
+        for names in shared_inputs(model):
+            members = [adapter for name in names if isinstance(adapter := made.get(name), LoRAAdapter)]
+            shared = SharedInput(*members)
+            for adapter in members:
+                adapter.shared_input = shared
+        return made
 
     def adapter(self, name: str, module: nn.Module, seed: int) -> LoRAAdapter:
         """Make the adapter of the linear layer or embedding ``module``."""
