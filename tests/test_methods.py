@@ -47,6 +47,7 @@ OURS = {n: cls for n, cls in registered_methods().items() if cls.__module__.star
 METHODS: dict[str, PEFTMethod | list[PEFTMethod]] = {
     **{name: cls() for name, cls in OURS.items()},
     "lora with frozen A": LoRA(r=4, freeze_A=True),
+    "lora from the weight": LoRA(r=4, init="pissa"),
     "lokr of two low ranks": LoKr(r=1, decompose_both=True),
     "bitfit with new biases": BitFit(create_missing=True),
     "series_adapter of pfeiffer": SeriesAdapter(preset="pfeiffer", bottleneck=4),

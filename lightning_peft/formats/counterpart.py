@@ -18,6 +18,8 @@ from lightning_peft.method import PEFTMethod
 from lightning_peft.select import named_modules
 
 PREFIX = "base_model.model."
+UNSAID = "lightning_peft"
+"""Key under which :meth:`Counterpart.read` finds what :meth:`Counterpart.unsaid` returned."""
 
 _COUNTERPARTS: list[Counterpart] = []
 
@@ -59,6 +61,10 @@ class Counterpart(ABC):
             hosts: Names of the adapted modules.
             chosen: Names of the parameters that the method itself trains.
         """
+
+    def unsaid(self, method: Any) -> dict[str, Any]:
+        """Return what this package has to know to read the file as ``method``, and HF PEFT has no key for."""
+        return {}
 
     @abstractmethod
     def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:

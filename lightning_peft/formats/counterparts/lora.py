@@ -13,12 +13,14 @@ from torch import nn
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import (
     PREFIX,
+    UNSAID,
     Counterpart,
     Shapes,
     require_numbers,
     targets_for_hf,
     targets_from,
 )
+from lightning_peft.low_rank.principal import is_principal
 from lightning_peft.method import PEFTMethod
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.select import fullmatch, named_modules
@@ -63,9 +65,13 @@ class LoRAInHF(Counterpart):
     peft_type = "LORA"
     parameters: ClassVar[Mapping[str, str]] = {**_LINEAR, **_EMBEDDING}
 
+    def writes(self, method: PEFTMethod) -> bool:
+        """Whether ``method`` starts from zero."""
+        return isinstance(method, LoRA) and not is_principal(method.init)
+
     def reads(self, config: Mapping[str, Any]) -> bool:
         """Tell LoRA and DoRA apart."""
-        return bool(config.get("use_dora", False)) == self.use_dora
+        return bool(config.get("use_dora", False)) == self.use_dora and UNSAID not in config
 
     def parameters_of(self, module: nn.Module, method: Any) -> Mapping[str, str]:
         """Return other names for embeddings."""
