@@ -19,6 +19,7 @@ from lightning_peft import (
     LoHa,
     LoKr,
     LoRA,
+    NewTokens,
     PEFTError,
     PEFTMethod,
     PEFTStrategy,
@@ -34,9 +35,11 @@ TARGETS = {
     "gpt2": ["c_attn", "c_fc"],
     "bert": ["query", "value"],
     "t5": ["q", "wo"],
+    "gemma3": [],
+    "bart": [],
     "llama with embeddings": ["embed_tokens", "k_proj"],
 }
-LINEAR = [family for family in TARGETS if "embeddings" not in family]
+LINEAR = ["llama", "gpt2", "bert", "t5"]
 
 Judge = Callable[[list[str]], peft.PeftConfig]
 Ours = Callable[[list[str]], PEFTMethod]
@@ -44,7 +47,7 @@ METHODS: dict[str, tuple[Ours, Judge, list[str]]] = {
     "dora": (
         lambda targets: DoRA(r=4, alpha=12, target_modules=targets),
         lambda targets: peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets, use_dora=True),
-        list(TARGETS),
+        [*LINEAR, "llama with embeddings"],
     ),
     "vera": (
         lambda targets: VeRA(r=6, target_modules=targets),
@@ -81,6 +84,11 @@ METHODS["adalora"] = (
     lambda targets: AdaLoRA(init_r=5, target_r=3, alpha=12, target_modules=targets),
     lambda targets: peft.AdaLoraConfig(init_r=5, target_r=3, lora_alpha=12, total_step=9, target_modules=targets),
     LINEAR,
+)
+METHODS["new_tokens"] = (
+    lambda targets: NewTokens(token_indices=[7, 3, 49, *range(20, 40)]),
+    lambda targets: peft.TrainableTokensConfig(token_indices=[7, 3, 49, *range(20, 40)]),
+    ["llama", "gpt2", "bert", "t5", "gemma3", "bart"],
 )
 CASES = [(name, family) for name, (_, _, families) in METHODS.items() for family in families]
 

@@ -22,6 +22,7 @@ from lightning_peft import (
     BitFit,
     LoKr,
     LoRA,
+    NewTokens,
     ParallelAdapter,
     PEFTError,
     PEFTMethod,
@@ -46,6 +47,7 @@ OURS = {n: cls for n, cls in registered_methods().items() if cls.__module__.star
 # Every method with its defaults, and variants that behave differently enough to go through all of it.
 METHODS: dict[str, PEFTMethod | list[PEFTMethod]] = {
     **{name: cls() for name, cls in OURS.items()},
+    "new_tokens": NewTokens(token_indices=list(range(3, 50))),
     "lora with frozen A": LoRA(r=4, freeze_A=True),
     "lora from the weight": LoRA(r=4, init="pissa"),
     "lokr of two low ranks": LoKr(r=1, decompose_both=True),
@@ -91,6 +93,10 @@ REFUSED: dict[tuple[str, str], str] = {
     # Both would hang on the MLP's linear layers, which have no biases.
     **{("bitfit and parallel_adapter", family): "BitFit and ParallelAdapter would both" for family in NO_BIAS_IN_MLP},
     **{(name, "sequential"): "rank of an update of it is at most 4" for name in ("lora", "dora")},
+    **{
+        ("new_tokens", family): "no input embedding that is known"
+        for family in ("sequential", "vit", "clip", "torch_encoder", "torch_decoder")
+    },
     ("adalora", "sequential"): "rank of an update of it is at most 8",
     **{(method, family): "decoder-only transformers models" for method in DECODER_ONLY for family in NO_DECODER},
 }
@@ -281,6 +287,7 @@ def logits(module: pl.LightningModule) -> Tensor:
 STRATEGY: dict[str, PEFTMethod] = {
     "bitfit": BitFit(create_missing=True),
     "adalora": AdaLoRA(init_r=6, target_r=3, tfinal=1),
+    "new_tokens": NewTokens(token_indices=list(range(32))),
 }
 
 

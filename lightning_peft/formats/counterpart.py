@@ -92,6 +92,10 @@ class Counterpart(ABC):
             for suffix, parameter in self.parameters_of(modules[host], method).items()
         }
 
+    def repeats(self, root: nn.Module, method: Any, hosts: Iterable[str]) -> dict[str, str]:
+        """Return, as :meth:`names`, further names in the file under which HF PEFT writes a tensor again."""
+        return {}
+
     def owns(self, name: str) -> bool:
         """Whether a tensor in the file is the method's; others belong to modules trained whole."""
         return any(name.endswith(f".{suffix}") for suffix in self.parameters)

@@ -13,6 +13,7 @@ from lightning_peft.methods.layer_norm_tuning import LayerNormTuning
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.new_tokens import NewTokens
 from lightning_peft.methods.parallel_adapter import ParallelAdapter
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
@@ -30,6 +31,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "NewTokens",
     "ParallelAdapter",
     "PrefixTuning",
     "PromptTuning",
