@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import adalora_script
 import lightning.pytorch as pl
 import peft
 import pytest
 import torch
-from adalora_script import METHOD
-from launch import run_script
 from lightning.pytorch.plugins.precision import MixedPrecision
 from modules import Llama, Regression, Stop, assert_same, loader, trainer
 from torch import Tensor, nn
@@ -223,26 +220,6 @@ def test_gradients_that_overflowed_are_not_taken_in() -> None:
             parameter.grad = torch.full_like(parameter, torch.inf)
         adapter.observe(0.9, 0.9)
         assert all(not buffer.any() for name, buffer in adapter.named_buffers() if name != "kept")
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("adalora")
-    adalora_script.run(path, "auto", 1)
-    run_script(adalora_script.__file__, path)
-    return path
-
-
-@pytest.mark.parametrize("base", adalora_script.TESTED)
-def test_processes_take_the_same_ranks_away_as_one(base: str, out: Path) -> None:
-    alone, *ranks = (torch.load(out / f"{tag}.pt") for tag in ("auto-0", f"{base}-0", f"{base}-1"))
-    assert_same(ranks[0], ranks[1])
-    assert alone.keys() == ranks[0].keys()
-    for name, value in alone.items():
-        assert (ranks[0][name] - value).abs().max() <= 1e-6, name
-        assert torch.equal(ranks[0][name] == 0, value == 0), name
-    kept = [value for name, value in alone.items() if name.endswith(".lora_E")]
-    assert sum(int((value != 0).sum()) for value in kept) == METHOD.target_r * len(kept)
 
 
 def test_a_run_without_an_end_or_without_room_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ import lightning_peft
 from lightning_peft import (
     AdaLoRA,
     BitFit,
-    LoKr,
     LoRA,
     NewTokens,
     ParallelAdapter,
@@ -50,7 +49,6 @@ METHODS: dict[str, PEFTMethod | list[PEFTMethod]] = {
     "new_tokens": NewTokens(token_indices=list(range(3, 50))),
     "lora with frozen A": LoRA(r=4, freeze_A=True),
     "lora from the weight": LoRA(r=4, init="pissa"),
-    "lokr of two low ranks": LoKr(r=1, decompose_both=True),
     "bitfit with new biases": BitFit(create_missing=True),
     "series_adapter of pfeiffer": SeriesAdapter(preset="pfeiffer", bottleneck=4),
     "series_adapter before the mlp": SeriesAdapter(preset="llm_adapters", placement=["mlp_input"], bottleneck=4),
