@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_peft import DoRA, LoRA, PEFTError, PEFTStrategy, inject, load_adapter, merge, save_adapter
 from lightning_peft.callbacks import AdapterCheckpoint
+from lightning_peft.cli import main
 from lightning_peft.registry import own_registry
 
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"], "t5": ["q", "wo"]}
@@ -251,3 +252,13 @@ def test_their_files_that_need_another_weight_are_refused(tmp_path: Path) -> Non
     theirs("llama", init_lora_weights="pissa").save_pretrained(tmp_path / "adapter")
     with pytest.raises(PEFTError, match="init_lora_weights='pissa'"):
         load_adapter(build("llama")[0], tmp_path / "adapter")
+
+
+def test_exported_for_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, inputs = trained(ours("llama", "pissa")), build("llama")[1]
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(tmp_path / "adapter"), "--out", str(tmp_path / "served")])
+    assert stop.value.code == 0, capsys.readouterr()
+    read = peft.PeftModel.from_pretrained(build("llama")[0], tmp_path / "served").eval()
+    assert (outputs(read, inputs) - outputs(model, inputs)).abs().max() <= 1e-5

@@ -110,7 +110,7 @@ class AdaLoRA(PEFTMethod):
     """Low-rank updates whose ranks are allocated while they are trained, by how much they matter to the loss.
 
     From step ``tinit`` on, the sum of the ranks falls from ``init_r`` a module to ``target_r`` along a cubic curve,
-    where it arrives ``tfinal`` steps before the end of the run.
+    where it arrives ``tfinal`` steps before the end of the run. The strategy does that, on every base but DeepSpeed.
 
     Args:
         init_r: Rank of every update at the start.
@@ -121,7 +121,8 @@ class AdaLoRA(PEFTMethod):
         beta1: Decay of the average of the sensitivities.
         beta2: Decay of the average of their uncertainties.
         orth_reg_weight: Weight in the loss of what keeps the singular vectors orthogonal: the mean of
-            ‖A Aᵀ - I‖ and ‖Bᵀ B - I‖ over the modules. Its gradient is added before gradients are clipped.
+            ‖A Aᵀ - I‖ and ‖Bᵀ B - I‖ over the modules. Its gradient is added once a step, before the Trainer clips, as
+            if it were part of the loss.
         alpha: The updates are multiplied by ``alpha / (init_r + 1e-5)``, whatever rank is left.
         dropout: Probability with which an element of the adapter's input is zeroed during training.
         target_modules: What to adapt: ``all-linear`` (every linear layer but the output head), ``attention``,
