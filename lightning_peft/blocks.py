@@ -60,10 +60,12 @@ def find_blocks(
         layers: Layers to stay in: indices, or a slice such as ``"8:16"``.
 
     Raises:
-        PEFTError: There is none of one of the kinds, or no such layer.
+        PEFTError: There is none of one of the kinds, an MLP of which the form is unknown, or no such layer.
     """
     modules = named_modules(model)
     blocks = _every_block(model, modules)
+    if "mlp" in kinds:
+        _refuse_unknown_mlp(model, modules, blocks, layers)
     for kind in kinds:
         if not any(block.kind == kind for block in blocks):
             raise PEFTError(
@@ -159,6 +161,26 @@ def _experts(modules: Mapping[str, nn.Module]) -> set[str]:
         if sum(p is not None and p.dim() == 3 for p in module._parameters.values()) > 1
         or (isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] == "experts")
     }
+
+
+def _refuse_unknown_mlp(
+    model: nn.Module, modules: Mapping[str, nn.Module], blocks: Sequence[Block], layers: str | Sequence[int] | None
+) -> None:
+    """Raise :class:`PEFTError` if a layer has matrices beside attention, but no linear layers or experts with them."""
+    attention = {block.last: block.layer for block in blocks if block.kind == "attention"}
+    with_mlp = {block.layer for block in blocks if block.kind == "mlp"}
+    without = {attention[last] for last in in_layers(model, attention, layers)} - with_mlp
+    roots = _attention_roots(modules) if without else []
+    for name, module in modules.items():
+        shapes = [list(p.shape) for p in module._parameters.values() if p is not None and p.dim() > 1]
+        layer = next((layer for layer in without if _inside(name, layer)), None)
+        if shapes and layer is not None and not is_linear(module) and not any(_inside(name, r) for r in roots):
+            raise PEFTError(
+                f"The MLP of {layer!r} has a form that is not known: {name!r} is a {type(module).__name__} with "
+                f"parameters of shape {', '.join(map(str, shapes))}; linear layers, a list of experts, or experts in "
+                "several 3-D parameters of one module were expected. Name modules to adapt in target_modules, or leave "
+                "the layer out with layers."
+            )
 
 
 def _layer_of(root: str, roots: Sequence[str], others: set[str]) -> str:

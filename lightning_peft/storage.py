@@ -29,8 +29,9 @@ from lightning_peft.formats.files import (
 )
 from lightning_peft.formats.pieces import joined, take, whole_of
 from lightning_peft.inject import inject, refuse_merged
+from lightning_peft.inner_models import is_lightning_module
 from lightning_peft.method import PEFTMethod
-from lightning_peft.parts import is_lightning_module, parts_of
+from lightning_peft.parts import parts_of
 from lightning_peft.prepare import prepared_shapes
 from lightning_peft.registry import registries, required
 from lightning_peft.select import transformers_models

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import methods_script
+import deltas_script
 import pytest
 import torch
 from launch import run_script
@@ -14,13 +14,13 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("methods")
-    methods_script.run(path, "auto", 1)
-    run_script(methods_script.__file__, path)
+    deltas_script.run(path, "auto", 1)
+    run_script(deltas_script.__file__, path)
     return path
 
 
-@pytest.mark.parametrize("base", methods_script.TESTED)
-@pytest.mark.parametrize("name", methods_script.METHODS)
+@pytest.mark.parametrize("base", deltas_script.TESTED)
+@pytest.mark.parametrize("name", deltas_script.METHODS)
 def test_two_processes_learn_what_one_does(name: str, base: str, out: Path) -> None:
     alone, *ranks = (torch.load(out / f"{name}-{tag}.pt") for tag in ("auto-0", f"{base}-0", f"{base}-1"))
     assert_same(ranks[0], ranks[1])
@@ -30,7 +30,7 @@ def test_two_processes_learn_what_one_does(name: str, base: str, out: Path) -> N
         assert torch.equal(ranks[0][key] == 0, value == 0), key
 
 
-@pytest.mark.parametrize("base", methods_script.TESTED)
+@pytest.mark.parametrize("base", deltas_script.TESTED)
 def test_two_processes_take_ranks_away(base: str, out: Path) -> None:
     kept = [v for key, v in torch.load(out / f"adalora-{base}-0.pt").items() if key.endswith(".lora_E")]
     assert len(kept) == 2
