@@ -38,6 +38,8 @@ class Adapter(nn.Module):
     """Whether :meth:`fold` gives a bias to a host without one."""
     by_row: bool = True
     """Whether it acts on each row of a batch by itself, and of the arguments looks at the hidden state alone."""
+    follows_ties: bool = False
+    """Whether all modules with the host's weight have such an adapter, of the same effect: merging keeps the tie."""
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
     """Which dimension of a parameter runs over the host's ``"in"`` or ``"out"`` features, for hosts that are split."""
 

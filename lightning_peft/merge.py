@@ -89,10 +89,14 @@ def merge(
     if gathered is nullcontext:
         _refuse_pieces(todo)
     losses: dict[str, float] = {}
+    written: dict[int, dict[str, Any]] = {}
     for name, host, slot, adapter in todo:
-        if slot.merged is None:
-            untie = id(weight_of(host)) in shared
+        if slot.merged is None and adapter.follows_ties and id(weight_of(host)) in written:
+            slot.merged = written[id(weight_of(host))]
+        elif slot.merged is None:
+            untie = id(weight_of(host)) in shared and not adapter.follows_ties
             losses[name], slot.merged = _merge_host(host, adapter, untie, gathered, keep=not unload)
+            written[id(weight_of(host))] = slot.merged
             if untie:
                 slot.merged["tied"] = _declare_untied(model)
     if unload:
@@ -143,8 +147,8 @@ def refuse_ties(model: nn.Module) -> None:
     shared = _shared_weights(model)
     for name, host, slot in slots(unwrap(model)):
         weight = host._parameters.get("weight")
-        mergeable = isinstance(slot.active_adapter, Adapter) and slot.active_adapter.mergeable
-        if mergeable and id(weight) in shared:
+        adapter = slot.active_adapter
+        if adapter is not None and adapter.mergeable and not adapter.follows_ties and id(weight) in shared:
             raise PEFTError(
                 f"{name!r} is adapted and shares its weight with another module. A sharded weight cannot be untied to "
                 "merge the adapter: leave the module out with exclude_modules, or set merge_on_train_end=False."

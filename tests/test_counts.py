@@ -10,8 +10,10 @@ import transformers as t
 from torch import nn
 
 from lightning_peft import (
+    AdaLoRA,
     BitFit,
     FullFinetuning,
+    LoKr,
     LoRA,
     ParallelAdapter,
     PEFTMethod,
@@ -165,6 +167,8 @@ ROWS = [
         247_463_936,
     ),
     Row("LLaMA-7B", PrefixTuning(num_virtual_tokens=10), 2_621_440),
+    Row("LLaMA-7B", LoKr(r=8, target_modules=["q_proj", "v_proj"]), 327_680),
+    Row("LLaMA-7B", AdaLoRA(init_r=12, target_modules=["q_proj", "v_proj"]), 6_292_224),
     Row("MiniLM", LoRA(r=8, target_modules=["query", "value"]), 73_728),
     Row("MiniLM", houlsby(16, norms=True), 161_472),
     Row("MiniLM", BitFit(), 25_728),

@@ -1,5 +1,6 @@
 """Methods that change weights, against HF PEFT (files both ways, outputs, gradients, merged weights) and formulas."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
 from lightning_peft import (
+    AdaLoRA,
     DoRA,
     LoHa,
+    LoKr,
     LoRA,
+    NewTokens,
     PEFTError,
     PEFTMethod,
     PEFTStrategy,
@@ -32,9 +36,11 @@ TARGETS = {
     "gpt2": ["c_attn", "c_fc"],
     "bert": ["query", "value"],
     "t5": ["q", "wo"],
+    "gemma3": [],
+    "bart": [],
     "llama with embeddings": ["embed_tokens", "k_proj"],
 }
-LINEAR = [family for family in TARGETS if "embeddings" not in family]
+LINEAR = ["llama", "gpt2", "bert", "t5"]
 
 Judge = Callable[[list[str]], peft.PeftConfig]
 Ours = Callable[[list[str]], PEFTMethod]
@@ -42,7 +48,7 @@ METHODS: dict[str, tuple[Ours, Judge, list[str]]] = {
     "dora": (
         lambda targets: DoRA(r=4, alpha=12, target_modules=targets),
         lambda targets: peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets, use_dora=True),
-        list(TARGETS),
+        [*LINEAR, "llama with embeddings"],
     ),
     "vera": (
         lambda targets: VeRA(r=6, target_modules=targets),
@@ -59,7 +65,32 @@ METHODS: dict[str, tuple[Ours, Judge, list[str]]] = {
         lambda targets: peft.LoHaConfig(r=3, alpha=9, target_modules=targets),
         ["llama", "bert", "t5"],
     ),
+    **{
+        f"lokr {options}": (
+            lambda targets, options=options: LoKr(target_modules=targets, alpha=9, **options),
+            lambda targets, options=options: peft.LoKrConfig(target_modules=targets, alpha=9, **options),
+            ["llama", "bert", "t5"],
+        )
+        # Both factors whole; one or both of low rank; a factor that divides nothing.
+        for options in (
+            {"r": 4},
+            {"r": 2},
+            {"r": 1, "decompose_both": True},
+            {"r": 2, "decompose_factor": 4},
+            {"r": 1, "decompose_factor": 3, "decompose_both": True},
+        )
+    },
 }
+METHODS["adalora"] = (
+    lambda targets: AdaLoRA(init_r=5, target_r=3, alpha=12, target_modules=targets),
+    lambda targets: peft.AdaLoraConfig(init_r=5, target_r=3, lora_alpha=12, total_step=9, target_modules=targets),
+    LINEAR,
+)
+METHODS["new_tokens"] = (
+    lambda targets: NewTokens(token_indices=[7, 3, 49, *range(20, 40)]),
+    lambda targets: peft.TrainableTokensConfig(token_indices=[7, 3, 49, *range(20, 40)]),
+    ["llama", "gpt2", "bert", "t5", "gemma3", "bart"],
+)
 CASES = [(name, family) for name, (_, _, families) in METHODS.items() for family in families]
 
 
@@ -72,9 +103,13 @@ def shift(model: nn.Module) -> None:
     """Move what is trained away from its start, without which norms and products of zeros are all the same."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for parameter in trained(model):
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    # With another dtype than float32, HF PEFT makes the divisor of AdaLoRA's scale trainable.
+    return [p for name, p in model.named_parameters() if p.requires_grad and "ranknum" not in name]
 
 
 def loaded_by_judge(family: str, path: Path) -> nn.Module:
@@ -96,7 +131,7 @@ def test_our_files_in_peft(name: str, family: str, tmp_path: Path) -> None:
 
     expected.square().sum().backward()
     outputs(judge, inputs).square().sum().backward()
-    theirs = sorted((p.grad for p in judge.parameters() if p.grad is not None), key=_order)
+    theirs = sorted((p.grad for p in trained(judge) if p.grad is not None), key=_order)
     ours = sorted((p.grad for p in model.parameters() if p.grad is not None), key=_order)
     assert len(theirs) == len(ours) > 0
     for a, b in zip(ours, theirs, strict=True):
@@ -304,8 +339,7 @@ def test_lora_fa_trains_all_but_a(kind: type[LoRA], tmp_path: Path) -> None:
     result.square().sum().backward()
     outputs(judge, inputs).square().sum().backward()
     assert (outputs(judge, inputs) - result).abs().max() <= 1e-9
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert not any(name.endswith("lora_A") for name in trained)
+    assert not any(n.endswith("lora_A") for n, p in model.named_parameters() if p.requires_grad)
     for host in hosts:
         wrapped = judge.get_submodule(f"base_model.model.{host}")
         gradient = model.get_submodule(host).peft["default"].lora_B.grad
@@ -339,6 +373,56 @@ def test_loha_is_its_equation() -> None:
 def test_loha_refuses(options: dict[str, Any]) -> None:
     with pytest.raises(PEFTError, match=f"LoHa: {next(iter(options))}="):
         LoHa(**options)
+
+
+def test_lokr_is_its_equation() -> None:
+    """The Kronecker product, element by element: 6 inputs are 2 times 3, or with a factor of 3 the reverse."""
+    for options, first, second in (
+        ({"r": 1}, (2, 2), (4, 3)),
+        ({"r": 1, "decompose_factor": 3}, (2, 3), (4, 2)),
+        ({"r": 9}, (2, 2), (4, 3)),
+    ):
+        model, x = one_layer()
+        inject(model, LoKr(alpha=6, **options))
+        assert torch.equal(model(x), one_layer()[0](x))
+        shift(model)
+        found = tensors(model)
+        w1 = found["lokr_w1"]
+        w2 = (
+            found["lokr_w2"] if options["r"] == 9 else torch.einsum("kr,rn->kn", found["lokr_w2_a"], found["lokr_w2_b"])
+        )
+        assert (w1.shape, w2.shape) == (first, second)
+        weight = model[0].weight.clone()
+        for row in range(8):
+            for column in range(6):
+                change = w1[row // second[0], column // second[1]] * w2[row % second[0], column % second[1]]
+                weight[row, column] += 6 / options["r"] * change
+        expected = torch.einsum("bi,oi->bo", x, weight) + model[0].bias
+        assert (model(x) - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "options", [{"r": 0}, {"r": True}, {"alpha": 0.0}, {"alpha": float("nan")}, {"decompose_factor": 0}]
+)
+def test_lokr_refuses(options: dict[str, Any]) -> None:
+    with pytest.raises(PEFTError, match=f"LoKr: {next(iter(options))}="):
+        LoKr(**options)
+
+
+def test_damaged_lokr_files_are_refused(tmp_path: Path) -> None:
+    """A rank that makes other tensors than the file holds; patterns, which have no place here."""
+    options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    for change, message in (
+        ({"r": 9}, r"has lokr_w1, lokr_w2_a, lokr_w2_b alone; lokr_w1, lokr_w2 were expected"),
+        ({"decompose_both": "yes"}, "decompose_both='yes'; true or false was expected"),
+        ({"decompose_factor": 0}, "decompose_factor=0 was given"),
+        ({"rank_pattern": {"v_proj": 1}}, r"rank_pattern=.*which LoKr has not here"),
+    ):
+        peft.get_peft_model(base("llama")[0], peft.LoKrConfig(**options)).save_pretrained(tmp_path / "adapter")
+        file = tmp_path / "adapter" / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+        with pytest.raises(PEFTError, match=message):
+            load_adapter(base("llama")[0], tmp_path / "adapter")
 
 
 def test_loha_files_with_patterns_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import pkgutil
 from importlib import import_module
 
+from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.compacter import Compacter
 from lightning_peft.methods.dora import DoRA
@@ -10,7 +11,9 @@ from lightning_peft.methods.full_finetuning import FullFinetuning
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.layer_norm_tuning import LayerNormTuning
 from lightning_peft.methods.loha import LoHa
+from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.new_tokens import NewTokens
 from lightning_peft.methods.parallel_adapter import ParallelAdapter
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
@@ -19,13 +22,16 @@ from lightning_peft.methods.vera import VeRA
 
 __all__ = [
     "IA3",
+    "AdaLoRA",
     "BitFit",
     "Compacter",
     "DoRA",
     "FullFinetuning",
     "LayerNormTuning",
     "LoHa",
+    "LoKr",
     "LoRA",
+    "NewTokens",
     "ParallelAdapter",
     "PrefixTuning",
     "PromptTuning",

@@ -2,7 +2,7 @@
 
 rsLoRA's scale: A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA (Kalajdzievski, 2023),
 arXiv:2312.03732, section 3. Another learning rate for B: LoRA+ (Hayou et al., 2024), arXiv:2402.12354, section 4.
-A frozen A: LoRA-FA (Zhang et al., 2023), arXiv:2308.03303, section 3.1.
+A frozen A: LoRA-FA (Zhang et al., 2023), arXiv:2308.03303, section 3.1. Starts in the weight: `low_rank/principal.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from lightning_peft.adapter import Adapter
 from lightning_peft.blocks import shared_inputs
 from lightning_peft.errors import PEFTError
 from lightning_peft.low_rank.embedding import EmbeddingLoRAAdapter
-from lightning_peft.low_rank.linear import Init, LoRAAdapter
+from lightning_peft.low_rank.linear import LoRAAdapter
+from lightning_peft.low_rank.principal import PrincipalAdapter, is_principal
 from lightning_peft.low_rank.shared_input import SharedInput
 from lightning_peft.method import PEFTMethod
 from lightning_peft.select import first_match, require_matches, select
@@ -42,7 +43,9 @@ class LoRA(PEFTMethod):
         use_rslora: Multiply by ``alpha / sqrt(r)`` instead.
         loraplus_lr_ratio: The learning rate of B is the optimizer's, multiplied by this (LoRA+).
         freeze_A: Train B alone, which keeps ``[..., r]`` of each input for the backward pass instead of all (LoRA-FA).
-        init: How A is drawn: ``kaiming`` as in the paper's code, or ``gaussian`` as in its text. B is zero.
+        init: How A is drawn: ``kaiming`` as in the paper's code, or ``gaussian`` as in its text. B is zero. Or where A
+            and B start in the weight: ``pissa``, at its largest singular values (``pissa_niter_16``: found faster, by
+            as many iterations), or ``olora``, at its QR decomposition.
     """
 
     name: ClassVar[str] = "lora"
@@ -63,7 +66,7 @@ class LoRA(PEFTMethod):
     use_rslora: bool = False
     loraplus_lr_ratio: float = 1.0
     freeze_A: bool = False
-    init: Init = "kaiming"
+    init: str = "kaiming"
 
     def __post_init__(self) -> None:
         me = type(self).__name__
@@ -81,8 +84,9 @@ class LoRA(PEFTMethod):
         ratio = self.loraplus_lr_ratio
         if not (isinstance(ratio, int | float) and math.isfinite(ratio) and ratio > 0):
             raise PEFTError(f"{me}: loraplus_lr_ratio={ratio!r} was given; it is a positive number.")
-        if self.init not in ("kaiming", "gaussian"):
-            raise PEFTError(f"{me}: init={self.init!r} was given; it is 'kaiming' or 'gaussian'.")
+        from_weight = ", 'pissa', 'pissa_niter_N' or 'olora'" if self.kinds is LoRA.kinds else ""
+        if self.init not in ("kaiming", "gaussian") and not (from_weight and is_principal(str(self.init))):
+            raise PEFTError(f"{me}: init={self.init!r} was given; it is 'kaiming', 'gaussian'{from_weight}.")
 
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the linear layers and embeddings that ``target_modules`` names."""
@@ -128,11 +132,15 @@ class LoRA(PEFTMethod):
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         if isinstance(module, nn.Embedding) and self.freeze_A:
             raise PEFTError(f"{me}: freeze_A was given, but A of the embedding {name!r} starts at zero. Exclude it.")
-        kind = next(kind for kind in self.kinds if kind.serves(module))
+        kind = next(kind for kind in self._kinds if kind.serves(module))
         adapter = kind(module, r, scale, self.dropout, self.init, seed, name)
         if self.freeze_A:
             adapter.freeze_A()
         return adapter
 
     def _adaptable(self, module: nn.Module) -> bool:
-        return any(kind.serves(module) for kind in self.kinds)
+        return any(kind.serves(module) for kind in self._kinds)
+
+    @property
+    def _kinds(self) -> tuple[type[LoRAAdapter], ...]:
+        return (PrincipalAdapter,) if is_principal(self.init) else self.kinds
