@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -23,17 +24,25 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def is_conv(module: nn.Module) -> bool:
+    """Whether ``module`` is a convolution in one to three dimensions, which is no transposed one."""
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Whether the weight is stored ``[in, out]`` (Conv1D; an embedding is ``[tokens, dim]``)."""
     return isinstance(module, nn.Embedding) or is_conv1d(module)
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """Return ``(in, out)``; for an embedding ``(number of tokens, dimension)``."""
+    """Return ``(in, out)``; for an embedding ``(number of tokens, dimension)``.
+
+    What a convolution gets for one output are the channels of its group at each place of its kernel.
+    """
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    rows, columns = full_shape(weight_of(module))
-    return rows, columns
+    first, *rest = full_shape(weight_of(module))
+    return (math.prod(rest), first) if is_conv(module) else (first, rest[0])
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:
@@ -61,7 +70,7 @@ def tensor_options(module: nn.Module) -> dict[str, Any]:
 def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
     """Return ``stored``, laid out as the module's weight, as ``[out, in]`` in at least float32, uncopied if it is."""
     wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
-    return wide.T if is_transposed(module) else wide
+    return wide.T if is_transposed(module) else wide.flatten(1)
 
 
 def read_matrix(module: nn.Module) -> Tensor:
@@ -71,4 +80,5 @@ def read_matrix(module: nn.Module) -> Tensor:
 
 def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
     """Return ``matrix`` ``[out, in]`` in the layout and dtype in which the module stores its weight."""
-    return (matrix.T if is_transposed(module) else matrix).to(weight_of(module).dtype)
+    matrix = matrix.T if is_transposed(module) else matrix.view(full_shape(weight_of(module)))
+    return matrix.to(weight_of(module).dtype)

@@ -25,6 +25,12 @@ class DoRAAdapter(LoRAAdapter):
         self._start = self._norms(host)
         self.lora_magnitude_vector = nn.Parameter(self._start.to(self.lora_B).clone())
 
+    @staticmethod
+    def shapes(host: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A, B and the magnitudes."""
+        shapes = LoRAAdapter.shapes(host, r)
+        return {**shapes, "lora_magnitude_vector": shapes["lora_B"][:1]}
+
     def reset_parameters(self) -> None:
         """Set B A to zero and the magnitudes to the norms of the weight, which then is unchanged."""
         super().reset_parameters()

@@ -14,16 +14,16 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_peft.errors import PEFTError
+from lightning_peft.low_rank.conv import ConvLoRAAdapter
 from lightning_peft.low_rank.embedding import EmbeddingLoRAAdapter
 from lightning_peft.low_rank.linear import Init, LoRAAdapter
 from lightning_peft.method import PEFTMethod
 from lightning_peft.select import first_match, require_matches, select
-from lightning_peft.weights import features
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(PEFTMethod):
-    """Low-rank updates of linear layers and embeddings.
+    """Low-rank updates of linear layers, embeddings and convolutions.
 
     Args:
         r: Rank of the update.
@@ -42,10 +42,10 @@ class LoRA(PEFTMethod):
     """
 
     name: ClassVar[str] = "lora"
-    hosts: ClassVar[str] = "linear layers, Conv1D, embeddings"
+    hosts: ClassVar[str] = "linear layers, Conv1D, embeddings, convolutions"
     count: ClassVar[str] = "Σ r (in + out)"
     free: ClassVar[frozenset[str]] = PEFTMethod.free | {"loraplus_lr_ratio", "freeze_A"}
-    kinds: ClassVar[tuple[type[LoRAAdapter], ...]] = (LoRAAdapter, EmbeddingLoRAAdapter)
+    kinds: ClassVar[tuple[type[LoRAAdapter], ...]] = (LoRAAdapter, EmbeddingLoRAAdapter, ConvLoRAAdapter)
     """The adapters that it makes, one for each kind of module."""
 
     r: int = 8
@@ -81,7 +81,7 @@ class LoRA(PEFTMethod):
             raise PEFTError(f"{me}: init={self.init!r} was given; it is 'kaiming' or 'gaussian'.")
 
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Return the linear layers and embeddings that ``target_modules`` names."""
+        """Return the modules that ``target_modules`` names."""
         hosts = select(
             model, self.target_modules, adaptable=self._adaptable, exclude=self.exclude_modules, layers=self.layers
         )
@@ -98,23 +98,19 @@ class LoRA(PEFTMethod):
         return self.loraplus_lr_ratio if parameter == "lora_B" else 1.0
 
     def adapter(self, name: str, module: nn.Module, seed: int) -> LoRAAdapter:
-        """Make the adapter of the linear layer or embedding ``module``."""
+        """Make the adapter of ``module``."""
         me, (r, alpha) = type(self).__name__, self.rank_and_alpha(name)
-        d_in, d_out = features(module)
+        kind = next(kind for kind in self.kinds if kind.serves(module))
+        shapes = kind.shapes(module, r)
+        d_in, d_out = math.prod(shapes["lora_A"][1:]), shapes["lora_B"][0]
         if r > min(d_in, d_out):
             raise PEFTError(
                 f"{me}: r={r} was given, but {name!r} is {d_in} → {d_out}: the rank of an update of it is at most "
                 f"{min(d_in, d_out)}. Take a smaller r, set rank_pattern={{{name!r}: …}}, or exclude the module."
             )
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
-            raise PEFTError(
-                f"{me}: {name!r} is an embedding with max_norm={module.max_norm}, which rewrites its weight while it "
-                "is read. Exclude it."
-            )
+        if refusal := kind.refusal(module, r, self.dropout, self.freeze_A):
+            raise PEFTError(f"{me}: {name!r} cannot be adapted: {refusal}. Exclude it.")
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-        if isinstance(module, nn.Embedding) and self.freeze_A:
-            raise PEFTError(f"{me}: freeze_A was given, but A of the embedding {name!r} starts at zero. Exclude it.")
-        kind = next(kind for kind in self.kinds if kind.serves(module))
         adapter = kind(module, r, scale, self.dropout, self.init, seed, name)
         if self.freeze_A:
             adapter.freeze_A()

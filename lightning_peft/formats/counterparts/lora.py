@@ -15,7 +15,7 @@ from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, targ
 from lightning_peft.method import PEFTMethod
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.select import fullmatch, named_modules
-from lightning_peft.weights import features, is_conv1d, is_linear
+from lightning_peft.weights import is_conv1d
 
 _LINEAR = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
 _EMBEDDING = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
@@ -105,19 +105,19 @@ class LoRAInHF(Counterpart):
         )
 
     def _check_shapes(self, host: str, module: nn.Module, r: int, shapes: Shapes, source: str) -> None:
-        if not (is_linear(module) or isinstance(module, nn.Embedding)):
+        kind = next((kind for kind in self.method.kinds if kind.serves(module)), None)
+        if kind is None:
             raise PEFTError(
                 f"{source} adapts {host!r}, which is a {type(module).__name__} here. Load its own base model."
             )
-        d_in, d_out = features(module)
-        expected_of = {"lora_A": (r, d_in), "lora_B": (d_out, r), "lora_magnitude_vector": (d_out,)}
+        shapes_here = kind.shapes(module, r)
         for suffix, parameter in self.parameters_of(module).items():
-            expected = expected_of[parameter]
+            expected = shapes_here[parameter]
             given = shapes.get(f"{PREFIX}{host}.{suffix}")
             if given != expected:
                 raise PEFTError(
                     f"{source}: {host}.{suffix} has the shape {given}; rank {r} of its configuration and this model's "
-                    f"{d_in} → {d_out} layer make {expected}. It belongs to another base model, or is damaged."
+                    f"{type(module).__name__} make {expected}. It belongs to another base model, or is damaged."
                 )
 
 
@@ -146,6 +146,8 @@ def read_low_rank(
         r = _pattern(config, "rank_pattern", "r", host, source)
         alpha = _pattern(config, "alpha_pattern", "lora_alpha", host, source)
         a, b = (f"{PREFIX}{host}.{kind}" for kind in (_LINEAR if kinds == {*_LINEAR} else _EMBEDDING))
+        if len(shapes[a]) > 2:
+            raise PEFTError(f"{source} adapts {host!r}, a convolution: servers for LoRA take linear layers only.")
         if len(shapes[a]) != 2 or len(shapes[b]) != 2 or not shapes[a][0] == shapes[b][1] == r or r < 1:
             raise PEFTError(
                 f"{source}: A and B of {host!r} have the shapes {shapes[a]} and {shapes[b]}; the rank {r} of "

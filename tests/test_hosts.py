@@ -1,0 +1,186 @@
+"""LoRA beside modules that are no linear layers: HF PEFT and formulas as judges."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from families import build, randomise
+from safetensors.torch import load_file
+from test_inject import assert_same as assert_unchanged
+from test_inject import snapshot
+from torch import Tensor, nn
+
+from lightning_peft import LoRA, PEFTError, eject, inject, load_adapter, merge, save_adapter, unmerge
+from lightning_peft.formats.serving import serving_copy
+
+Build = Callable[[], nn.Module]
+
+
+def seeded(make: Build) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().double().eval()
+
+
+def assert_both_ways(make: Build, call: Callable[[nn.Module], Tensor], method: LoRA, folder: Path) -> None:
+    """Same outputs and gradients as HF PEFT with the same weights: from our file and from the one it writes of it."""
+    model = seeded(make)
+    inject(model, method)
+    randomise(model)
+    save_adapter(model, folder / "ours")
+    judge = peft.PeftModel.from_pretrained(
+        seeded(make), folder / "ours", is_trainable=True, autocast_adapter_dtype=False
+    ).eval()
+    expected = call(judge)
+    assert (expected - call(seeded(make))).abs().max() > 1e-3
+    assert (call(model) - expected).abs().max() <= 1e-9
+
+    for each in (model, judge):
+        call(each).square().sum().backward()
+    theirs = {name.replace(".default", ""): p.grad for name, p in judge.named_parameters() if p.requires_grad}
+    ours = [p.grad for p in model.parameters() if p.requires_grad]
+    assert len(ours) == len(theirs) > 0
+    for gradient in ours:
+        near = [g for g in theirs.values() if g is not None and gradient is not None and g.shape == gradient.shape]
+        assert gradient is not None
+        assert gradient.abs().max() > 0
+        assert min((gradient - other).abs().max() / other.abs().max() for other in near) <= 1e-9
+
+    judge.save_pretrained(folder / "theirs")
+    loaded = seeded(make)
+    load_adapter(loaded, folder / "theirs")
+    assert (call(loaded) - expected).abs().max() <= 1e-9
+
+
+def assert_merges(make: Build, call: Callable[[nn.Module], Tensor], method: LoRA) -> None:
+    """Outputs at the start, merged, unmerged and ejected."""
+    model = seeded(make)
+    before, base = snapshot(model), call(model)
+    inject(model, method)
+    assert torch.equal(call(model), base)
+    randomise(model)
+    tuned = call(model)
+    report = merge(model)
+    assert not report.kept
+    assert (call(model) - tuned).abs().max() <= 1e-9
+    unmerge(model)
+    assert torch.equal(call(model), tuned)
+    merge(model)
+    eject(model)
+    assert torch.equal(call(model), base)
+    assert_unchanged(model, before)
+    inject(model, method)
+    randomise(model)
+    merge(model, unload=True)
+    assert not any(".peft." in name for name in model.state_dict())
+    assert (call(model) - tuned).abs().max() <= 1e-9
+
+
+CONVOLUTIONS: dict[str, Build] = {
+    "1x1": lambda: nn.Conv2d(8, 12, 1),
+    "kernel, stride, padding": lambda: nn.Conv2d(8, 12, (3, 2), stride=(2, 1), padding=(1, 0), bias=False),
+    "same": lambda: nn.Conv2d(8, 12, 4, padding="same"),
+    "one dimension": lambda: nn.Conv1d(8, 12, 3, stride=2, padding=1),
+    "one dimension, 1": lambda: nn.Conv1d(8, 12, 1),
+    "three dimensions": lambda: nn.Conv3d(8, 12, 2),
+}
+GROUPED: dict[str, Build] = {
+    "groups": lambda: nn.Conv2d(8, 12, 3, groups=4),
+    "depthwise": lambda: nn.Conv1d(8, 8, 3, groups=8, padding=1),
+}
+# HF PEFT gives A neither the dilation nor the padding mode: the first fails there, the second deviates at the borders.
+OURS_ALONE: dict[str, Build] = {
+    "dilation": lambda: nn.Conv2d(8, 12, 3, padding=2, dilation=2),
+    "reflected": lambda: nn.Conv2d(8, 12, 3, padding=(1, 2), padding_mode="reflect"),
+    "circular, same": lambda: nn.Conv1d(8, 12, 4, padding="same", dilation=2, padding_mode="circular"),
+}
+
+
+def convolution(layer: Build) -> tuple[Build, Callable[[nn.Module], Tensor]]:
+    dims = len(layer().kernel_size)  # type: ignore[arg-type]
+    shape = {1: (7,), 2: (7, 6), 3: (4, 5, 3)}[dims]
+    x = torch.randn(2, 8, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return lambda: nn.Sequential(nn.Identity(), layer(), nn.Tanh()), lambda model: model(x)
+
+
+@pytest.mark.parametrize("name", [*CONVOLUTIONS, *GROUPED])
+def test_convolutions_as_in_peft(name: str, tmp_path: Path) -> None:
+    make, call = convolution({**CONVOLUTIONS, **GROUPED}[name])
+    assert_both_ways(make, call, LoRA(r=8, alpha=4, target_modules="1"), tmp_path)
+
+
+@pytest.mark.parametrize("name", [*CONVOLUTIONS, *OURS_ALONE])
+def test_convolutions_merge(name: str) -> None:
+    make, call = convolution({**CONVOLUTIONS, **OURS_ALONE}[name])
+    assert_merges(make, call, LoRA(r=4, target_modules="1"))
+
+
+# HF PEFT squeezes dimensions that a kernel of one place in one dimension does not have.
+@pytest.mark.parametrize("name", [name for name in CONVOLUTIONS if name != "one dimension, 1"])
+def test_merged_convolutions_are_theirs(name: str, tmp_path: Path) -> None:
+    make = convolution(CONVOLUTIONS[name])[0]
+    model = seeded(make)
+    inject(model, LoRA(r=4, target_modules="1"))
+    randomise(model)
+    save_adapter(model, tmp_path / "adapter")
+    judge = peft.PeftModel.from_pretrained(seeded(make), tmp_path / "adapter", autocast_adapter_dtype=False)
+    merge(model, unload=True)
+    expected = judge.merge_and_unload().state_dict()
+    for key, tensor in model.state_dict().items():
+        assert (tensor - expected[key]).abs().max() <= 1e-9, key
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_grouped_convolutions_stay_attached(name: str) -> None:
+    make, call = convolution(GROUPED[name])
+    model = seeded(make)
+    base = call(model)
+    inject(model, LoRA(r=8, target_modules="1"))
+    assert torch.equal(call(model), base)
+    randomise(model)
+    tuned = call(model)
+    assert merge(model).kept == ("1",)
+    assert torch.equal(call(model), tuned)
+    with pytest.raises(PEFTError, match="cannot be merged"):
+        merge(model, unload=True)
+
+
+def test_servers_take_no_convolutions(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 12, 3))
+    inject(model, LoRA(r=4, target_modules="0"))
+    save_adapter(model, tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    with pytest.raises(PEFTError, match="'0', a convolution: servers"):
+        serving_copy(config, tensors, "It")
+
+
+def test_groups_that_cannot_share_the_rank() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 12, 3, groups=4))
+    with pytest.raises(PEFTError, match="'0' cannot be adapted: its 4 groups cannot share the rank 6"):
+        inject(model, LoRA(r=6, target_modules="0"))
+    assert inject(model, LoRA(r=6, target_modules="0", rank_pattern={"0": 4})) == ["0"]
+
+
+def test_a_rank_above_that_of_a_convolution() -> None:
+    with pytest.raises(PEFTError, match="'0' is 27 → 5: the rank of an update of it is at most 5"):
+        inject(nn.Sequential(nn.Conv2d(3, 5, 3)), LoRA(r=6, target_modules="0"))
+
+
+def test_a_convolution_in_a_transformers_model(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return build("vit")[0]
+
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def call(model: nn.Module) -> Any:
+        return model(pixel_values=pixels).logits
+
+    target = next(name for name, module in make().named_modules() if isinstance(module, nn.Conv2d))
+    method = LoRA(r=4, target_modules=[target, "attention"])
+    assert_both_ways(make, call, method, tmp_path)
+    assert_merges(make, call, method)
