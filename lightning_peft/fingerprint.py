@@ -111,7 +111,7 @@ def _samples(
     for name in chosen:
         slot = adapted.get(name)
         present = getattr(modules.get(name), "weight", None)
-        weight = trained.get(id(present), slot.merged["weight"] if slot and slot.merged else present)
+        weight = trained.get(id(present), slot.merged.get("weight", present) if slot and slot.merged else present)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or not full_shape(weight).numel():
             continue
         if weight.is_meta or ((isinstance(weight, DTensor) or in_zero_pieces(weight)) and not gather):

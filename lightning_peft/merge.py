@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,11 +14,12 @@ from torch.distributed.tensor import DTensor
 
 from lightning_peft.adapter import Adapter, Slot, slots, unwrap
 from lightning_peft.errors import PEFTError
+from lightning_peft.fold import fold_into, restore, weight_names
 from lightning_peft.inject import remove
 from lightning_peft.registry import required
 from lightning_peft.select import transformers_models
-from lightning_peft.sharding import kept_part, whole, write
-from lightning_peft.weights import as_matrix, as_stored, read_matrix, weight_of
+from lightning_peft.sharding import whole
+from lightning_peft.weights import weight_of
 
 _Host = tuple[str, nn.Module, Slot, Adapter]
 
@@ -82,17 +82,16 @@ def merge(
         )
     _refuse_non_finite(todo)
     shared = _shared_weights(model)
-    if any(isinstance(weight_of(host), DTensor) for _, host, _, _ in todo):
+    if any(isinstance(p, DTensor) for _, host, _, adapter in todo for p in _weights(host, adapter)):
         refuse_ties(model)
     if gathered is nullcontext:
         _refuse_pieces(todo)
     losses: dict[str, float] = {}
     for name, host, slot, adapter in todo:
         if slot.merged is None:
-            untie = id(weight_of(host)) in shared
-            losses[name], slot.merged = _merge_host(host, adapter, untie, gathered)
-            if untie:
-                slot.merged["tied"] = _declare_untied(model)
+            tied = any(id(weight) in shared for weight in _weights(host, adapter))
+            losses[name], slot.merged = fold_into(host, adapter, shared, gathered)
+            slot.merged["tied"] = _declare_untied(model) if tied else []
     if unload:
         for _, root, registry in roots:
             remove(root, registry)
@@ -112,17 +111,9 @@ def unmerge(model: nn.Module) -> None:
     for _, host, slot in slots(unwrap(model)):
         if slot.merged is None:
             continue
-        old = slot.merged["weight"]
-        if isinstance(old, nn.Parameter):
-            host.weight = old
-            for config in slot.merged["tied"]:
-                config.tie_word_embeddings = True
-        else:
-            kept_part(weight_of(host)).copy_(old)
-        if slot.merged.get("added_bias"):
-            host.register_parameter("bias", None)
-        elif slot.merged["bias"] is not None:
-            kept_part(host.get_parameter("bias")).copy_(slot.merged["bias"])
+        restore(host, slot.merged)
+        for config in slot.merged["tied"]:
+            config.tie_word_embeddings = True
         slot.merged = None
 
 
@@ -135,9 +126,8 @@ def refuse_ties(model: nn.Module) -> None:
     """Raise :class:`PEFTError` if merging would have to untie a weight, which cannot be done when it is in pieces."""
     shared = _shared_weights(model)
     for name, host, slot in slots(unwrap(model)):
-        weight = host._parameters.get("weight")
-        mergeable = isinstance(slot.active_adapter, Adapter) and slot.active_adapter.mergeable
-        if mergeable and id(weight) in shared:
+        adapter = slot.active_adapter
+        if adapter is not None and adapter.mergeable and any(id(w) in shared for w in _weights(host, adapter)):
             raise PEFTError(
                 f"{name!r} is adapted and shares its weight with another module. A sharded weight cannot be untied to "
                 "merge the adapter: leave the module out with exclude_modules, or set merge_on_train_end=False."
@@ -162,38 +152,8 @@ def _refuse_pieces(hosts: Sequence[_Host]) -> None:
             )
 
 
-def _merge_host(
-    host: nn.Module, adapter: Adapter, untie: bool, gathered: Callable[[nn.Module], AbstractContextManager[Any]]
-) -> tuple[float, dict[str, Any]]:
-    """Merge one host and return the loss and what restores it: each process keeps what it holds of the weight."""
-    weight, bias = weight_of(host), host._parameters.get("bias")
-    old_bias = None if bias is None else kept_part(bias).to("cpu", copy=True)
-    backup: dict[str, Any] = {"weight": weight if untie else kept_part(weight).to("cpu", copy=True), "bias": None}
-    with gathered(host):
-        before = read_matrix(host)
-        whole_bias = None if bias is None else whole(bias)
-        after, new_bias = _whole_adapter(adapter).fold(before, whole_bias)
-        stored = as_stored(host, after)
-        change = torch.linalg.vector_norm(after - before)
-        lost = torch.linalg.vector_norm(as_matrix(host, stored) - after)
-        if untie:
-            host.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
-        else:
-            write(weight, stored)
-        if whole_bias is None and new_bias is not None:
-            host.bias = nn.Parameter(new_bias.to(weight), requires_grad=False)
-            backup["added_bias"] = True
-        elif whole_bias is not None and new_bias is not None and not torch.equal(new_bias, whole_bias):
-            backup["bias"] = old_bias
-            write(cast(nn.Parameter, bias), new_bias)
-    return float(lost / change) if change > 0 else 0.0, backup
-
-
-def _whole_adapter(adapter: Adapter) -> Adapter:
-    """Return ``adapter``, or a copy of it whose parameters are whole if they are in pieces."""
-    if not any(isinstance(p, DTensor) for p in adapter.parameters()):
-        return adapter
-    return copy.deepcopy(adapter, {id(p): nn.Parameter(whole(p), requires_grad=False) for p in adapter.parameters()})
+def _weights(host: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
+    return [host.get_parameter(name) for name in weight_names(adapter)]
 
 
 def _refuse_non_finite(hosts: Sequence[_Host]) -> None:

@@ -67,9 +67,14 @@ def tensor_options(module: nn.Module) -> dict[str, Any]:
     return {"dtype": first.dtype if wide else torch.float32, "device": first.device}
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in at least float32, uncopied if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
     """Return ``stored``, laid out as the module's weight, as ``[out, in]`` in at least float32, uncopied if it is."""
-    wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
+    wide = widened(stored)
     return wide.T if is_transposed(module) else wide.flatten(1)
 
 
