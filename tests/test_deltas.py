@@ -1,5 +1,6 @@
 """Methods that change weights, against HF PEFT (files both ways, outputs, gradients, merged weights) and formulas."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from lightning_peft import (
     DoRA,
     LoHa,
+    LoKr,
     LoRA,
     PEFTError,
     PEFTMethod,
@@ -58,6 +60,21 @@ METHODS: dict[str, tuple[Ours, Judge, list[str]]] = {
         lambda targets: peft.LoHaConfig(r=3, alpha=9, target_modules=targets),
         ["llama", "bert", "t5"],
     ),
+    **{
+        f"lokr {options}": (
+            lambda targets, options=options: LoKr(target_modules=targets, alpha=9, **options),
+            lambda targets, options=options: peft.LoKrConfig(target_modules=targets, alpha=9, **options),
+            ["llama", "bert", "t5"],
+        )
+        # Both factors whole; one or both of low rank; a factor that divides nothing.
+        for options in (
+            {"r": 4},
+            {"r": 2},
+            {"r": 1, "decompose_both": True},
+            {"r": 2, "decompose_factor": 4},
+            {"r": 1, "decompose_factor": 3, "decompose_both": True},
+        )
+    },
 }
 CASES = [(name, family) for name, (_, _, families) in METHODS.items() for family in families]
 
@@ -290,6 +307,56 @@ def test_loha_is_its_equation() -> None:
 def test_loha_refuses(options: dict[str, Any]) -> None:
     with pytest.raises(PEFTError, match=f"LoHa: {next(iter(options))}="):
         LoHa(**options)
+
+
+def test_lokr_is_its_equation() -> None:
+    """The Kronecker product, element by element: 6 inputs are 2 times 3, or with a factor of 3 the reverse."""
+    for options, first, second in (
+        ({"r": 1}, (2, 2), (4, 3)),
+        ({"r": 1, "decompose_factor": 3}, (2, 3), (4, 2)),
+        ({"r": 9}, (2, 2), (4, 3)),
+    ):
+        model, x = one_layer()
+        inject(model, LoKr(alpha=6, **options))
+        assert torch.equal(model(x), one_layer()[0](x))
+        shift(model)
+        found = tensors(model)
+        w1 = found["lokr_w1"]
+        w2 = (
+            found["lokr_w2"] if options["r"] == 9 else torch.einsum("kr,rn->kn", found["lokr_w2_a"], found["lokr_w2_b"])
+        )
+        assert (w1.shape, w2.shape) == (first, second)
+        weight = model[0].weight.clone()
+        for row in range(8):
+            for column in range(6):
+                change = w1[row // second[0], column // second[1]] * w2[row % second[0], column % second[1]]
+                weight[row, column] += 6 / options["r"] * change
+        expected = torch.einsum("bi,oi->bo", x, weight) + model[0].bias
+        assert (model(x) - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "options", [{"r": 0}, {"r": True}, {"alpha": 0.0}, {"alpha": float("nan")}, {"decompose_factor": 0}]
+)
+def test_lokr_refuses(options: dict[str, Any]) -> None:
+    with pytest.raises(PEFTError, match=f"LoKr: {next(iter(options))}="):
+        LoKr(**options)
+
+
+def test_damaged_lokr_files_are_refused(tmp_path: Path) -> None:
+    """A rank that makes other tensors than the file holds; patterns, which have no place here."""
+    options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    for change, message in (
+        ({"r": 9}, r"has lokr_w1, lokr_w2_a, lokr_w2_b alone; lokr_w1, lokr_w2 were expected"),
+        ({"decompose_both": "yes"}, "decompose_both='yes'; true or false was expected"),
+        ({"decompose_factor": 0}, "decompose_factor=0 was given"),
+        ({"rank_pattern": {"v_proj": 1}}, r"rank_pattern=.*which LoKr has not here"),
+    ):
+        peft.get_peft_model(base("llama")[0], peft.LoKrConfig(**options)).save_pretrained(tmp_path / "adapter")
+        file = tmp_path / "adapter" / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+        with pytest.raises(PEFTError, match=message):
+            load_adapter(base("llama")[0], tmp_path / "adapter")
 
 
 def test_loha_files_with_patterns_are_refused(tmp_path: Path) -> None:

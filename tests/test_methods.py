@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import lightning_peft
 from lightning_peft import (
     BitFit,
+    LoKr,
     LoRA,
     ParallelAdapter,
     PEFTError,
@@ -45,6 +46,7 @@ OURS = {n: cls for n, cls in registered_methods().items() if cls.__module__.star
 METHODS: dict[str, PEFTMethod | list[PEFTMethod]] = {
     **{name: cls() for name, cls in OURS.items()},
     "lora with frozen A": LoRA(r=4, freeze_A=True),
+    "lokr of two low ranks": LoKr(r=1, decompose_both=True),
     "bitfit with new biases": BitFit(create_missing=True),
     "series_adapter of pfeiffer": SeriesAdapter(preset="pfeiffer", bottleneck=4),
     "series_adapter before the mlp": SeriesAdapter(preset="llm_adapters", placement=["mlp_input"], bottleneck=4),

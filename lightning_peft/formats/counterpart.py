@@ -68,25 +68,36 @@ class Counterpart(ABC):
             PEFTError: They contradict each other or ``root``, or describe something that this package has not.
         """
 
-    def parameters_of(self, module: nn.Module) -> Mapping[str, str]:
-        """Return those of :attr:`parameters` that an adapter of ``module`` has."""
+    def parameters_of(self, module: nn.Module, method: Any) -> Mapping[str, str]:
+        """Return those of :attr:`parameters` that an adapter of ``module`` has.
+
+        Args:
+            module: The adapted module.
+            method: The method, if more than its class matters; its targets never do.
+        """
         return self.parameters
 
-    def names(self, root: nn.Module, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
+    def names(self, root: nn.Module, method: Any, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
         """Return the name in the model of every tensor of the method, by its name in the file."""
         modules = named_modules(root)
         return {
             f"{PREFIX}{host}.{suffix}": f"{host}.{CHILD}.{parameter}"
             for host in hosts
-            for suffix, parameter in self.parameters_of(modules[host]).items()
+            for suffix, parameter in self.parameters_of(modules[host], method).items()
         }
 
     def owns(self, name: str) -> bool:
         """Whether a tensor in the file is the method's; others belong to modules trained whole."""
         return any(name.endswith(f".{suffix}") for suffix in self.parameters)
 
-    def hosts(self, root: nn.Module, shapes: Shapes, source: str) -> list[str]:
+    def hosts(self, root: nn.Module, shapes: Shapes, source: str, method: PEFTMethod | None = None) -> list[str]:
         """Return the names of the modules that the tensors of a file adapt.
+
+        Args:
+            root: The model that the file is for.
+            shapes: The tensors of the file.
+            source: What to call it in errors.
+            method: As for :meth:`parameters_of`.
 
         Raises:
             PEFTError: ``root`` lacks one, a tensor of one is missing, or there is none.
@@ -99,7 +110,7 @@ class Counterpart(ABC):
                 "does not have. Load the base model that the adapter was trained on."
             )
         for host, suffixes in found.items():
-            if suffixes != set(expected := self.parameters_of(modules[host])):
+            if suffixes != set(expected := self.parameters_of(modules[host], method)):
                 raise PEFTError(
                     f"{source}: {host!r} has {', '.join(sorted(suffixes))} alone; {', '.join(expected)} were expected. "
                     "It is damaged."
@@ -144,6 +155,22 @@ def for_config(config: Mapping[str, Any], source: str) -> Counterpart:
             return counterpart
     known = sorted({counterpart.peft_type for counterpart in _COUNTERPARTS})
     raise PEFTError(f"{source} is an adapter of type {kind!r}; {', '.join(known)} can be read.")
+
+
+def require_numbers(config: Mapping[str, Any], keys: Iterable[str], source: str) -> None:
+    """Raise :class:`PEFTError` if one of ``keys`` is no number in a configuration."""
+    for key in keys:
+        if not isinstance(config.get(key), int | float):
+            raise PEFTError(f"{source}: its configuration has {key}={config.get(key)!r}; a number was expected.")
+
+
+def refuse_keys(config: Mapping[str, Any], keys: Iterable[str], method: type[PEFTMethod], source: str) -> None:
+    """Raise :class:`PEFTError` if a configuration uses one of ``keys``, which ``method`` has not here."""
+    for key in keys:
+        if config.get(key):
+            raise PEFTError(
+                f"{source} uses {key}={config[key]!r}, which {method.__name__} has not here: it cannot be read."
+            )
 
 
 def suffixes(hosts: Iterable[str], modules: Iterable[str]) -> list[str] | None:

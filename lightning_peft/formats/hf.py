@@ -30,7 +30,7 @@ def config_of(root: nn.Module, part: Part, counterpart: Counterpart) -> dict[str
 def tensor_names(root: nn.Module, part: Part, counterpart: Counterpart) -> dict[str, str]:
     """Return the name in the model, without the adapter's, by the name in the file."""
     return {
-        **counterpart.names(root, part.hosts, part.chosen),
+        **counterpart.names(root, part.methods[0], part.hosts, part.chosen),
         **{f"{PREFIX}{parameter}": parameter for parameter in part.whole},
     }
 
@@ -54,7 +54,7 @@ def read_content(
     whole = {name: name.removeprefix(PREFIX) for name in rest if name not in copies}
     chosen = [name for name in method.trained(root) if name not in whole.values()]
     hosts = list(method.select(root))
-    return Content((method,), train_also, {**counterpart.names(root, hosts, chosen), **whole}, copies)
+    return Content((method,), train_also, {**counterpart.names(root, method, hosts, chosen), **whole}, copies)
 
 
 def _task_type(root: nn.Module) -> str | None:

@@ -10,6 +10,7 @@ from lightning_peft.methods.full_finetuning import FullFinetuning
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.layer_norm_tuning import LayerNormTuning
 from lightning_peft.methods.loha import LoHa
+from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.parallel_adapter import ParallelAdapter
 from lightning_peft.methods.prefix_tuning import PrefixTuning
@@ -25,6 +26,7 @@ __all__ = [
     "FullFinetuning",
     "LayerNormTuning",
     "LoHa",
+    "LoKr",
     "LoRA",
     "ParallelAdapter",
     "PrefixTuning",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -21,6 +21,6 @@ class DoRAInHF(LoRAInHF):
     use_dora: ClassVar[bool] = True
     parameters: ClassVar[Mapping[str, str]] = {**LoRAInHF.parameters, **_MAGNITUDE}
 
-    def parameters_of(self, module: nn.Module) -> Mapping[str, str]:
+    def parameters_of(self, module: nn.Module, method: Any) -> Mapping[str, str]:
         """Return LoRA's and the magnitudes."""
-        return {**super().parameters_of(module), **_MAGNITUDE}
+        return {**super().parameters_of(module, method), **_MAGNITUDE}

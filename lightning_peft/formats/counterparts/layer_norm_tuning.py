@@ -26,7 +26,9 @@ class LayerNormTuningInHF(Counterpart):
         """Return the names of the norms."""
         return {"target_modules": targets_for_hf({name.rpartition(".")[0] for name in chosen}, root)}
 
-    def names(self, root: nn.Module, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
+    def names(
+        self, root: nn.Module, method: LayerNormTuning, hosts: Iterable[str], chosen: Iterable[str]
+    ) -> dict[str, str]:
         """Return the names of the norms' parameters."""
         parts = {name: name.rpartition(".") for name in chosen}
         return {f"{PREFIX}{norm}.{_INSIDE}.{leaf}": name for name, (norm, _, leaf) in parts.items()}

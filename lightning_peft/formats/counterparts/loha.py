@@ -7,8 +7,14 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_peft.errors import PEFTError
-from lightning_peft.formats.counterpart import Counterpart, Shapes, targets_for_hf, targets_from
+from lightning_peft.formats.counterpart import (
+    Counterpart,
+    Shapes,
+    refuse_keys,
+    require_numbers,
+    targets_for_hf,
+    targets_from,
+)
 from lightning_peft.method import PEFTMethod
 from lightning_peft.methods.loha import LoHa
 
@@ -28,12 +34,8 @@ class LoHaInHF(Counterpart):
 
     def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the LoHa; other ranks or alphas for some modules are refused."""
-        for key in ("r", "alpha"):
-            if not isinstance(config.get(key), int | float):
-                raise PEFTError(f"{source}: its configuration has {key}={config.get(key)!r}; a number was expected.")
-        for key in ("rank_pattern", "alpha_pattern"):
-            if config.get(key):
-                raise PEFTError(f"{source} uses {key}={config[key]!r}, which LoHa has not here: it cannot be read.")
+        require_numbers(config, ("r", "alpha"), source)
+        refuse_keys(config, ("rank_pattern", "alpha_pattern"), LoHa, source)
         return LoHa(
             r=config["r"],
             alpha=config["alpha"],

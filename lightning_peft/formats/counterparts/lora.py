@@ -11,7 +11,14 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, targets_for_hf, targets_from
+from lightning_peft.formats.counterpart import (
+    PREFIX,
+    Counterpart,
+    Shapes,
+    require_numbers,
+    targets_for_hf,
+    targets_from,
+)
 from lightning_peft.method import PEFTMethod
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.select import fullmatch, named_modules
@@ -60,7 +67,7 @@ class LoRAInHF(Counterpart):
         """Tell LoRA and DoRA apart."""
         return bool(config.get("use_dora", False)) == self.use_dora
 
-    def parameters_of(self, module: nn.Module) -> Mapping[str, str]:
+    def parameters_of(self, module: nn.Module, method: Any) -> Mapping[str, str]:
         """Return other names for embeddings."""
         return _EMBEDDING if isinstance(module, nn.Embedding) else _LINEAR
 
@@ -111,7 +118,7 @@ class LoRAInHF(Counterpart):
                 f"{source} adapts {host!r}, which is a {type(module).__name__} here. Load its own base model."
             )
         shapes_here = kind.shapes(module, r)
-        for suffix, parameter in self.parameters_of(module).items():
+        for suffix, parameter in self.parameters_of(module, None).items():
             expected = shapes_here[parameter]
             given = shapes.get(f"{PREFIX}{host}.{suffix}")
             if given != expected:
@@ -160,9 +167,7 @@ def read_low_rank(
 
 
 def _refuse_unknown(config: Mapping[str, Any], source: str) -> None:
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float):
-            raise PEFTError(f"{source}: its configuration has {key}={config.get(key)!r}; a number was expected.")
+    require_numbers(config, ("r", "lora_alpha"), source)
     for key, plain in _PLAIN.items():
         if key in config and config[key] not in plain:
             raise PEFTError(f"{source} uses {key}={config[key]!r}, which is not plain LoRA and cannot be read.")

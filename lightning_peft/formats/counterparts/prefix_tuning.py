@@ -40,7 +40,9 @@ class PrefixTuningInHF(Counterpart):
         """Return the prefix tuning, without an MLP: files hold none."""
         return PrefixTuning(num_virtual_tokens=tokens_in(config, shapes, source))
 
-    def names(self, root: nn.Module, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
+    def names(
+        self, root: nn.Module, method: PrefixTuning, hosts: Iterable[str], chosen: Iterable[str]
+    ) -> dict[str, str]:
         """Return the one tensor."""
         decoder = find_decoder(root, "PrefixTuning")
         return {file: f"{decoder.name}.{CHILD}.{name}".lstrip(".") for file, name in self.parameters.items()}

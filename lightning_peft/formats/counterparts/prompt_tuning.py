@@ -40,7 +40,9 @@ class PromptTuningInHF(Counterpart):
         """Return the prompt tuning."""
         return PromptTuning(num_virtual_tokens=tokens_in(config, shapes, source))
 
-    def names(self, root: nn.Module, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
+    def names(
+        self, root: nn.Module, method: PromptTuning, hosts: Iterable[str], chosen: Iterable[str]
+    ) -> dict[str, str]:
         """Return the one tensor."""
         decoder = find_decoder(root, "PromptTuning")
         return {file: f"{decoder.name}.{CHILD}.{name}".lstrip(".") for file, name in self.parameters.items()}

@@ -43,12 +43,12 @@ class VeRAInHF(Counterpart):
             "fan_in_fan_out": all(is_conv1d(modules[host]) for host in hosts),
         }
 
-    def names(self, root: nn.Module, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
+    def names(self, root: nn.Module, method: VeRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
         """Return the names of the vectors, and those of the projections, which are the first host's."""
         hosts = list(hosts)
         first = next(name for name in named_modules(root) if name in hosts)
         shared = {in_file: f"{first}.{CHILD}.projections.{name}" for in_file, name in _SHARED.items()}
-        return {**super().names(root, hosts, chosen), **shared}
+        return {**super().names(root, method, hosts, chosen), **shared}
 
     def owns(self, name: str) -> bool:
         """Whether the tensor is a vector or a projection."""

@@ -1,0 +1,61 @@
+"""LoKr in HF PEFT's format: which tensors there are depends on the hyper-parameters and the shape of the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lightning_peft.errors import PEFTError
+from lightning_peft.formats.counterpart import (
+    Counterpart,
+    Shapes,
+    refuse_keys,
+    require_numbers,
+    targets_for_hf,
+    targets_from,
+)
+from lightning_peft.method import PEFTMethod
+from lightning_peft.methods.lokr import LoKr
+from lightning_peft.weights import is_linear
+
+
+class LoKrInHF(Counterpart):
+    """``LOKR`` with one rank and alpha."""
+
+    method = LoKr
+    peft_type = "LOKR"
+    parameters: ClassVar[Mapping[str, str]] = {
+        f"{factor}{half}": f"{factor}{half}" for factor in ("lokr_w1", "lokr_w2") for half in ("", "_a", "_b")
+    }
+
+    def parameters_of(self, module: nn.Module, method: LoKr) -> Mapping[str, str]:
+        """Return the factors, or their halves."""
+        return {key: key for key in method.parameters_of(module)} if is_linear(module) else {}
+
+    def config(self, root: nn.Module, method: LoKr, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
+        """Return the hyper-parameters."""
+        return {
+            "r": method.r,
+            "alpha": method.alpha,
+            "decompose_both": method.decompose_both,
+            "decompose_factor": method.decompose_factor,
+            "target_modules": targets_for_hf(hosts, root),
+        }
+
+    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+        """Return the LoKr; other ranks or alphas for some modules are refused."""
+        require_numbers(config, ("r", "alpha"), source)
+        refuse_keys(config, ("rank_pattern", "alpha_pattern"), LoKr, source)
+        both = config.get("decompose_both", False)
+        if not isinstance(both, bool):
+            raise PEFTError(f"{source}: its configuration has decompose_both={both!r}; true or false was expected.")
+        plain = LoKr(
+            r=config["r"],
+            alpha=config["alpha"],
+            decompose_both=both,
+            decompose_factor=config.get("decompose_factor", -1),
+        )
+        return replace(plain, target_modules=targets_from(self.hosts(root, shapes, source, plain), root))

@@ -1,0 +1,160 @@
+"""LoKr: Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation (Yeh et al., 2024).
+
+arXiv:2309.14859, section 3.2 (equation 4).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapter import Adapter
+from lightning_peft.calls import input_of
+from lightning_peft.errors import PEFTError
+from lightning_peft.method import PEFTMethod
+from lightning_peft.seeding import fill
+from lightning_peft.select import select
+from lightning_peft.weights import features, is_linear, tensor_options
+
+Shape = tuple[int, int]
+
+
+class LoKrAdapter(Adapter):
+    """h = W0 x + scale · (W1 ⊗ W2) x; W1 ``[l, m]`` and W2 ``[out / l, in / m]``, each whole or a product of rank r."""
+
+    mergeable = True
+
+    def __init__(
+        self,
+        host: nn.Module,
+        shapes: dict[str, Shape],
+        ranks: dict[str, int | None],
+        scale: float,
+        seed: int,
+        name: str,
+    ) -> None:
+        """Make the factors of ``shapes``, by name; those with a rank as two halves, ``lokr_w2_a`` and ``lokr_w2_b``."""
+        super().__init__()
+        options = tensor_options(host)
+        for factor, (rows, columns) in shapes.items():
+            for key, shape in _pieces(factor, rows, columns, ranks[factor]).items():
+                self.register_parameter(key, nn.Parameter(torch.empty(shape, **options)))
+        self.scale, self._seed, self._name = scale, seed, name
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set W1, or its left half, to zero; draw the rest from U(-1/sqrt(columns), 1/sqrt(columns)), as HF PEFT."""
+        for key, parameter in self.named_parameters():
+            if key in ("lokr_w1", "lokr_w1_a"):
+                nn.init.zeros_(parameter)
+            else:
+                fill(parameter, self._seed, f"{self._name}.{key}", _draw)
+
+    def _factor(self, factor: str, dtype: torch.dtype) -> Tensor:
+        whole = self._parameters.get(factor)
+        if whole is not None:
+            return whole.to(dtype)
+        return (self.get_parameter(f"{factor}_a") @ self.get_parameter(f"{factor}_b")).to(dtype)
+
+    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Add what the Kronecker product makes of the input to ``output`` ``[..., out]``; it is never made itself."""
+        x = input_of(args, kwargs)
+        left, right = (self._factor(factor, x.dtype) for factor in ("lokr_w1", "lokr_w2"))
+        columns = x.unflatten(-1, (left.shape[1], right.shape[1]))  # [..., m, in / m]
+        delta = (left @ (columns @ right.T)).flatten(-2)  # [..., l, out / l], then [..., out]
+        return torch.add(output, delta, alpha=self.scale).to(output.dtype)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return W0 + scale · (W1 ⊗ W2)."""
+        left, right = (self._factor(factor, weight.dtype).detach() for factor in ("lokr_w1", "lokr_w2"))
+        return torch.add(weight, torch.kron(left, right), alpha=self.scale), bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoKr(PEFTMethod):
+    """Updates of linear layers that are the Kronecker product of a small matrix and one of low rank.
+
+    Args:
+        r: Rank of the factors. One that it would not make smaller is trained whole: with ``r`` of half its longer side
+            or more, or the first one without ``decompose_both``.
+        alpha: The update is multiplied by ``alpha / r``.
+        decompose_both: Give the first, smaller factor the rank ``r`` as well.
+        decompose_factor: Rows and columns of the first factor, where they divide those of the weight; else the largest
+            divisors below it. -1 makes both factors as square as possible.
+        target_modules: What to adapt: ``all-linear`` (every linear layer but the output head), ``attention``,
+            ``mlp``, or names, globs and regular expressions (``re:.*proj``). HF PEFT has no LoKr for ``Conv1D``.
+        exclude_modules: Patterns of modules to leave out.
+        layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.
+    """
+
+    name: ClassVar[str] = "lokr"
+    hosts: ClassVar[str] = "linear layers"
+    count: ClassVar[str] = "Σ l m + r (out / l + in / m)"
+
+    r: int = 8
+    alpha: float = 8
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    target_modules: list[str] | str = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    layers: list[int] | str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise PEFTError(f"LoKr: r={self.r!r} was given; a rank is a whole number of at least 1.")
+        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
+            raise PEFTError(f"LoKr: alpha={self.alpha!r} was given; alpha is a positive number.")
+        factor = self.decompose_factor
+        if not isinstance(factor, int) or isinstance(factor, bool) or (factor != -1 and factor < 1):
+            raise PEFTError(
+                f"LoKr: decompose_factor={factor!r} was given; it is a whole number of at least 1, or -1 for factors "
+                "as square as possible."
+            )
+
+    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return the linear layers that ``target_modules`` names."""
+        return select(model, self.target_modules, adaptable=is_linear, exclude=self.exclude_modules, layers=self.layers)
+
+    def shapes(self, module: nn.Module) -> dict[str, Shape]:
+        """Return the shapes of W1 and W2 for ``module``, by name."""
+        d_in, d_out = features(module)
+        (out_small, out_large), (in_small, in_large) = (_split(d, self.decompose_factor) for d in (d_out, d_in))
+        return {"lokr_w1": (out_small, in_small), "lokr_w2": (out_large, in_large)}
+
+    def ranks(self, module: nn.Module) -> dict[str, int | None]:
+        """Return the rank of each, or ``None`` if it is trained whole; decided as HF PEFT does, whose files show it."""
+        low = {factor: self.r < max(shape) / 2 for factor, shape in self.shapes(module).items()}
+        return {
+            "lokr_w1": self.r if self.decompose_both and low["lokr_w1"] else None,
+            "lokr_w2": self.r if low["lokr_w2"] else None,
+        }
+
+    def parameters_of(self, module: nn.Module) -> list[str]:
+        """Return the names of the parameters of the adapter of ``module``."""
+        shapes, ranks = self.shapes(module), self.ranks(module)
+        return [key for factor, shape in shapes.items() for key in _pieces(factor, *shape, ranks[factor])]
+
+    def adapter(self, name: str, module: nn.Module, seed: int) -> LoKrAdapter:
+        """Make the adapter of the linear layer ``module``."""
+        return LoKrAdapter(module, self.shapes(module), self.ranks(module), self.alpha / self.r, seed, name)
+
+
+def _pieces(factor: str, rows: int, columns: int, r: int | None) -> dict[str, Shape]:
+    return {factor: (rows, columns)} if r is None else {f"{factor}_a": (rows, r), f"{factor}_b": (r, columns)}
+
+
+def _split(size: int, factor: int) -> Shape:
+    """Return two divisors of ``size``: ``factor`` and the other, or the largest below it that is not above the other."""
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = math.isqrt(size) if factor == -1 else min(factor, math.isqrt(size))
+    small = next(divisor for divisor in range(limit, 0, -1) if size % divisor == 0)
+    return small, size // small
+
+
+def _draw(values: Tensor, generator: torch.Generator) -> None:
+    nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
