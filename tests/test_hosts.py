@@ -1,7 +1,7 @@
 """LoRA beside modules that are no linear layers: HF PEFT and formulas as judges."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 from test_inject import assert_same as assert_unchanged
 from test_inject import snapshot
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_peft import LoRA, PEFTError, eject, inject, load_adapter, merge, save_adapter, unmerge
 from lightning_peft.formats.serving import serving_copy
+from lightning_peft.param_groups import learning_rate_ratios
+from lightning_peft.select import ALL_LINEAR
 
 Build = Callable[[], nn.Module]
 
@@ -35,6 +38,7 @@ def assert_both_ways(make: Build, call: Callable[[nn.Module], Tensor], method: L
     judge = peft.PeftModel.from_pretrained(
         seeded(make), folder / "ours", is_trainable=True, autocast_adapter_dtype=False
     ).eval()
+    add_once(judge)
     expected = call(judge)
     assert (expected - call(seeded(make))).abs().max() > 1e-3
     assert (call(model) - expected).abs().max() <= 1e-9
@@ -54,6 +58,14 @@ def assert_both_ways(make: Build, call: Callable[[nn.Module], Tensor], method: L
     loaded = seeded(make)
     load_adapter(loaded, folder / "theirs")
     assert (call(loaded) - expected).abs().max() <= 1e-9
+
+
+def add_once(judge: nn.Module) -> None:
+    """HF PEFT 0.21 adds the change of an output projection twice (its pull request 3774): let it be added once."""
+    for module in judge.modules():
+        if isinstance(module, peft.tuners.lora.layer.MultiheadAttention):
+            output: Any = module.base_layer.out_proj
+            output.merge = output.unmerge = lambda **_: None
 
 
 def assert_merges(make: Build, call: Callable[[nn.Module], Tensor], method: LoRA) -> None:
@@ -184,3 +196,159 @@ def test_a_convolution_in_a_transformers_model(tmp_path: Path) -> None:
     method = LoRA(r=4, target_modules=[target, "attention"])
     assert_both_ways(make, call, method, tmp_path)
     assert_merges(make, call, method)
+
+
+class Attention(nn.Module):
+    """Attention with what it can be called with."""
+
+    def __init__(self, call: dict[str, Any], **options: Any) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(8, 2, **options)
+        self.call = call
+
+    def forward(self, x: Tensor, memory: tuple[Tensor, Tensor]) -> Tensor:
+        output, weights = self.attend(x, *memory, **self.call)
+        return output if weights is None else torch.cat([output.flatten(), weights.flatten()])
+
+
+PADDING = torch.tensor([[False, False, True], [False, False, False]])
+ATTENTION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "batch first": ({"need_weights": False}, {"batch_first": True}),
+    "sequence first": ({}, {"bias": False}),
+    "masks": ({"key_padding_mask": PADDING, "attn_mask": torch.zeros(4, 3)}, {"batch_first": True}),
+    "weights of every head": ({"average_attn_weights": False}, {"batch_first": True, "add_zero_attn": True}),
+    "biases for keys and values": ({}, {"batch_first": True, "add_bias_kv": True}),
+}
+SEPARATE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "other keys and values": ({}, {"batch_first": True, "kdim": 6, "vdim": 5}),
+}
+
+
+def attention(name: str) -> tuple[Build, Callable[[nn.Module], Tensor]]:
+    call, options = {**ATTENTION, **SEPARATE}[name]
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return x if options.get("batch_first") else x.transpose(0, 1)
+
+    x = random(2, 4, 8)
+    memory = random(2, 3, options.get("kdim", 8)), random(2, 3, options.get("vdim", 8))
+    return lambda: Attention(call, **options), lambda model: model(x, memory)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_as_in_peft(name: str, tmp_path: Path) -> None:
+    make, call = attention(name)
+    assert_both_ways(make, call, LoRA(r=4, alpha=4, target_modules="attend"), tmp_path)
+
+
+@pytest.mark.parametrize("name", [*ATTENTION, *SEPARATE])
+def test_attention_merges(name: str, tmp_path: Path) -> None:
+    make, call = attention(name)
+    assert_merges(make, call, LoRA(r=2, target_modules="attend"))
+    model = seeded(make)
+    inject(model, LoRA(r=2, target_modules="attend"))
+    randomise(model)
+    save_adapter(model, tmp_path / "adapter")
+    loaded = seeded(make)
+    load_adapter(loaded, tmp_path / "adapter")
+    assert torch.equal(call(loaded), call(model))
+
+
+@pytest.mark.parametrize("name", [*ATTENTION, *SEPARATE])
+def test_attention_reads_the_changed_weights(name: str) -> None:
+    """Against a model with W0 + scale · B A in its weights, computed here."""
+    make, call = attention(name)
+    model, changed = seeded(make), seeded(make)
+    inject(model, LoRA(r=2, alpha=6, target_modules="attend"))
+    randomise(model)
+    state = model.state_dict()
+    for key, weight in changed.named_parameters():
+        factors = key.removesuffix("_weight").removesuffix(".weight").rpartition("attend.")[2].replace(".", "_")
+        lead = f"attend.peft.default.factors.{factors}.lora_"
+        if f"{lead}A" in state:
+            weight.data += 3 * state[f"{lead}B"] @ state[f"{lead}A"]
+    assert len([key for key in state if key.endswith("lora_A")]) == (4 if name in SEPARATE else 2)
+    assert (call(model) - call(changed)).abs().max() <= 1e-12
+    with torch.inference_mode():
+        assert (call(model) - call(changed)).abs().max() <= 1e-12
+
+
+def transformer() -> tuple[Build, Callable[[nn.Module], Tensor]]:
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return lambda: build("torch_encoder")[0], lambda model: model(x)
+
+
+@pytest.fixture
+def _no_fast_path() -> Iterator[None]:
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.usefixtures("_no_fast_path")  # which HF PEFT's wrapper does not see
+@pytest.mark.parametrize("target", ["attention", ALL_LINEAR, "self_attn"])
+def test_attention_in_presets(target: str, tmp_path: Path) -> None:
+    make, call = transformer()
+    names = inject(make(), LoRA(r=4, target_modules=target))
+    assert [name for name in names if name.endswith("self_attn")] == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert any(name.endswith("linear1") for name in names) == (target == ALL_LINEAR)
+    assert_both_ways(make, call, LoRA(r=4, target_modules=target), tmp_path)
+    assert_merges(make, call, LoRA(r=4, target_modules=target))
+
+
+def test_a_failed_call_leaves_nothing_behind() -> None:
+    make, call = transformer()
+    model = seeded(make)
+    inject(model, LoRA(r=4, target_modules="attention"))
+    randomise(model)
+    expected = call(model)
+    with pytest.raises(AssertionError, match="expecting embedding dimension"):
+        model(torch.randn(2, 5, 31, dtype=torch.float64))
+    host = model.get_submodule("layers.0.self_attn")
+    assert "in_proj_weight" not in host.__dict__
+    assert torch.equal(call(model), expected)
+
+
+def test_attention_under_activation_checkpointing() -> None:
+    make, _ = transformer()
+    x = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for checkpointing in (False, True):
+        model = seeded(make)
+        inject(model, LoRA(r=4, target_modules="attention"))
+        randomise(model)
+        y = x
+        for layer in model.layers:  # type: ignore[union-attr]
+            y = checkpoint(layer, y, use_reentrant=False) if checkpointing else layer(y)
+        y.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) == 8
+    assert all((a - b).abs().max() <= 1e-12 * a.abs().max() for a, b in zip(*gradients, strict=True))
+
+
+def test_compiled_attention() -> None:
+    make, call = transformer()
+    model = seeded(make)
+    inject(model, LoRA(r=4, target_modules="attention"))
+    randomise(model)
+    compiled = torch.compile(model, backend="eager")
+    assert (call(compiled) - call(model)).abs().max() <= 1e-12
+    merge(model)
+    assert (call(compiled) - call(model)).abs().max() <= 1e-12
+
+
+def test_dropout_beside_attention_is_refused() -> None:
+    with pytest.raises(PEFTError, match=r"dropout=0\.1 was given, but 'layers\.0\.self_attn'"):
+        inject(build("torch_encoder")[0], LoRA(r=4, dropout=0.1))
+    names = inject(build("torch_encoder")[0], LoRA(r=4, dropout=0.1, exclude_modules="self_attn"))
+    assert [name.rpartition(".")[2] for name in names] == ["linear1", "linear2"] * 2
+
+
+def test_attention_trained_with_a_frozen_A() -> None:
+    model = build("torch_encoder")[0]
+    inject(model, LoRA(r=4, target_modules="attention", freeze_A=True, loraplus_lr_ratio=4))
+    trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"lora_B"}
+    assert set(learning_rate_ratios(model).values()) == {4}

@@ -99,3 +99,4 @@ class DoRA(LoRA):
     hosts: ClassVar[str] = "linear layers, Conv1D, embeddings"
     count: ClassVar[str] = "Σ r (in + out) + out"
     kinds: ClassVar[tuple[type[LoRAAdapter], ...]] = (DoRAAdapter, EmbeddingDoRAAdapter)
+    changes_weights: ClassVar[bool] = False

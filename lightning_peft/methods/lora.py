@@ -8,29 +8,38 @@ A frozen A: LoRA-FA (Zhang et al., 2023), arXiv:2308.03303, section 3.1.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import nn
 
+from lightning_peft.adapter import Adapter
 from lightning_peft.errors import PEFTError
 from lightning_peft.low_rank.conv import ConvLoRAAdapter
 from lightning_peft.low_rank.embedding import EmbeddingLoRAAdapter
 from lightning_peft.low_rank.linear import Init, LoRAAdapter
+from lightning_peft.low_rank.own_weights import (
+    OwnWeightsLoRAAdapter,
+    attention_weights,
+    factor_shapes,
+    own_weights,
+)
 from lightning_peft.method import PEFTMethod
-from lightning_peft.select import first_match, require_matches, select
+from lightning_peft.select import first_match, named_modules, require_matches, select
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(PEFTMethod):
-    """Low-rank updates of linear layers, embeddings and convolutions.
+    """Low-rank updates of linear layers, embeddings, convolutions, attention and experts.
 
     Args:
         r: Rank of the update.
         alpha: The update is multiplied by ``alpha / r``.
         dropout: Probability with which an element of the adapter's input is zeroed during training.
         target_modules: What to adapt: ``all-linear`` (every linear layer but the output head), ``attention``,
-            ``mlp``, or names, globs (``layers.*.q_proj``) and regular expressions (``re:.*proj``).
+            ``mlp``, or names, globs (``layers.*.q_proj``) and regular expressions (``re:.*proj``). Experts in one 3-D
+            parameter are adapted if that is named (``experts.down_proj``).
         exclude_modules: Patterns of modules to leave out.
         layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.
         rank_pattern: Other ranks for some modules, by pattern.
@@ -42,11 +51,13 @@ class LoRA(PEFTMethod):
     """
 
     name: ClassVar[str] = "lora"
-    hosts: ClassVar[str] = "linear layers, Conv1D, embeddings, convolutions"
+    hosts: ClassVar[str] = "linear layers, Conv1D, embeddings, convolutions, MultiheadAttention, experts"
     count: ClassVar[str] = "Σ r (in + out)"
     free: ClassVar[frozenset[str]] = PEFTMethod.free | {"loraplus_lr_ratio", "freeze_A"}
     kinds: ClassVar[tuple[type[LoRAAdapter], ...]] = (LoRAAdapter, EmbeddingLoRAAdapter, ConvLoRAAdapter)
-    """The adapters that it makes, one for each kind of module."""
+    """The adapters that stand beside modules, one for each kind of module."""
+    changes_weights: ClassVar[bool] = True
+    """Whether weights that modules read themselves can be adapted."""
 
     r: int = 8
     alpha: float = 16
@@ -81,13 +92,40 @@ class LoRA(PEFTMethod):
             raise PEFTError(f"{me}: init={self.init!r} was given; it is 'kaiming' or 'gaussian'.")
 
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Return the modules that ``target_modules`` names."""
-        hosts = select(
-            model, self.target_modules, adaptable=self._adaptable, exclude=self.exclude_modules, layers=self.layers
+        """Return the modules that ``target_modules`` names, and those whose weights it names."""
+        modules = named_modules(model)
+        return {host: modules[host] for host in self.targets(model)}
+
+    def targets(self, model: nn.Module) -> dict[str, dict[str, str]]:
+        """Return the adapted modules by name, each with the weights that are changed where they are read.
+
+        These are the weights of ``nn.MultiheadAttention``, and parameters that ``target_modules`` names: each with the
+        name by which it was chosen. Beside other modules stands a low-rank term: they have none.
+
+        Raises:
+            PEFTError: As :meth:`select`.
+        """
+        names = select(
+            model,
+            self.target_modules,
+            adaptable=self._adaptable,
+            weights=own_weights if self.changes_weights else None,
+            exclude=self.exclude_modules,
+            layers=self.layers,
         )
-        require_matches(self.rank_pattern, hosts, "rank_pattern")
-        require_matches(self.alpha_pattern, hosts, "alpha_pattern")
-        return hosts
+        require_matches(self.rank_pattern, names, "rank_pattern")
+        require_matches(self.alpha_pattern, names, "alpha_pattern")
+        modules = named_modules(model)
+        found: dict[str, dict[str, str]] = {}
+        for name in names:
+            module = modules.get(name)
+            if module is None:
+                host, _, weight = name.rpartition(".")
+                found.setdefault(host, {})[weight] = name
+            else:
+                attention = attention_weights(module) if isinstance(module, nn.MultiheadAttention) else ()
+                found[name] = dict.fromkeys(attention, name)
+        return found
 
     def rank_and_alpha(self, name: str) -> tuple[int, float]:
         """Return the rank and alpha of the module ``name``."""
@@ -95,26 +133,59 @@ class LoRA(PEFTMethod):
 
     def lr_ratio(self, parameter: str) -> float:
         """Return LoRA+'s ratio for B."""
-        return self.loraplus_lr_ratio if parameter == "lora_B" else 1.0
+        return self.loraplus_lr_ratio if parameter.rpartition(".")[2] == "lora_B" else 1.0
+
+    def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
+        """Make the adapters."""
+        targets = self.targets(model)
+        return {
+            host: self._of_weights(host, module, targets[host], seed)
+            if targets[host]
+            else self.adapter(host, module, seed)
+            for host, module in hosts.items()
+        }
 
     def adapter(self, name: str, module: nn.Module, seed: int) -> LoRAAdapter:
-        """Make the adapter of ``module``."""
-        me, (r, alpha) = type(self).__name__, self.rank_and_alpha(name)
+        """Make the adapter that stands beside ``module``."""
+        r, scale = self._rank_and_scale(name)
         kind = next(kind for kind in self.kinds if kind.serves(module))
         shapes = kind.shapes(module, r)
-        d_in, d_out = math.prod(shapes["lora_A"][1:]), shapes["lora_B"][0]
-        if r > min(d_in, d_out):
-            raise PEFTError(
-                f"{me}: r={r} was given, but {name!r} is {d_in} → {d_out}: the rank of an update of it is at most "
-                f"{min(d_in, d_out)}. Take a smaller r, set rank_pattern={{{name!r}: …}}, or exclude the module."
-            )
+        self._refuse_rank(name, r, math.prod(shapes["lora_A"][1:]), shapes["lora_B"][0])
         if refusal := kind.refusal(module, r, self.dropout, self.freeze_A):
-            raise PEFTError(f"{me}: {name!r} cannot be adapted: {refusal}. Exclude it.")
-        scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
+            raise PEFTError(f"{type(self).__name__}: {name!r} cannot be adapted: {refusal}. Exclude it.")
         adapter = kind(module, r, scale, self.dropout, self.init, seed, name)
         if self.freeze_A:
             adapter.freeze_A()
         return adapter
 
+    def _of_weights(self, host: str, module: nn.Module, weights: Mapping[str, str], seed: int) -> Adapter:
+        """Make the adapter of weights that ``module`` reads itself."""
+        if self.dropout:
+            raise PEFTError(
+                f"{type(self).__name__}: dropout={self.dropout} was given, but {host!r} (a {type(module).__name__}) "
+                "reads its weights itself: there is no low-rank term to drop inputs of. Set dropout=0, or exclude it."
+            )
+        ranks, scales = {}, {}
+        for weight, name in weights.items():
+            ranks[weight], scales[weight] = self._rank_and_scale(name)
+            (_, d_in), (d_out, _) = factor_shapes(module, weight, ranks[weight])
+            self._refuse_rank(name, ranks[weight], d_in, d_out)
+        adapter = OwnWeightsLoRAAdapter(module, ranks, scales, self.init, seed, host)
+        if self.freeze_A:
+            adapter.freeze_A()
+        return adapter
+
+    def _rank_and_scale(self, name: str) -> tuple[int, float]:
+        r, alpha = self.rank_and_alpha(name)
+        return r, alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    def _refuse_rank(self, name: str, r: int, d_in: int, d_out: int) -> None:
+        if r > min(d_in, d_out):
+            raise PEFTError(
+                f"{type(self).__name__}: r={r} was given, but {name!r} is {d_in} → {d_out}: the rank of an update of "
+                f"it is at most {min(d_in, d_out)}. Take a smaller r, set rank_pattern={{{name!r}: …}}, or exclude it."
+            )
+
     def _adaptable(self, module: nn.Module) -> bool:
-        return any(kind.serves(module) for kind in self.kinds)
+        changed = self.changes_weights and isinstance(module, nn.MultiheadAttention)
+        return changed or any(kind.serves(module) for kind in self.kinds)
