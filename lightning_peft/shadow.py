@@ -9,15 +9,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_peft.errors import PEFTError
+from lightning_peft.sharding import in_zero_pieces
 
 Shadows = list[tuple[nn.Module, str, Tensor | None]]
 """The owner of each replaced parameter, its name there, and the tensor that was in its place already."""
 
 
 def read(module: nn.Module, name: str) -> Tensor:
-    """Return the parameter ``name`` of ``module`` (``out_proj.weight``), or what wrappers have put in its place."""
+    """Return the parameter ``name`` of ``module`` (``out_proj.weight``), or what wrappers have put in its place.
+
+    Raises:
+        PEFTError: It is in pieces.
+    """
     owner, leaf = _owner(module, name)
     tensor: Tensor = getattr(owner, leaf)
+    if isinstance(tensor, DTensor) or in_zero_pieces(tensor):
+        raise PEFTError(
+            f"{name!r} of a {type(module).__name__} is in pieces while the module runs, as under ZeRO-3 or tensor "
+            "parallelism, so it cannot be adapted. Exclude it, or take another base strategy."
+        )
     return tensor
 
 

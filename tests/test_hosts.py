@@ -8,14 +8,15 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families import build, randomise
+from families import GQA, SPECIAL, build, outputs, randomise
 from safetensors.torch import load_file
 from test_inject import assert_same as assert_unchanged
 from test_inject import snapshot
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import GptOssConfig, GptOssForCausalLM
 
-from lightning_peft import LoRA, PEFTError, eject, inject, load_adapter, merge, save_adapter, unmerge
+from lightning_peft import DoRA, LoRA, PEFTError, eject, inject, load_adapter, merge, save_adapter, unmerge
 from lightning_peft.formats.serving import serving_copy
 from lightning_peft.param_groups import learning_rate_ratios
 from lightning_peft.select import ALL_LINEAR
@@ -352,3 +353,132 @@ def test_attention_trained_with_a_frozen_A() -> None:
     trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"lora_B"}
     assert set(learning_rate_ratios(model).values()) == {4}
+
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+MIXTURES: dict[str, list[str]] = {
+    "experts": EXPERTS,
+    "one weight": ["experts.down_proj", "q_proj"],
+    "router": ["mlp.gate.weight", "experts.down_proj"],
+}
+# torch has no grouped_mm in float64.
+FORMS = {"eager": torch.float64, "batched_mm": torch.float64, "grouped_mm": torch.float32}
+
+
+def mixture(family: str, form: str = "eager") -> tuple[Build, Callable[[nn.Module], Tensor]]:
+    def make() -> nn.Module:
+        model = build(family)[0]
+        model.set_experts_implementation(form)  # type: ignore[operator]
+        return model
+
+    return make, lambda model: outputs(model, build(family)[1])
+
+
+@pytest.mark.parametrize(("family", "case"), [*(("mixtral", case) for case in MIXTURES), ("qwen3_moe", "experts")])
+def test_experts_as_in_peft(family: str, case: str, tmp_path: Path) -> None:
+    make, call = mixture(family)
+    assert_both_ways(make, call, LoRA(r=4, alpha=2, target_modules=MIXTURES[case]), tmp_path)
+
+
+@pytest.mark.parametrize("form", ["eager", "batched_mm"])
+def test_experts_merge(form: str) -> None:
+    make, call = mixture("mixtral", form)
+    assert_merges(make, call, LoRA(r=2, target_modules=EXPERTS, rank_pattern={"gate_up_proj": 4}))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_experts_read_the_changed_weights(form: str) -> None:
+    """Each expert against its own W0 + scale · B A, whose factors are cut out of the file's layout here."""
+    make, call = mixture("qwen3_moe", form)
+    model, changed = seeded(make).to(FORMS[form]), seeded(make).to(FORMS[form])
+    inject(model, LoRA(r=2, alpha=6, target_modules=EXPERTS))
+    randomise(model)
+    state, count = model.state_dict(), 0
+    for key, weight in changed.named_parameters():
+        host, _, leaf = key.rpartition(".")
+        lead = f"{host}.peft.default.factors.{leaf}.lora_"
+        if f"{lead}A" in state:
+            for expert in range(len(weight)):
+                a, b = state[f"{lead}A"][2 * expert : 2 * expert + 2], state[f"{lead}B"][:, expert :: len(weight)]
+                weight.data[expert] += 3 * b @ a
+                count += 1
+    assert count == 2 * 2 * 4
+    tolerance = 1e-12 if FORMS[form] == torch.float64 else 1e-5
+    assert (call(model) - call(changed)).abs().max() <= tolerance
+
+
+def test_experts_stored_the_other_way_round() -> None:
+    config = GptOssConfig(**GQA, head_dim=8, num_local_experts=4, num_experts_per_tok=2, **SPECIAL)
+    ids = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+
+    def make() -> nn.Module:
+        model = GptOssForCausalLM(config)
+        model.set_experts_implementation("eager")
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        return model
+
+    def call(model: nn.Module) -> Tensor:
+        logits: Tensor = model(input_ids=ids).logits
+        return logits
+
+    model = seeded(make)
+    inject(model, LoRA(r=2, target_modules="experts.down_proj"))
+    factors = model.get_submodule("model.layers.0.mlp.experts.peft.default.factors.down_proj")
+    # From 64 features to 32, four experts of rank 2.
+    assert factors.lora_A.shape == (8, 64)
+    assert factors.lora_B.shape == (32, 8)
+    assert_merges(make, call, LoRA(r=2, target_modules="experts.down_proj"))
+
+
+def test_experts_of_all_linear_in_peft(tmp_path: Path) -> None:
+    """HF PEFT's own choice: attention, experts and routers, with twice the rank where two matrices are one."""
+    make, call = mixture("mixtral")
+    judge = peft.get_peft_model(seeded(make), peft.LoraConfig(r=4, target_modules="all-linear")).double().eval()
+    randomise(judge)
+    judge.save_pretrained(tmp_path / "theirs")
+    loaded = seeded(make)
+    load_adapter(loaded, tmp_path / "theirs")
+    assert (call(loaded) - call(judge)).abs().max() <= 1e-9
+    save_adapter(loaded, tmp_path / "ours")
+    judge = peft.PeftModel.from_pretrained(seeded(make), tmp_path / "ours", autocast_adapter_dtype=False).eval()
+    assert (call(loaded) - call(judge)).abs().max() <= 1e-9
+
+
+class Odd(nn.Module):
+    def __init__(self, **weights: Tensor) -> None:
+        super().__init__()
+        for name, value in weights.items():
+            self.register_parameter(name, nn.Parameter(value, requires_grad=value.is_floating_point()))
+
+
+@pytest.mark.parametrize(
+    ("weight", "found"),
+    [(torch.zeros(2, 3, 4, 5), r"\[2, 3, 4, 5\]"), (torch.zeros(2, 3, 4, dtype=torch.uint8), "uint8")],
+    ids=["four dimensions", "packed"],
+)
+def test_experts_of_an_unknown_form(weight: Tensor, found: str) -> None:
+    model = nn.ModuleDict({"experts": Odd(up=weight, down=torch.zeros(2, 4, 3))})
+    with pytest.raises(PEFTError, match=f"'up' of a Odd is .*{found}"):
+        inject(model, LoRA(r=1, target_modules="experts.up"))
+    with pytest.raises(PEFTError, match=r"Odd.*Name the modules inside: experts\.up, experts\.down"):
+        inject(model, LoRA(r=1, target_modules="experts"))
+    with pytest.raises(PEFTError, match=r"'experts\.up'.*only modules that cannot be adapted|matches no module"):
+        inject(model, DoRA(r=1, target_modules="experts.up"))
+
+
+def test_experts_are_selected_by_name_layer_and_exclusion() -> None:
+    def hosts(**options: Any) -> list[str]:
+        model = build("mixtral")[0]
+        inject(model, LoRA(r=2, **options))
+        return [
+            name.split(".peft.default.")[0] + ":" + name.split(".")[-2]
+            for name in model.state_dict()
+            if "lora_A" in name
+        ]
+
+    every = hosts(target_modules="experts.*")
+    assert len(every) == 4
+    assert hosts(target_modules="experts.*", layers=[1]) == every[2:]
+    assert hosts(target_modules=["experts.*"], exclude_modules="gate_up_proj") == every[1::2]
+    assert not any("experts" in name for name in hosts())
