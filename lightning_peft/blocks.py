@@ -63,6 +63,31 @@ def find_blocks(
         PEFTError: There is none of one of the kinds, or no such layer.
     """
     modules = named_modules(model)
+    blocks = _every_block(model, modules)
+    for kind in kinds:
+        if not any(block.kind == kind for block in blocks):
+            raise PEFTError(
+                f"No {kind} block was found in this {type(model).__name__}. Name modules to adapt in target_modules."
+            )
+    named = [_with_layer_module(block, modules) for block in blocks if block.kind in set(kinds)]
+    wanted = set(in_layers(model, [block.last for block in named], layers))
+    return [block for block in named if block.last in wanted]
+
+
+def shared_inputs(model: nn.Module) -> list[tuple[str, ...]]:
+    """Return the names of linear layers that are given the same input, together, in the order of their calls.
+
+    These are the query, key and value projections, and the gate and up projections. In cross-attention keys and values
+    have an input of their own, which no name tells.
+    """
+    groups = [
+        tuple(block.roles[role] for role in ("q", "k", "v") if role in block.roles) or block.inputs
+        for block in _every_block(model, named_modules(model))
+    ]
+    return [names for names in groups if len(names) > 1]
+
+
+def _every_block(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[Block]:
     order = {name: position for position, name in enumerate(modules)}
     roots = _attention_roots(modules)
     heads = head_modules(model)
@@ -78,15 +103,7 @@ def find_blocks(
             mlp = _mlp(linears, others, experts, layer, attention.width)
             if mlp is not None:
                 found[layer, "mlp"] = mlp
-    blocks = sorted(found.values(), key=lambda block: order[block.last])
-    for kind in kinds:
-        if not any(block.kind == kind for block in blocks):
-            raise PEFTError(
-                f"No {kind} block was found in this {type(model).__name__}. Name modules to adapt in target_modules."
-            )
-    named = [_with_layer_module(block, modules) for block in blocks if block.kind in set(kinds)]
-    wanted = set(in_layers(model, [block.last for block in named], layers))
-    return [block for block in named if block.last in wanted]
+    return sorted(found.values(), key=lambda block: order[block.last])
 
 
 def layer_norms(model: nn.Module) -> dict[str, nn.Module]:

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,14 @@ def _set(host: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 def _whole_adapter(adapter: Adapter) -> Adapter:
     """Return ``adapter``, or a copy of it whose parameters are whole if they are in pieces."""
-    if not any(isinstance(p, DTensor) for p in adapter.parameters()):
-        return adapter
-    return copy.deepcopy(adapter, {id(p): nn.Parameter(whole(p), requires_grad=False) for p in adapter.parameters()})
+    in_pieces = any(isinstance(p, DTensor) for p in adapter.parameters())
+    return cast(Adapter, _with_whole_parameters(adapter)) if in_pieces else adapter
+
+
+def _with_whole_parameters(module: nn.Module) -> nn.Module:
+    # A deep copy would follow what an adapter knows of others.
+    twin, own = copy.copy(module), module._parameters
+    whole_of = {n: None if p is None else nn.Parameter(whole(p), requires_grad=False) for n, p in own.items()}
+    children = {n: None if m is None else _with_whole_parameters(m) for n, m in module._modules.items()}
+    twin.__dict__.update(_parameters=whole_of, _modules=children)
+    return twin

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_peft.adapter import Adapter
-from lightning_peft.calls import input_of
+from lightning_peft.calls import input_of, with_input
+from lightning_peft.low_rank.products import Expand, add_low_rank, applies
+from lightning_peft.low_rank.shared_input import Reduced, SharedInput
 from lightning_peft.seeding import fill
 from lightning_peft.weights import adapter_dtype, features, is_linear, weight_of
 
@@ -30,6 +32,8 @@ class LoRAAdapter(Adapter):
         self.lora_A = nn.Parameter(torch.empty(shapes["lora_A"], **options))
         self.lora_B = nn.Parameter(torch.empty(shapes["lora_B"], **options))
         self.scale, self.dropout = scale, dropout
+        self.shared_input = SharedInput(self)
+        self._reduced: Reduced | None = None
         self._init, self._seed, self._name = init, seed, name
         self.reset_parameters()
 
@@ -71,9 +75,33 @@ class LoRAAdapter(Adapter):
         else:
             nn.init.normal_(values, std=1 / len(values), generator=generator)
 
+    def joins(self, other: LoRAAdapter) -> bool:
+        """Whether one product with the A of both can serve both, if they are given the same input."""
+        mine, others = self.lora_A, other.lora_A
+        same = (self.dropout, self.training, mine.dtype) == (other.dropout, other.training, others.dtype)
+        return same and type(mine) is type(others) and mine.shape[1:] == others.shape[1:]
+
+    def before(
+        self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Compute A x, and have the layer's dX come back through it."""
+        x = input_of(args, kwargs)
+        # In training also without gradients: reentrant checkpointing runs once so, and has to see the same dropout.
+        if not ((self.training or torch.is_grad_enabled()) and applies(base, x, self.lora_A, self.lora_B)):
+            return args, kwargs
+        handed_on, self._reduced = self.shared_input.reduce(self, x)
+        return with_input(args, kwargs, handed_on)
+
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Add the low-rank term to ``output`` ``[..., out]``."""
-        x = functional.dropout(input_of(args, kwargs), self.dropout, self.training)
+        reduced, self._reduced = self._reduced, None
+        if reduced is not None:
+            added: Tensor = Expand.apply(output, *reduced, self.scale)
+            return added
+        x = input_of(args, kwargs)
+        if not (self.training or torch.is_grad_enabled()) and applies(base, x, self.lora_A, self.lora_B):
+            return add_low_rank(output, x, self.lora_A, self.lora_B, self.scale)
+        x = functional.dropout(x, self.dropout, self.training)
         # The small matrices follow the activations: casting x instead would cost a float32 copy of it.
         hidden = functional.linear(x, self.lora_A.to(x.dtype))  # [..., r]
         delta = functional.linear(hidden, self.lora_B.to(hidden.dtype))  # [..., out]

@@ -15,6 +15,7 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_peft.adapter import Adapter
+from lightning_peft.blocks import shared_inputs
 from lightning_peft.errors import PEFTError
 from lightning_peft.low_rank.conv import ConvLoRAAdapter
 from lightning_peft.low_rank.embedding import EmbeddingLoRAAdapter
@@ -25,6 +26,7 @@ from lightning_peft.low_rank.own_weights import (
     factor_shapes,
     own_weights,
 )
+from lightning_peft.low_rank.shared_input import SharedInput
 from lightning_peft.method import PEFTMethod
 from lightning_peft.select import first_match, named_modules, require_matches, select
 
@@ -136,14 +138,20 @@ class LoRA(PEFTMethod):
         return self.loraplus_lr_ratio if parameter.rpartition(".")[2] == "lora_B" else 1.0
 
     def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
-        """Make the adapters."""
+        """Make the adapters of ``hosts``; those of layers with one input share its product with their A."""
         targets = self.targets(model)
-        return {
+        made: dict[str, Adapter] = {
             host: self._of_weights(host, module, targets[host], seed)
             if targets[host]
             else self.adapter(host, module, seed)
             for host, module in hosts.items()
         }
+        for names in shared_inputs(model):
+            members = [adapter for name in names if isinstance(adapter := made.get(name), LoRAAdapter)]
+            shared = SharedInput(*members)
+            for adapter in members:
+                adapter.shared_input = shared
+        return made
 
     def adapter(self, name: str, module: nn.Module, seed: int) -> LoRAAdapter:
         """Make the adapter that stands beside ``module``."""

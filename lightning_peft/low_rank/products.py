@@ -1,0 +1,187 @@
+"""The two products of a low-rank change with backward passes written by hand, and the rule for when they are used.
+
+Beside a layer they launch six kernels and keep, for the backward pass, its input and ``[tokens, r]`` numbers:
+
+    forward    H = X Aᵀ          Y += s · H Bᵀ
+    backward   dH = s · dY B     dB = s · dYᵀ H     dA = dHᵀ X     dX += dH A
+
+:class:`Reduce` also hands the input on to the layer. What comes back through that is the layer's own dX, a tensor of
+nobody else's, to which it adds in place. Layers that share an input share X, and one product with all their A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+from lightning_peft.weights import is_conv1d
+
+_NARROW = (torch.float16, torch.bfloat16)
+# Fake tensors stand for whole ones where memory is planned.
+_WHOLE = (Tensor, nn.Parameter, FakeTensor)
+
+
+def applies(base: nn.Module, x: Tensor, *matrices: Tensor) -> bool:
+    """Whether the products here are right for ``base``; where they are not, the plain expression is used.
+
+    They need a layer that returns a new tensor, and tensors that are whole: no pieces on several processes, no
+    wrappers. ``torch.compile`` fuses the plain expression by itself, and forward-mode differentiation and
+    ``torch.func`` take it apart.
+
+    Args:
+        base: The adapted module.
+        x: Its input.
+        matrices: A and B.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    dtype, own = compute_dtype(x), matrices[0].dtype
+    return (
+        (type(base) is nn.Linear or is_conv1d(base))
+        and "forward" not in base.__dict__
+        and not base._backward_hooks
+        and type(x) in _WHOLE
+        and all(type(m) in _WHOLE and m.dtype == own and not hasattr(m, "ds_id") for m in matrices)
+        and (x.dtype == own == dtype or (dtype in _NARROW and {x.dtype, own} <= {dtype, torch.float32}))
+        and forward_ad._current_level < 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a linear layer computes with ``x``."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+class Reduce(torch.autograd.Function):
+    """x, A_1 … A_n, B_1 … B_n ↦ x, x A_1ᵀ, …, x A_nᵀ, B_1, …, B_n, all in the dtype in which the layers compute.
+
+    x ``[..., in]``, A_i ``[r_i, in]``, B_i ``[out_i, r_i]``, x A_iᵀ ``[tokens, r_i]``. The B_i pass through to be cast
+    together with the A_i; where there is nothing to cast ``None`` is returned for them, and for x if it needs no
+    gradient. Dropout zeroes elements of x for all A_i alike.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropout: float, *matrices: Tensor) -> tuple[Tensor | None, ...]:
+        """Return x for the layers, the products, and the B_i."""
+        dtype, count = compute_dtype(x), len(matrices) // 2
+        every_a = matrices[:count]
+        ctx.ranks, ctx.own, ctx.x_dtype = [a.shape[0] for a in every_a], matrices[0].dtype, x.dtype
+        ctx.shape, ctx.kept, ctx.casts = x.shape, 1 - dropout, matrices[0].dtype != dtype
+        ctx.set_materialize_grads(False)
+        read = x.to(dtype)
+        reducing, every_b = _cast(matrices, dtype) if ctx.casts else (_joined(every_a), (None,) * count)
+        rows = _rows(read)
+        rows, mask = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
+        products = rows @ reducing.T
+        trains_a = any(ctx.needs_input_grad[2 : 2 + count])
+        # Joining A again is cheaper than keeping a copy; casting it is not.
+        ctx.save_for_backward(read if trains_a else None, mask, reducing if ctx.casts else None, *every_a)
+        handed_on = read if ctx.needs_input_grad[0] or read is not x else None
+        if handed_on is not None and not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(handed_on)
+        return handed_on, *products.split(ctx.ranks, dim=1), *every_b
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return dX, the dA_i and the dB_i, in the dtypes that came in."""
+        read, mask, reducing, *every_a = ctx.saved_tensors
+        count = len(every_a)
+        of_b = [None if g is None else g.to(ctx.own) for g in grads[count:]]
+        given = next((g for g in grads[:count] if g is not None), None)
+        if given is None:
+            return None if dx is None else dx.to(ctx.x_dtype), None, *(None,) * count, *of_b
+        dh = _joined([_or_zeros(g, given, r) for g, r in zip(grads, ctx.ranks, strict=False)], dim=1)
+        of_a: Sequence[Tensor | None] = (None,) * count
+        if read is not None:
+            rows = _rows(read)
+            rows = rows if mask is None else torch.ops.aten.native_dropout_backward(rows, mask, 1 / ctx.kept)
+            of_every_a = (dh.T @ rows).to(ctx.own).split(ctx.ranks)
+            of_a = [None if g is None else of for g, of in zip(grads, of_every_a, strict=False)]
+        if ctx.needs_input_grad[0]:
+            # The joined copy has no graph, which the second derivative needs.
+            if reducing is None or torch.is_grad_enabled():
+                reducing = _joined(every_a).to(dh.dtype)
+            dx = _add_product(dx, dh, reducing, mask, ctx.kept).view(ctx.shape).to(ctx.x_dtype)
+        return dx, None, *of_a, *of_b
+
+
+class Expand(torch.autograd.Function):
+    """y, h, B ↦ y + s · h Bᵀ, in place unless y is a view; y ``[..., out]``, h ``[tokens, r]``, B ``[out, r]``."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, b: Tensor, scale: float) -> Tensor:
+        """Return the sum."""
+        ctx.save_for_backward(h, b)
+        ctx.scale = scale
+        if y._is_view():
+            # Autograd would answer a change of a view with copies of its gradient.
+            return torch.addmm(_rows(y), h, b.T, alpha=scale).view(y.shape)
+        ctx.mark_dirty(y)
+        _rows(y).addmm_(h, b.T, alpha=scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return dY as it is, dh and dB."""
+        h, b = ctx.saved_tensors
+        rows = _rows(dy)
+        dh = _scaled_product(rows, b, ctx.scale)
+        db = _scaled_product(rows.T, h, ctx.scale) if ctx.needs_input_grad[2] else None
+        return dy, dh, db, None
+
+
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return y + s · (x Aᵀ) Bᵀ, in place, without a graph; x ``[..., in]``, y ``[..., out]``."""
+    h = _rows(x).to(y.dtype) @ a.to(y.dtype).T
+    _rows(y).addmm_(h, b.to(y.dtype).T, alpha=scale)
+    return y
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+
+
+def _cast(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Return all A, joined, and every B, cast to ``dtype`` by one kernel."""
+    sizes = [m.numel() for m in matrices]
+    flat = torch.empty(sum(sizes), dtype=dtype, device=matrices[0].device)
+    torch.cat([m.reshape(-1) for m in matrices], out=flat)
+    count = len(matrices) // 2
+    of_a, *of_b = flat.split([sum(sizes[:count]), *sizes[count:]])
+    return of_a.view(-1, matrices[0].shape[1]), [f.view_as(m) for f, m in zip(of_b, matrices[count:], strict=True)]
+
+
+def _or_zeros(grad: Tensor | None, other: Tensor, rank: int) -> Tensor:
+    return other.new_zeros(other.shape[0], rank) if grad is None else grad
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return scale · left right; with beta = 0 the first argument is not read."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+
+
+def _add_product(dx: Tensor | None, dh: Tensor, a: Tensor, mask: Tensor | None, kept: float) -> Tensor:
+    """Return dx + dh A, where ``mask`` kept it; in place if nobody differentiates the backward pass."""
+    if dx is None:
+        product = dh @ a
+        return product if mask is None else torch.ops.aten.native_dropout_backward(product, mask, 1 / kept)
+    if torch.is_grad_enabled() or not dx.is_contiguous():
+        return dx + _add_product(None, dh, a, mask, kept).view(dx.shape)
+    if mask is None:
+        _rows(dx).addmm_(dh, a)
+    else:
+        _rows(dx).addcmul_(dh @ a, mask, value=1 / kept)
+    return dx
