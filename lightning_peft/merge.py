@@ -19,7 +19,7 @@ from lightning_peft.inject import remove
 from lightning_peft.registry import required
 from lightning_peft.select import transformers_models
 from lightning_peft.sharding import whole
-from lightning_peft.weights import weight_of
+from lightning_peft.weights import is_packed, weight_of
 
 _Host = tuple[str, nn.Module, Slot, Adapter]
 
@@ -39,7 +39,7 @@ class MergeReport:
 
     def __str__(self) -> str:
         if not self.merged:
-            kept = f": {len(self.kept)} adapters are no change of weights and stay attached" if self.kept else ""
+            kept = f": {len(self.kept)} adapters cannot be merged and stay attached" if self.kept else ""
             return f"Nothing to merge{kept or ': what was trained is in the weights'}."
         text = (
             f"Merged {self.merged} adapters into the weights; rounding took {self.mean_loss:.2%} of their effect on "
@@ -76,9 +76,13 @@ def merge(
     todo = [found for found in active if _can_merge(found[1], found[3], gathered is not nullcontext)]
     kept = tuple(name for name, _, slot, _ in active if not any(slot is found[2] for found in todo))
     if unload and kept:
+        packed = any(name == kept[0] and is_packed(host) for name, host, _, _ in active)
         raise PEFTError(
-            f"merge(unload=True): the adapter of {kept[0]!r} cannot be merged, so removing it would change the "
-            "model's outputs. Call merge(model) to merge the others, or eject(model) to remove them all."
+            f"merge(unload=True): the adapter of {kept[0]!r} cannot be merged"
+            + (" (its weight is quantised, and the sum, quantised anew, would lose most of it)" if packed else "")
+            + ", so removing it would change the model's outputs. Call merge(model) to merge the others, or "
+            "eject(model) to remove them all"
+            + ("; or load the adapter into the model as it was before it was quantised." if packed else ".")
         )
     _refuse_non_finite(todo)
     shared = _shared_weights(model)
@@ -135,7 +139,7 @@ def refuse_ties(model: nn.Module) -> None:
 
 
 def _can_merge(host: nn.Module, adapter: Adapter, in_pieces: bool) -> bool:
-    if not adapter.mergeable:
+    if not adapter.mergeable or is_packed(host):
         return False
     # A parameter that comes new into a sharded module belongs to no shard.
     adds_bias = adapter.adds_bias and host._parameters.get("bias") is None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_peft.sharding import full_shape, whole
 
@@ -52,6 +53,18 @@ def weight_of(module: nn.Module) -> nn.Parameter:
     return weight
 
 
+def is_packed(module: nn.Module) -> bool:
+    """Whether the weight holds codes of a quantiser, from which its values have to be worked out first.
+
+    Such are integers, floating-point numbers of fewer than 16 bits, and tensor classes of a quantiser's own.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or isinstance(weight, DTensor):
+        return False
+    codes = not weight.is_floating_point() or weight.dtype.itemsize < 2
+    return codes or hasattr(weight, "__tensor_flatten__")
+
+
 def adapter_dtype(module: nn.Module) -> torch.dtype:
     """Return the dtype for adapters of ``module``: its weight's, but never below float32."""
     dtype = weight_of(module).dtype
@@ -60,7 +73,8 @@ def adapter_dtype(module: nn.Module) -> torch.dtype:
 
 def tensor_options(module: nn.Module) -> dict[str, Any]:
     """Return dtype (never below float32) and device for the adapter of any module: those of its first parameter."""
-    first = next((p for p in module.parameters() if p.is_floating_point()), None)
+    parameters = list(module.parameters())
+    first = next((p for p in parameters if p.is_floating_point()), parameters[0] if parameters else None)
     if first is None:
         return {"dtype": torch.float32}
     wide = first.dtype in (torch.float32, torch.float64)

@@ -12,7 +12,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.low_rank.embedding import EmbeddingLoRAAdapter
 from lightning_peft.low_rank.linear import LoRAAdapter
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.weights import read_matrix
+from lightning_peft.weights import is_packed, read_matrix
 
 
 class DoRAAdapter(LoRAAdapter):
@@ -30,6 +30,11 @@ class DoRAAdapter(LoRAAdapter):
         """Return the shapes of A, B and the magnitudes."""
         shapes = LoRAAdapter.shapes(host, r)
         return {**shapes, "lora_magnitude_vector": shapes["lora_B"][:1]}
+
+    @staticmethod
+    def refusal(host: nn.Module, r: int, dropout: float, freeze_A: bool) -> str | None:
+        """Refuse a weight whose norms are not at hand."""
+        return "its weight is quantised, so that the norms of its rows are not at hand" if is_packed(host) else None
 
     def reset_parameters(self) -> None:
         """Set B A to zero and the magnitudes to the norms of the weight, which then is unchanged."""
@@ -68,6 +73,8 @@ class DoRAAdapter(LoRAAdapter):
 
 class EmbeddingDoRAAdapter(DoRAAdapter, EmbeddingLoRAAdapter):
     """The same for an embedding: one magnitude for each of its dimensions."""
+
+    refusal = staticmethod(EmbeddingLoRAAdapter.refusal)
 
 
 def _row_norms(matrix: Tensor) -> Tensor:
