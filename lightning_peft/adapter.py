@@ -80,6 +80,14 @@ class Adapter(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} names weights to replace but does not define replace")
 
+    def to_file(self, key: str, tensor: Tensor) -> Tensor:
+        """Return what HF PEFT's file holds for this adapter's tensor ``key``; as defined here, ``tensor`` itself."""
+        return tensor
+
+    def from_file(self, key: str, tensor: Tensor) -> Tensor:
+        """Undo :meth:`to_file`."""
+        return tensor
+
     def reset_parameters(self) -> None:
         """Set the initial values, the same on every call and on every rank."""
         raise TypeError(f"{type(self).__name__} does not define reset_parameters")

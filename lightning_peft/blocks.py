@@ -175,7 +175,8 @@ def _layer_of(root: str, roots: Sequence[str], others: set[str]) -> str:
         parent = parent.rpartition(".")[0]
 
 
-def _role(name: str) -> str:
+def role_of(name: str) -> str:
+    """Return what the linear layer ``name`` of attention computes: ``q``, ``k``, ``v``, ``qkv``, ``kv`` or ``o``."""
     tokens = regex.split(r"[^a-z]+", name.rsplit(".", 1)[-1].lower())
     roles = [role for role, names in _ROLES.items() if any(regex.fullmatch(names, token) for token in tokens)]
     if {"q", "k", "v"} <= set(roles):
@@ -192,7 +193,7 @@ def _attention(
     roles: dict[str, str] = {}
     for name in linears:
         if _inside(name, root):
-            role = _role(name)
+            role = role_of(name)
             # The last one that is no projection of the input is the output's; of the others the first is the plain one.
             if role == "o" or role not in roles:
                 roles[role] = name

@@ -100,6 +100,7 @@ class DoRA(LoRA):
         loraplus_lr_ratio: The learning rate of B is multiplied by this (LoRA+).
         freeze_A: Train B and the magnitudes alone (LoRA-FA).
         init: How A is drawn, as for :class:`LoRA`. B is zero.
+        fused_parts: Only :class:`LoRA` adapts parts of a layer.
     """
 
     name: ClassVar[str] = "dora"
@@ -107,3 +108,4 @@ class DoRA(LoRA):
     count: ClassVar[str] = "Σ r (in + out) + out"
     kinds: ClassVar[tuple[type[LoRAAdapter], ...]] = (DoRAAdapter, EmbeddingDoRAAdapter)
     changes_weights: ClassVar[bool] = False
+    adapts_parts: ClassVar[bool] = False

@@ -8,17 +8,19 @@ A frozen A: LoRA-FA (Zhang et al., 2023), arXiv:2308.03303, section 3.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.adapter import Adapter
 from lightning_peft.blocks import shared_inputs
 from lightning_peft.errors import PEFTError
+from lightning_peft.fused_parts import is_fused, part_rows
 from lightning_peft.low_rank.conv import ConvLoRAAdapter
 from lightning_peft.low_rank.embedding import EmbeddingLoRAAdapter
+from lightning_peft.low_rank.fused import FusedLoRAAdapter
 from lightning_peft.low_rank.linear import Init, LoRAAdapter
 from lightning_peft.low_rank.own_weights import (
     OwnWeightsLoRAAdapter,
@@ -29,6 +31,7 @@ from lightning_peft.low_rank.own_weights import (
 from lightning_peft.low_rank.shared_input import SharedInput
 from lightning_peft.method import PEFTMethod
 from lightning_peft.select import first_match, named_modules, require_matches, select
+from lightning_peft.weights import features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,8 @@ class LoRA(PEFTMethod):
         loraplus_lr_ratio: The learning rate of B is the optimizer's, multiplied by this (LoRA+).
         freeze_A: Train B alone, which keeps ``[..., r]`` of each input for the backward pass instead of all (LoRA-FA).
         init: How A is drawn: ``kaiming`` as in the paper's code, or ``gaussian`` as in its text. B is zero.
+        fused_parts: Of layers that compute query, key and value in one, adapt these parts alone, each with an A of its
+            own: some of ``q``, ``k``, ``v``, as the paper's GPT-2 code does.
     """
 
     name: ClassVar[str] = "lora"
@@ -60,6 +65,8 @@ class LoRA(PEFTMethod):
     """The adapters that stand beside modules, one for each kind of module."""
     changes_weights: ClassVar[bool] = True
     """Whether weights that modules read themselves can be adapted."""
+    adapts_parts: ClassVar[bool] = True
+    """Whether ``fused_parts`` is possible."""
 
     r: int = 8
     alpha: float = 16
@@ -73,6 +80,7 @@ class LoRA(PEFTMethod):
     loraplus_lr_ratio: float = 1.0
     freeze_A: bool = False
     init: Init = "kaiming"
+    fused_parts: list[str] | None = None
 
     def __post_init__(self) -> None:
         me = type(self).__name__
@@ -90,8 +98,19 @@ class LoRA(PEFTMethod):
         ratio = self.loraplus_lr_ratio
         if not (isinstance(ratio, int | float) and math.isfinite(ratio) and ratio > 0):
             raise PEFTError(f"{me}: loraplus_lr_ratio={ratio!r} was given; it is a positive number.")
+        self._check_parts()
         if self.init not in ("kaiming", "gaussian"):
             raise PEFTError(f"{me}: init={self.init!r} was given; it is 'kaiming' or 'gaussian'.")
+
+    def _check_parts(self) -> None:
+        if self.fused_parts is None:
+            return
+        me, parts = type(self).__name__, [part for part in "qkv" if part in self.fused_parts]
+        if not parts or sorted(self.fused_parts) != sorted(parts):
+            raise PEFTError(f"{me}: fused_parts={self.fused_parts!r} was given; a list of 'q', 'k', 'v' was expected.")
+        if not self.adapts_parts:
+            raise PEFTError(f"{me}: fused_parts was given; {me} adapts whole layers. Use LoRA, or leave it out.")
+        object.__setattr__(self, "fused_parts", parts)
 
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the modules that ``target_modules`` names, and those whose weights it names."""
@@ -139,19 +158,38 @@ class LoRA(PEFTMethod):
 
     def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
         """Make the adapters of ``hosts``; those of layers with one input share its product with their A."""
-        targets = self.targets(model)
-        made: dict[str, Adapter] = {
-            host: self._of_weights(host, module, targets[host], seed)
-            if targets[host]
-            else self.adapter(host, module, seed)
-            for host, module in hosts.items()
-        }
+        targets, fused = self.targets(model), self.parts(model, hosts)
+        made: dict[str, Adapter] = {}
+        for host, module in hosts.items():
+            if targets[host]:
+                made[host] = self._of_weights(host, module, targets[host], seed)
+            elif host in fused:
+                made[host] = self._of_parts(host, module, fused[host], seed)
+            else:
+                made[host] = self.adapter(host, module, seed)
         for names in shared_inputs(model):
             members = [adapter for name in names if isinstance(adapter := made.get(name), LoRAAdapter)]
             shared = SharedInput(*members)
             for adapter in members:
                 adapter.shared_input = shared
         return made
+
+    def parts(self, model: nn.Module, hosts: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """Return the hosts of which parts are adapted, each with the rows of its ``fused_parts``.
+
+        Raises:
+            PEFTError: The rows of one are not known, or there is none.
+        """
+        if self.fused_parts is None:
+            return {}
+        modules = named_modules(model)
+        rows = {host: part_rows(model, host) for host in hosts if is_fused(host, modules[host])}
+        if not rows:
+            raise PEFTError(
+                f"{type(self).__name__}: fused_parts={self.fused_parts!r} was given, but no adapted layer computes "
+                "query, key and value in one. Leave it out, and name the projections in target_modules."
+            )
+        return {host: {part: of[part] for part in self.fused_parts} for host, of in rows.items()}
 
     def adapter(self, name: str, module: nn.Module, seed: int) -> LoRAAdapter:
         """Make the adapter that stands beside ``module``."""
@@ -162,6 +200,14 @@ class LoRA(PEFTMethod):
         if refusal := kind.refusal(module, r, self.dropout, self.freeze_A):
             raise PEFTError(f"{type(self).__name__}: {name!r} cannot be adapted: {refusal}. Exclude it.")
         adapter = kind(module, r, scale, self.dropout, self.init, seed, name)
+        if self.freeze_A:
+            adapter.freeze_A()
+        return adapter
+
+    def _of_parts(self, host: str, module: nn.Module, rows: Mapping[str, Tensor], seed: int) -> LoRAAdapter:
+        r, scale = self._rank_and_scale(host)
+        self._refuse_rank(host, r, features(module)[0], min(map(len, rows.values())))
+        adapter = FusedLoRAAdapter(module, rows, r, scale, self.dropout, self.init, seed, host)
         if self.freeze_A:
             adapter.freeze_A()
         return adapter

@@ -85,9 +85,13 @@ class LoRAInHF(Counterpart):
 
     def config(self, root: nn.Module, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
         """Return the most common rank and alpha, and the others as patterns."""
-        modules, targets = named_modules(root), method.targets(root)
+        modules, targets, hosts = named_modules(root), method.targets(root), list(hosts)
         names = dict.fromkeys(name for host in hosts for name in targets[host].values() or [host])
+        fused = method.parts(root, hosts)
         pairs = {name: method.rank_and_alpha(name) for name in names}
+        for host in fused:  # to other readers one LoRA with the ranks of its parts together
+            (r, alpha), count = pairs[host], len(fused[host])
+            pairs[host] = r * count, alpha * (math.sqrt(count) if method.use_rslora else count)
         r = Counter(rank for rank, _ in pairs.values()).most_common(1)[0][0]
         alpha = Counter(alpha for _, alpha in pairs.values()).most_common(1)[0][0]
         whole = [name for name in names if name in modules]
