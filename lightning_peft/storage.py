@@ -217,11 +217,15 @@ def _present(model: nn.Module, prefix: str, adapter: str) -> tuple[PEFTMethod, .
 
 
 def _read_beside(model: nn.Module, directory: Path) -> dict[str, Tensor]:
-    """Read the modules trained whole that belong to no adapted model."""
+    """Read the modules trained whole that belong to no adapted model.
+
+    Buffers of adapters that stand there too are for a run that goes on.
+    """
     file = directory / _BESIDE_FILE
     if not is_lightning_module(model) or not file.is_file():
         return {}
-    tensors, parameters = read_tensors(file), dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
+    tensors = {name: tensor for name, tensor in read_tensors(file).items() if CHILD not in name.split(".")}
     check_tensors({name: parameters[name].shape for name in tensors if name in parameters}, tensors, str(file))
     return tensors
 

@@ -3,16 +3,29 @@
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import peft
 import pytest
 import torch
 import transformers as t
 from families import SMALL, build, outputs, randomise
-from modules import assert_same
+from modules import assert_same, loader, trainer
 from test_hosts import assert_merges, seeded
 from torch import Tensor, nn
 
-from lightning_peft import DoRA, LoRA, PEFTError, inject, load_adapter, merge, save_adapter
+from lightning_peft import (
+    DoRA,
+    LoRA,
+    PEFTError,
+    PEFTStrategy,
+    adapter_state_dict,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+    unmerge,
+)
+from lightning_peft.callbacks import AdapterCheckpoint
 
 BASE = {k: v for k, v in SMALL.items() if k != "intermediate_size"}
 MODELS: dict[str, tuple[str, Any]] = {
@@ -164,7 +177,7 @@ def test_an_adapter_that_changes_other_parts_is_not_read_into_some(tmp_path: Pat
 
 @pytest.mark.parametrize("given", [[], ["q", "q"], ["o"], "qx"])
 def test_parts_that_are_none(given: Any) -> None:
-    with pytest.raises(PEFTError, match="fused_parts=.* was given; a list of 'q', 'k', 'v' was expected"):
+    with pytest.raises(PEFTError, match=r"fused_parts=.* was given; a list of 'q', 'k', 'v' was expected"):
         LoRA(fused_parts=given)
 
 
@@ -180,3 +193,42 @@ def test_what_has_no_known_parts_is_refused() -> None:
     config = t.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=50, add_cross_attention=True)
     with pytest.raises(PEFTError, match=r"crossattention\.c_attn' \(32 → 64.* is not known"):
         inject(t.GPT2LMHeadModel(config), LoRA(r=2, target_modules="c_attn", fused_parts=["q"]))
+
+
+class GPT2(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = build("gpt2")[0]
+        for part in self.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0  # a run that goes on would draw others
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        ids = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(self.global_step))
+        loss: Tensor = self.model(input_ids=ids, labels=ids).loss
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def test_a_run_goes_on_with_the_same_parts(tmp_path: Path) -> None:
+    method = LoRA(r=2, target_modules="c_attn", fused_parts=["q", "v"])
+
+    def fit(steps: int, folder: str, **options: Any) -> GPT2:
+        callback = AdapterCheckpoint(dirpath=tmp_path / folder, save_last=True, every_n_train_steps=1)
+        run = trainer(tmp_path, PEFTStrategy(method), callbacks=[callback], max_steps=steps)
+        module = GPT2()
+        run.fit(module, loader(), **options)
+        return module
+
+    straight = fit(4, "straight")
+    fit(2, "halves")
+    resumed = fit(4, "resumed", ckpt_path=tmp_path / "halves" / "last")
+    assert_same(dict(adapter_state_dict(straight)), dict(adapter_state_dict(resumed)))
+    unmerge(straight)
+    loaded = GPT2.load_from_checkpoint(tmp_path / "straight" / "last")
+    assert_same(dict(adapter_state_dict(straight)), dict(adapter_state_dict(loaded)))
+    plain = GPT2()
+    load_adapter(plain, tmp_path / "straight" / "last")
+    assert (call(plain.model.eval()) - call(straight.model.eval())).abs().max() <= 1e-5
