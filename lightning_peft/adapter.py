@@ -37,6 +37,8 @@ class Adapter(nn.Module):
     """Whether :meth:`fold` gives a weight with the same effect as the adapter."""
     adds_bias: bool = False
     """Whether :meth:`fold` gives a bias to a host without one."""
+    follows_ties: bool = False
+    """Whether all modules with the host's weight have such an adapter, of the same effect: merging keeps the tie."""
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
     """Which dimension of a parameter runs over the host's ``"in"`` or ``"out"`` features, for hosts that are split."""
     replaces: tuple[str, ...] = ()

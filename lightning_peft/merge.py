@@ -91,11 +91,16 @@ def merge(
     if gathered is nullcontext:
         _refuse_pieces(todo)
     losses: dict[str, float] = {}
+    written: dict[int, dict[str, Any]] = {}
     for name, host, slot, adapter in todo:
-        if slot.merged is None:
-            tied = any(id(weight) in shared for weight in _weights(host, adapter))
-            losses[name], slot.merged = fold_into(host, adapter, shared, gathered)
-            slot.merged["tied"] = _declare_untied(model) if tied else []
+        weights = _weights(host, adapter)
+        if slot.merged is None and adapter.follows_ties and id(weights[0]) in written:
+            slot.merged = written[id(weights[0])]
+        elif slot.merged is None:
+            untied = set() if adapter.follows_ties else shared & {id(weight) for weight in weights}
+            losses[name], slot.merged = fold_into(host, adapter, untied, gathered)
+            slot.merged["tied"] = _declare_untied(model) if untied else []
+            written[id(weights[0])] = slot.merged
     if unload:
         for _, root, registry in roots:
             remove(root, registry)
@@ -131,7 +136,9 @@ def refuse_ties(model: nn.Module) -> None:
     shared = _shared_weights(model)
     for name, host, slot in slots(unwrap(model)):
         adapter = slot.active_adapter
-        if adapter is not None and adapter.mergeable and any(id(w) in shared for w in _weights(host, adapter)):
+        if adapter is None or not adapter.mergeable or adapter.follows_ties:
+            continue
+        if any(id(weight) in shared for weight in _weights(host, adapter)):
             raise PEFTError(
                 f"{name!r} is adapted and shares its weight with another module. A sharded weight cannot be untied to "
                 "merge the adapter: leave the module out with exclude_modules, or set merge_on_train_end=False."

@@ -88,6 +88,21 @@ class PEFTMethod:
         """
         return 1.0
 
+    def check_steps(self, total_steps: int) -> None:
+        """Check that the method's schedule fits a run of ``total_steps`` optimizer steps.
+
+        Raises:
+            PEFTError: It does not.
+        """
+
+    def before_step(self, adapters: Mapping[str, Adapter], scale: float) -> None:
+        """Add to gradients before an optimizer step, and before they are clipped. Called by the strategy.
+
+        Args:
+            adapters: This method's active adapters, by the name of their host.
+            scale: What gradients are multiplied by: not 1 under a gradient scaler, which divides them by it later.
+        """
+
     def after_step(self, adapters: Mapping[str, Adapter], step: int, total_steps: int | None) -> None:
         """Change adapters after an optimizer step; gradients are still there. Called by the strategy.
 

@@ -16,7 +16,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.fingerprint import describe_base, refuse_other_base
 from lightning_peft.formats import hf, own
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, Content, Part, with_adapter, without_adapter
-from lightning_peft.formats.counterpart import for_methods
+from lightning_peft.formats.counterpart import UNSAID, for_methods
 from lightning_peft.formats.files import (
     MARKER,
     atomic_directory,
@@ -27,6 +27,7 @@ from lightning_peft.formats.files import (
     write_json,
     write_tensors,
 )
+from lightning_peft.formats.pieces import joined, take, whole_of
 from lightning_peft.inject import inject, refuse_merged
 from lightning_peft.method import PEFTMethod
 from lightning_peft.parts import is_lightning_module, parts_of
@@ -112,7 +113,7 @@ def read_adapters(directory: Path, places: Mapping[str, list[str]]) -> dict[str,
             raise PEFTError(f"{directory} names the file {file!r}, which lies outside of it. It is not read.")
         files[file] = read_tensors(directory / file)
     try:
-        return {name: files[file][in_file] for name, (file, in_file) in places.items()}
+        return {name: take(files[file], in_file) for name, (file, in_file) in places.items()}
     except KeyError as error:
         raise PEFTError(f"{directory} lacks the tensor {error}: it is damaged. Take another checkpoint.") from error
 
@@ -167,20 +168,27 @@ class _Load:
     def prepare(cls, model: nn.Module, prefix: str, directory: Path, name: str) -> _Load:
         root = model.get_submodule(prefix)
         config, file = read_json(directory / CONFIG_FILE), directory / TENSOR_FILE
+        marker = read_json(directory / MARKER) if (directory / MARKER).is_file() else {}
+        config.pop(UNSAID, None)
+        config.update({UNSAID: marker[UNSAID]} if UNSAID in marker else {})
         shapes, source = read_shapes(file), str(directory)
         if config.get("peft_type") == own.PEFT_TYPE:
             content = own.read_content(config, shapes, source)
         else:
             content = hf.read_content(root, config, shapes, source)
-        if (directory / MARKER).is_file():
-            base = read_json(directory / MARKER).get("base")
+        if marker:
+            base = marker.get("base")
             refuse_other_base(model, base if isinstance(base, dict) else {}, source, prefix)
         lead = f"{prefix}." if prefix else ""
         stored = read_tensors(file)
         _refuse_changed_base(root, {name: stored.pop(key) for key, name in content.copies.items()}, source)
-        if extra := sorted(stored.keys() - content.names.keys()):
+        if extra := sorted(stored.keys() - {whole_of(key) for key in content.names}):
             raise PEFTError(f"{source} holds {extra[0]!r}, which its configuration does not explain. It is damaged.")
-        tensors = {f"{lead}{with_adapter(content.names[key], name)}": tensor for key, tensor in stored.items()}
+        tensors = {
+            f"{lead}{with_adapter(in_model, name)}": take(stored, key)
+            for key, in_model in content.names.items()
+            if whole_of(key) in stored
+        }
         present = _present(model, prefix, name)
         if present is not None:
             refuse_other_methods(present, [method.config() for method in content.methods], source, names_only=True)
@@ -276,9 +284,11 @@ def _write_part(directory: Path, model: nn.Module, part: Part, state: Mapping[st
     directory.mkdir(parents=True, exist_ok=True)
     adapters = {} if counterpart is None else _adapters_of(model, lead, part.adapter)
     tensors = {in_file: _converted(adapters, in_model, state[in_model]) for in_file, in_model in names.items()}
-    write_tensors(directory / TENSOR_FILE, tensors)
+    write_tensors(directory / TENSOR_FILE, joined(tensors))
     write_json(directory / CONFIG_FILE, config)
     marker = {"version": 1, "prefix": part.prefix, "base": describe_base(model, part.prefix)}
+    if counterpart is not None and (unsaid := counterpart.unsaid(part.methods[0])):
+        marker[UNSAID] = unsaid
     write_json(directory / MARKER, {**marker, "lightning": is_lightning_module(root)})
     return {in_file: in_model for in_file, in_model in names.items() if tensors[in_file] is state[in_model]}
 

@@ -36,7 +36,7 @@ from lightning_peft.merge import is_merged, merge, unmerge
 from lightning_peft.method import PEFTMethod, methods_of, registered_methods
 from lightning_peft.optim import restrict_to_trainable, state_by_name, state_by_position
 from lightning_peft.registry import registries
-from lightning_peft.schedule import after_step, has_schedule, known_steps
+from lightning_peft.schedule import after_step, before_step, changes_gradients, has_schedule, known_steps
 from lightning_peft.select import transformers_models
 from lightning_peft.sharding import full_shape, map_tensors, whole
 from lightning_peft.state import adapter_parameters_and_whole, adapter_state_dict
@@ -329,7 +329,10 @@ class PEFTStrategy(Strategy):
         schedulers = [config.scheduler for config in self.lr_scheduler_configs]
         restrict_to_trainable(self.optimizers, schedulers, self._module)
         if has_schedule(self.methods):
-            self._total_steps = known_steps(self.methods, trainer.estimated_stepping_batches)
+            self._total_steps = steps = known_steps(self.methods, trainer.estimated_stepping_batches)
+            if steps is not None and self._is_real_run():
+                for method in self.methods:
+                    method.check_steps(steps)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load optimizer states, which are saved by parameter name."""
@@ -344,7 +347,15 @@ class PEFTStrategy(Strategy):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Step, and after the first one name the adapters that got no gradient."""
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+
+        def closure_and_more() -> Any:
+            result = closure()
+            scaler = getattr(self.precision_plugin, "scaler", None)
+            before_step(self._module, 1.0 if scaler is None else scaler.get_scale())
+            return result
+
+        scheduled = closure_and_more if changes_gradients(self.methods) else closure
+        output = super().optimizer_step(optimizer, scheduled, model, **kwargs)
         if id(optimizer) not in self._stepped:
             self._stepped.add(id(optimizer))
             self._warn_without_gradient(optimizer)

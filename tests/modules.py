@@ -112,6 +112,16 @@ class Llama(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Stop(pl.Callback):
+    """Interrupts a run after ``step`` of the steps that it was to have."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        trainer.should_stop |= trainer.global_step == self.step
+
+
 def inputs(count: int = SAMPLES, seed: int = 3) -> Tensor:
     return torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
 

@@ -9,7 +9,18 @@ import torch
 import transformers as t
 from torch import nn
 
-from lightning_peft import BitFit, FullFinetuning, LoKr, LoRA, ParallelAdapter, PEFTMethod, SeriesAdapter, eject, inject
+from lightning_peft import (
+    AdaLoRA,
+    BitFit,
+    FullFinetuning,
+    LoKr,
+    LoRA,
+    ParallelAdapter,
+    PEFTMethod,
+    SeriesAdapter,
+    eject,
+    inject,
+)
 
 # GPT-2's query, key and value projections are one layer: rows that adapt some of them stand on OPT, which has the same
 # widths and depth, and separate ones.
@@ -134,6 +145,7 @@ ROWS = [
         247_463_936,
     ),
     Row("LLaMA-7B", LoKr(r=8, target_modules=["q_proj", "v_proj"]), 327_680),
+    Row("LLaMA-7B", AdaLoRA(init_r=12, target_modules=["q_proj", "v_proj"]), 6_292_224),
     Row("MiniLM", LoRA(r=8, target_modules=["query", "value"]), 73_728),
     Row("MiniLM", houlsby(16, norms=True), 161_472),
     Row("MiniLM", BitFit(), 25_728),

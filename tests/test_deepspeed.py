@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from modules import Llama, Regression, assert_same, by_hand, inputs, trainer
 from torch import Tensor
 
-from lightning_peft import DoRA, LoRA, PEFTError, PEFTStrategy, load_adapter
+from lightning_peft import AdaLoRA, DoRA, LoRA, PEFTError, PEFTStrategy, load_adapter
 from lightning_peft.callbacks.summary import summary_table
 from lightning_peft.formats.deepspeed import is_deepspeed, require_layout
 
@@ -322,6 +322,12 @@ def test_names(stage: str) -> None:
     assert isinstance(strategy, DeepSpeedStrategy)
     named = trainer(Path(), f"peft_lora_{stage}", accelerator="cpu").strategy
     assert type(named) is type(strategy)
+
+
+def test_methods_that_read_gradients_are_refused() -> None:
+    strategy = PEFTStrategy(AdaLoRA(), base="deepspeed_stage_2")
+    with pytest.raises(PEFTError, match=r"AdaLoRA reads and changes gradients .* Use another base"):
+        strategy.setup(None)  # type: ignore[arg-type]
 
 
 class TestCalls:

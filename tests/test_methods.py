@@ -11,16 +11,18 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from families import ALL_FAMILIES, build, outputs, randomise
-from modules import Llama, assert_same, loader, trainer
+from modules import Llama, Stop, assert_same, loader, trainer
 from test_inject import assert_same as assert_unchanged
 from test_inject import snapshot
 from torch import Tensor, nn
 
 import lightning_peft
 from lightning_peft import (
+    AdaLoRA,
     BitFit,
     LoKr,
     LoRA,
+    NewTokens,
     ParallelAdapter,
     PEFTError,
     PEFTMethod,
@@ -45,7 +47,9 @@ OURS = {n: cls for n, cls in registered_methods().items() if cls.__module__.star
 # Every method with its defaults, and variants that behave differently enough to go through all of it.
 METHODS: dict[str, PEFTMethod | list[PEFTMethod]] = {
     **{name: cls() for name, cls in OURS.items()},
+    "new_tokens": NewTokens(token_indices=list(range(3, 50))),
     "lora with frozen A": LoRA(r=4, freeze_A=True),
+    "lora from the weight": LoRA(r=4, init="pissa"),
     "lokr of two low ranks": LoKr(r=1, decompose_both=True),
     "bitfit with new biases": BitFit(create_missing=True),
     "series_adapter of pfeiffer": SeriesAdapter(preset="pfeiffer", bottleneck=4),
@@ -89,6 +93,11 @@ REFUSED: dict[tuple[str, str], str] = {
     # Both would hang on the MLP's linear layers, which have no biases.
     **{("bitfit and parallel_adapter", family): "BitFit and ParallelAdapter would both" for family in NO_BIAS_IN_MLP},
     **{(name, "sequential"): "rank of an update of it is at most 4" for name in ("lora", "dora")},
+    **{
+        ("new_tokens", family): "no input embedding that is known"
+        for family in ("sequential", "vit", "clip", "torch_encoder", "torch_decoder")
+    },
+    ("adalora", "sequential"): "rank of an update of it is at most 8",
     **{(method, family): "decoder-only transformers models" for method in DECODER_ONLY for family in NO_DECODER},
 }
 
@@ -275,7 +284,11 @@ def logits(module: pl.LightningModule) -> Tensor:
         return module.model.eval()(input_ids=torch.arange(6)[None]).logits  # type: ignore[operator, union-attr]
 
 
-STRATEGY: dict[str, PEFTMethod] = {"bitfit": BitFit(create_missing=True)}
+STRATEGY: dict[str, PEFTMethod] = {
+    "bitfit": BitFit(create_missing=True),
+    "adalora": AdaLoRA(init_r=6, target_r=3, tfinal=1),
+    "new_tokens": NewTokens(token_indices=list(range(32))),
+}
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -284,7 +297,7 @@ def test_fit_resume_and_merge(name: str, tmp_path: Path) -> None:
 
     def fit(steps: int, folder: str, **options: Any) -> Stepped:
         callback = AdapterCheckpoint(dirpath=tmp_path / folder, save_last=True, every_n_train_steps=1)
-        run = trainer(tmp_path, PEFTStrategy(method), callbacks=[callback], max_steps=steps)
+        run = trainer(tmp_path, PEFTStrategy(method), callbacks=[callback, Stop(steps)], max_steps=4)
         module = Stepped()
         run.fit(module, loader(), **options)
         return module

@@ -30,6 +30,7 @@ from lightning_peft.formats.files import atomic_directory
 from lightning_peft.merge import refuse_ties
 from lightning_peft.optim import restrict_to_trainable
 from lightning_peft.registry import registries
+from lightning_peft.schedule import changes_gradients
 from lightning_peft.sharding import gathered, kept_part, whole
 from lightning_peft.state import adapter_parameters_and_whole
 
@@ -66,6 +67,11 @@ class OnDeepSpeed(_Strategy):
             raise PEFTError(
                 "checkpoint='full' was given on ZeRO-3, where every process holds a piece of the frozen weights, which "
                 "do not change. Use checkpoint='adapter', or stage 2."
+            )
+        if changes_gradients(self.methods):
+            raise PEFTError(
+                f"{' + '.join(type(method).__name__ for method in self.methods)} reads and changes gradients around "
+                "each step, which DeepSpeed keeps to itself. Use another base, for example base='fsdp'."
             )
         if self._engine is not None:
             # Its hooks would gather and drop parameters a second time.

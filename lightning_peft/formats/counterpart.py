@@ -18,6 +18,8 @@ from lightning_peft.method import PEFTMethod
 from lightning_peft.select import named_modules
 
 PREFIX = "base_model.model."
+UNSAID = "lightning_peft"
+"""Key under which :meth:`Counterpart.read` finds what :meth:`Counterpart.unsaid` returned."""
 
 _COUNTERPARTS: list[Counterpart] = []
 
@@ -60,6 +62,10 @@ class Counterpart(ABC):
             chosen: Names of the parameters that the method itself trains.
         """
 
+    def unsaid(self, method: Any) -> dict[str, Any]:
+        """Return what this package has to know to read the file as ``method``, and HF PEFT has no key for."""
+        return {}
+
     @abstractmethod
     def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the method that a configuration and the tensors' names and shapes describe.
@@ -85,6 +91,10 @@ class Counterpart(ABC):
             for host in hosts
             for suffix, parameter in self.parameters_of(modules[host], method).items()
         }
+
+    def repeats(self, root: nn.Module, method: Any, hosts: Iterable[str]) -> dict[str, str]:
+        """Return, as :meth:`names`, further names in the file under which HF PEFT writes a tensor again."""
+        return {}
 
     def owns(self, name: str) -> bool:
         """Whether a tensor in the file is the method's; others belong to modules trained whole."""

@@ -54,7 +54,9 @@ def read_content(
     whole = {name: name.removeprefix(PREFIX) for name in rest if name not in copies}
     chosen = [name for name in method.trained(root) if name not in whole.values()]
     hosts = list(method.select(root))
-    return Content((method,), train_also, {**counterpart.names(root, method, hosts, chosen), **whole}, copies)
+    again = {name: first for name, first in counterpart.repeats(root, method, hosts).items() if name in shapes}
+    names = {**again, **counterpart.names(root, method, hosts, chosen), **whole}
+    return Content((method,), train_also, names, copies)
 
 
 def _task_type(root: nn.Module) -> str | None:

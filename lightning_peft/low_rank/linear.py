@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,6 @@ from lightning_peft.low_rank.shared_input import Reduced, SharedInput
 from lightning_peft.seeding import fill
 from lightning_peft.weights import adapter_dtype, features, is_linear, weight_of
 
-Init = Literal["kaiming", "gaussian"]
-
 
 class LoRAAdapter(Adapter):
     """h = W0 x + scale · B A x (equation 3); x ``[..., in]``, A ``[r, in]``, B ``[out, r]``."""
@@ -25,7 +23,7 @@ class LoRAAdapter(Adapter):
     mergeable = True
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"lora_A": (None, "in"), "lora_B": ("out", None)}
 
-    def __init__(self, host: nn.Module, r: int, scale: float, dropout: float, init: Init, seed: int, name: str):
+    def __init__(self, host: nn.Module, r: int, scale: float, dropout: float, init: str, seed: int, name: str):
         super().__init__()
         shapes = self.shapes(host, r)
         options: dict[str, Any] = {"dtype": adapter_dtype(host), "device": weight_of(host).device}

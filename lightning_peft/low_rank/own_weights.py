@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lightning_peft.adapter import Adapter
 from lightning_peft.errors import PEFTError
-from lightning_peft.low_rank.linear import Init
 from lightning_peft.seeding import fill
 from lightning_peft.sharding import full_shape
 
@@ -30,7 +29,7 @@ class Factors(nn.Module):
     As in HF PEFT's files, the experts follow one another in A, and alternate in B.
     """
 
-    def __init__(self, host: nn.Module, weight: str, r: int, scale: float, init: Init) -> None:
+    def __init__(self, host: nn.Module, weight: str, r: int, scale: float, init: str) -> None:
         super().__init__()
         parameter = host.get_parameter(weight)
         wide = parameter.dtype in (torch.float32, torch.float64)
@@ -73,7 +72,7 @@ class OwnWeightsLoRAAdapter(Adapter):
     mergeable = True
 
     def __init__(
-        self, host: nn.Module, ranks: Mapping[str, int], scales: Mapping[str, float], init: Init, seed: int, name: str
+        self, host: nn.Module, ranks: Mapping[str, int], scales: Mapping[str, float], init: str, seed: int, name: str
     ) -> None:
         super().__init__()
         self.replaces = tuple(ranks)

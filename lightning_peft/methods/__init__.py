@@ -3,6 +3,7 @@
 import pkgutil
 from importlib import import_module
 
+from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.compacter import Compacter
 from lightning_peft.methods.dora import DoRA
@@ -12,6 +13,7 @@ from lightning_peft.methods.layer_norm_tuning import LayerNormTuning
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.new_tokens import NewTokens
 from lightning_peft.methods.parallel_adapter import ParallelAdapter
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
@@ -20,6 +22,7 @@ from lightning_peft.methods.vera import VeRA
 
 __all__ = [
     "IA3",
+    "AdaLoRA",
     "BitFit",
     "Compacter",
     "DoRA",
@@ -28,6 +31,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "NewTokens",
     "ParallelAdapter",
     "PrefixTuning",
     "PromptTuning",

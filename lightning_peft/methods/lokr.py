@@ -148,7 +148,7 @@ def _pieces(factor: str, rows: int, columns: int, r: int | None) -> dict[str, Sh
 
 
 def _split(size: int, factor: int) -> Shape:
-    """Return two divisors of ``size``: ``factor`` and the other, or the largest below it that is not above the other."""
+    """Return two divisors of ``size``: ``factor`` and the other, or the largest below it up to their root."""
     if factor > 0 and size % factor == 0:
         return factor, size // factor
     limit = math.isqrt(size) if factor == -1 else min(factor, math.isqrt(size))

@@ -2,7 +2,7 @@
 
 rsLoRA's scale: A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA (Kalajdzievski, 2023),
 arXiv:2312.03732, section 3. Another learning rate for B: LoRA+ (Hayou et al., 2024), arXiv:2402.12354, section 4.
-A frozen A: LoRA-FA (Zhang et al., 2023), arXiv:2308.03303, section 3.1.
+A frozen A: LoRA-FA (Zhang et al., 2023), arXiv:2308.03303, section 3.1. Starts in the weight: `low_rank/principal.py`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from lightning_peft.fused_parts import is_fused, part_rows
 from lightning_peft.low_rank.conv import ConvLoRAAdapter
 from lightning_peft.low_rank.embedding import EmbeddingLoRAAdapter
 from lightning_peft.low_rank.fused import FusedLoRAAdapter
-from lightning_peft.low_rank.linear import Init, LoRAAdapter
+from lightning_peft.low_rank.linear import LoRAAdapter
 from lightning_peft.low_rank.own_weights import (
     OwnWeightsLoRAAdapter,
     attention_weights,
     factor_shapes,
     own_weights,
 )
+from lightning_peft.low_rank.principal import PrincipalAdapter, is_principal
 from lightning_peft.low_rank.shared_input import SharedInput
 from lightning_peft.method import PEFTMethod
 from lightning_peft.select import first_match, named_modules, require_matches, select
@@ -52,7 +53,9 @@ class LoRA(PEFTMethod):
         use_rslora: Multiply by ``alpha / sqrt(r)`` instead.
         loraplus_lr_ratio: The learning rate of B is the optimizer's, multiplied by this (LoRA+).
         freeze_A: Train B alone, which keeps ``[..., r]`` of each input for the backward pass instead of all (LoRA-FA).
-        init: How A is drawn: ``kaiming`` as in the paper's code, or ``gaussian`` as in its text. B is zero.
+        init: How A is drawn: ``kaiming`` as in the paper's code, or ``gaussian`` as in its text. B is zero. Or where A
+            and B start in the weight: ``pissa``, at its largest singular values (``pissa_niter_16``: found faster, by
+            as many iterations), or ``olora``, at its QR decomposition.
         fused_parts: Of layers that compute query, key and value in one, adapt these parts alone, each with an A of its
             own: some of ``q``, ``k``, ``v``, as the paper's GPT-2 code does.
     """
@@ -79,7 +82,7 @@ class LoRA(PEFTMethod):
     use_rslora: bool = False
     loraplus_lr_ratio: float = 1.0
     freeze_A: bool = False
-    init: Init = "kaiming"
+    init: str = "kaiming"
     fused_parts: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -99,8 +102,9 @@ class LoRA(PEFTMethod):
         if not (isinstance(ratio, int | float) and math.isfinite(ratio) and ratio > 0):
             raise PEFTError(f"{me}: loraplus_lr_ratio={ratio!r} was given; it is a positive number.")
         self._check_parts()
-        if self.init not in ("kaiming", "gaussian"):
-            raise PEFTError(f"{me}: init={self.init!r} was given; it is 'kaiming' or 'gaussian'.")
+        from_weight = ", 'pissa', 'pissa_niter_N' or 'olora'" if self.kinds is LoRA.kinds else ""
+        if self.init not in ("kaiming", "gaussian") and not (from_weight and is_principal(str(self.init))):
+            raise PEFTError(f"{me}: init={self.init!r} was given; it is 'kaiming', 'gaussian'{from_weight}.")
 
     def _check_parts(self) -> None:
         if self.fused_parts is None:
@@ -110,6 +114,8 @@ class LoRA(PEFTMethod):
             raise PEFTError(f"{me}: fused_parts={self.fused_parts!r} was given; a list of 'q', 'k', 'v' was expected.")
         if not self.adapts_parts:
             raise PEFTError(f"{me}: fused_parts was given; {me} adapts whole layers. Use LoRA, or leave it out.")
+        if is_principal(self.init):
+            raise PEFTError(f"{me}: init={self.init!r} starts from whole layers; it does not go with fused_parts.")
         object.__setattr__(self, "fused_parts", parts)
 
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -130,7 +136,7 @@ class LoRA(PEFTMethod):
             model,
             self.target_modules,
             adaptable=self._adaptable,
-            weights=own_weights if self.changes_weights else None,
+            weights=own_weights if self._changes_weights else None,
             exclude=self.exclude_modules,
             layers=self.layers,
         )
@@ -194,7 +200,7 @@ class LoRA(PEFTMethod):
     def adapter(self, name: str, module: nn.Module, seed: int) -> LoRAAdapter:
         """Make the adapter that stands beside ``module``."""
         r, scale = self._rank_and_scale(name)
-        kind = next(kind for kind in self.kinds if kind.serves(module))
+        kind = next(kind for kind in self._kinds if kind.serves(module))
         shapes = kind.shapes(module, r)
         self._refuse_rank(name, r, math.prod(shapes["lora_A"][1:]), shapes["lora_B"][0])
         if refusal := kind.refusal(module, r, self.dropout, self.freeze_A):
@@ -241,5 +247,13 @@ class LoRA(PEFTMethod):
             )
 
     def _adaptable(self, module: nn.Module) -> bool:
-        changed = self.changes_weights and isinstance(module, nn.MultiheadAttention)
-        return changed or any(kind.serves(module) for kind in self.kinds)
+        changed = self._changes_weights and isinstance(module, nn.MultiheadAttention)
+        return changed or any(kind.serves(module) for kind in self._kinds)
+
+    @property
+    def _kinds(self) -> tuple[type[LoRAAdapter], ...]:
+        return (PrincipalAdapter,) if is_principal(self.init) else self.kinds
+
+    @property
+    def _changes_weights(self) -> bool:
+        return self.changes_weights and not is_principal(self.init)

@@ -14,6 +14,7 @@ from lightning_peft.adapter import CHILD
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import (
     PREFIX,
+    UNSAID,
     Counterpart,
     Shapes,
     require_numbers,
@@ -22,6 +23,7 @@ from lightning_peft.formats.counterpart import (
 )
 from lightning_peft.formats.own_weights import ENDINGS, parameter_targets, tensors_of, weights_in
 from lightning_peft.low_rank.own_weights import factor_shapes, key_of
+from lightning_peft.low_rank.principal import is_principal
 from lightning_peft.method import PEFTMethod
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.select import as_list, fullmatch, named_modules
@@ -66,9 +68,13 @@ class LoRAInHF(Counterpart):
     peft_type = "LORA"
     parameters: ClassVar[Mapping[str, str]] = {**ENDINGS, **_EMBEDDING}
 
+    def writes(self, method: PEFTMethod) -> bool:
+        """Whether ``method`` starts from zero."""
+        return isinstance(method, LoRA) and not is_principal(method.init)
+
     def reads(self, config: Mapping[str, Any]) -> bool:
         """Tell LoRA and DoRA apart."""
-        return bool(config.get("use_dora", False)) == self.use_dora
+        return bool(config.get("use_dora", False)) == self.use_dora and UNSAID not in config
 
     def parameters_of(self, module: nn.Module, method: Any) -> Mapping[str, str]:
         """Return other names for embeddings."""

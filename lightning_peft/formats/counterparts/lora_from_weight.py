@@ -1,0 +1,92 @@
+"""LoRA that starts from a part of the weight (PiSSA, OLoRA) in HF PEFT's format: a plain LoRA of twice the rank.
+
+B A - B0 A0 is [B, -B0] [A; A0]. That is what HF PEFT itself writes when it is given the start, and what every reader
+of LoRA applies to the weight as it was. What the halves are stands in this package's own file beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.adapter import CHILD
+from lightning_peft.errors import PEFTError
+from lightning_peft.formats.counterpart import PREFIX, UNSAID, Shapes
+from lightning_peft.formats.counterparts.lora import LoRAInHF
+from lightning_peft.formats.pieces import piece
+from lightning_peft.low_rank.principal import is_principal
+from lightning_peft.method import PEFTMethod
+from lightning_peft.methods.lora import LoRA
+
+_HALVES = {"lora_A.weight": (0, "lora_A", "start_A"), "lora_B.weight": (1, "lora_B", "minus_start_B")}
+
+
+class LoRAFromWeightInHF(LoRAInHF):
+    """``LORA`` of twice the rank."""
+
+    method = LoRA
+
+    def writes(self, method: PEFTMethod) -> bool:
+        """Whether ``method`` starts from the weight."""
+        return isinstance(method, LoRA) and is_principal(method.init)
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        """Whether a configuration was written with such a start."""
+        return is_principal(str(_said(config)))
+
+    def unsaid(self, method: LoRA) -> dict[str, Any]:
+        """Return the start."""
+        return {"init": method.init}
+
+    def config(self, root: nn.Module, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
+        """Return LoRA's, with twice the rank and an alpha that leaves the scale as it is."""
+        return super().config(root, _scaled(method, 2), hosts, chosen)
+
+    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+        """Return the LoRA."""
+        doubled = super().read(root, config, shapes, source)
+        assert isinstance(doubled, LoRA)
+        if odd := [r for r in (doubled.r, *doubled.rank_pattern.values()) if r % 2]:
+            raise PEFTError(
+                f"{source}: its configuration has the rank {odd[0]}; an even one was expected, half of it for where "
+                f"init={_said(config)!r} started. It is damaged."
+            )
+        return replace(_scaled(doubled, 0.5), init=str(_said(config)))
+
+    def names(self, root: nn.Module, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
+        """Return the halves of the tensors."""
+        found = {}
+        for host in hosts:
+            r, _ = method.rank_and_alpha(host)
+            for suffix, (dim, *halves) in _HALVES.items():
+                for position, half in enumerate(halves):
+                    in_file = piece(f"{PREFIX}{host}.{suffix}", dim, position * r, (position + 1) * r)
+                    found[in_file] = f"{host}.{CHILD}.{half}"
+        return found
+
+
+def _said(config: Mapping[str, Any]) -> Any:
+    unsaid = config.get(UNSAID)
+    return unsaid.get("init") if isinstance(unsaid, Mapping) else None
+
+
+def _scaled(method: LoRA, factor: float) -> LoRA:
+    """Return ``method`` with ``factor`` times the ranks and the same scales."""
+    other = math.sqrt(factor) if method.use_rslora else factor
+
+    def alpha(value: float) -> float:
+        # Fifteen digits: the way there and back gives the same number.
+        return float(f"{value * other:.15g}")
+
+    return replace(
+        method,
+        r=int(method.r * factor),
+        alpha=alpha(method.alpha),
+        rank_pattern={name: int(r * factor) for name, r in method.rank_pattern.items()},
+        alpha_pattern={name: alpha(value) for name, value in method.alpha_pattern.items()},
+        init="kaiming",
+    )
