@@ -85,7 +85,8 @@ class LoRAAdapter(Adapter):
         """Compute A x, and have the layer's dX come back through it."""
         x = input_of(args, kwargs)
         # In training also without gradients: reentrant checkpointing runs once so, and has to see the same dropout.
-        if not ((self.training or torch.is_grad_enabled()) and applies(base, x, self.lora_A, self.lora_B)):
+        wanted = torch.is_grad_enabled() or (self.training and not torch.is_inference_mode_enabled())
+        if not (wanted and applies(base, x, self.lora_A, self.lora_B)):
             return args, kwargs
         handed_on, self._reduced = self.shared_input.reduce(self, x)
         return with_input(args, kwargs, handed_on)

@@ -1,9 +1,11 @@
 """The two products of a low-rank change with backward passes written by hand, and the rule for when they are used.
 
-Beside a layer they launch six kernels and keep, for the backward pass, its input and ``[tokens, r]`` numbers:
+Beside a layer they launch six kernels and keep, for the backward pass, its input and ``[r, tokens]`` numbers:
 
-    forward    H = X Aᵀ          Y += s · H Bᵀ
-    backward   dH = s · dY B     dB = s · dYᵀ H     dA = dHᵀ X     dX += dH A
+    forward    H = A Xᵀ           Y += s · Hᵀ Bᵀ
+    backward   dH = s · Bᵀ dYᵀ    dB = s · dYᵀ Hᵀ    dA = dH X    dX += dHᵀ A
+
+H has its long side last: on CPUs the other way round takes up to four times as long.
 
 :class:`Reduce` also hands the input on to the layer. What comes back through that is the layer's own dX, a tensor of
 nobody else's, to which it adds in place. Layers that share an input share X, and one product with all their A.
@@ -62,9 +64,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class Reduce(torch.autograd.Function):
-    """x, A_1 … A_n, B_1 … B_n ↦ x, x A_1ᵀ, …, x A_nᵀ, B_1, …, B_n, all in the dtype in which the layers compute.
+    """x, A_1 … A_n, B_1 … B_n ↦ x, A_1 xᵀ, …, A_n xᵀ, B_1, …, B_n, all in the dtype in which the layers compute.
 
-    x ``[..., in]``, A_i ``[r_i, in]``, B_i ``[out_i, r_i]``, x A_iᵀ ``[tokens, r_i]``. The B_i pass through to be cast
+    x ``[..., in]``, A_i ``[r_i, in]``, B_i ``[out_i, r_i]``, A_i xᵀ ``[r_i, tokens]``. The B_i pass through to be cast
     together with the A_i; where there is nothing to cast ``None`` is returned for them, and for x if it needs no
     gradient. Dropout zeroes elements of x for all A_i alike.
     """
@@ -81,30 +83,30 @@ class Reduce(torch.autograd.Function):
         reducing, every_b = _cast(matrices, dtype) if ctx.casts else (_joined(every_a), (None,) * count)
         rows = _rows(read)
         rows, mask = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
-        products = rows @ reducing.T
+        products = reducing @ rows.T
         trains_a = any(ctx.needs_input_grad[2 : 2 + count])
         # Joining A again is cheaper than keeping a copy; casting it is not.
         ctx.save_for_backward(read if trains_a else None, mask, reducing if ctx.casts else None, *every_a)
         handed_on = read if ctx.needs_input_grad[0] or read is not x else None
         if handed_on is not None and not ctx.needs_input_grad[0]:
             ctx.mark_non_differentiable(handed_on)
-        return handed_on, *products.split(ctx.ranks, dim=1), *every_b
+        return handed_on, *products.split(ctx.ranks), *every_b
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return dX, the dA_i and the dB_i, in the dtypes that came in."""
         read, mask, reducing, *every_a = ctx.saved_tensors
         count = len(every_a)
-        of_b = [None if g is None else g.to(ctx.own) for g in grads[count:]]
+        of_b = [None if g is None else g.to(ctx.own, memory_format=torch.contiguous_format) for g in grads[count:]]
         given = next((g for g in grads[:count] if g is not None), None)
         if given is None:
             return None if dx is None else dx.to(ctx.x_dtype), None, *(None,) * count, *of_b
-        dh = _joined([_or_zeros(g, given, r) for g, r in zip(grads, ctx.ranks, strict=False)], dim=1)
+        dh = _joined([_or_zeros(g, given, r) for g, r in zip(grads, ctx.ranks, strict=False)])
         of_a: Sequence[Tensor | None] = (None,) * count
         if read is not None:
             rows = _rows(read)
             rows = rows if mask is None else torch.ops.aten.native_dropout_backward(rows, mask, 1 / ctx.kept)
-            of_every_a = (dh.T @ rows).to(ctx.own).split(ctx.ranks)
+            of_every_a = (dh @ rows).to(ctx.own).split(ctx.ranks)
             of_a = [None if g is None else of for g, of in zip(grads, of_every_a, strict=False)]
         if ctx.needs_input_grad[0]:
             # The joined copy has no graph, which the second derivative needs.
@@ -115,7 +117,7 @@ class Reduce(torch.autograd.Function):
 
 
 class Expand(torch.autograd.Function):
-    """y, h, B ↦ y + s · h Bᵀ, in place unless y is a view; y ``[..., out]``, h ``[tokens, r]``, B ``[out, r]``."""
+    """y, h, B ↦ y + s · hᵀ Bᵀ, in place unless y is a view; y ``[..., out]``, h ``[r, tokens]``, B ``[out, r]``."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, h: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -124,9 +126,9 @@ class Expand(torch.autograd.Function):
         ctx.scale = scale
         if y._is_view():
             # Autograd would answer a change of a view with copies of its gradient.
-            return torch.addmm(_rows(y), h, b.T, alpha=scale).view(y.shape)
+            return torch.addmm(_rows(y), h.T, b.T, alpha=scale).view(y.shape)
         ctx.mark_dirty(y)
-        _rows(y).addmm_(h, b.T, alpha=scale)
+        _rows(y).addmm_(h.T, b.T, alpha=scale)
         return y
 
     @staticmethod
@@ -134,15 +136,14 @@ class Expand(torch.autograd.Function):
         """Return dY as it is, dh and dB."""
         h, b = ctx.saved_tensors
         rows = _rows(dy)
-        dh = _scaled_product(rows, b, ctx.scale)
-        db = _scaled_product(rows.T, h, ctx.scale) if ctx.needs_input_grad[2] else None
-        return dy, dh, db, None
+        dh = _scaled_product(b.T, rows.T, ctx.scale)
+        return dy, dh, _of_b(rows, h, ctx.scale) if ctx.needs_input_grad[2] else None, None
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return y + s · (x Aᵀ) Bᵀ, in place, without a graph; x ``[..., in]``, y ``[..., out]``."""
-    h = _rows(x).to(y.dtype) @ a.to(y.dtype).T
-    _rows(y).addmm_(h, b.to(y.dtype).T, alpha=scale)
+    h = a.to(y.dtype) @ _rows(x).to(y.dtype).T
+    _rows(y).addmm_(h.T, b.to(y.dtype).T, alpha=scale)
     return y
 
 
@@ -150,8 +151,15 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _of_b(dy: Tensor, h: Tensor, scale: float) -> Tensor:
+    if dy.device.type != "cpu":
+        return _scaled_product(dy.T, h.T, scale)
+    # Autograd copies what is laid out like this, which costs far less: a product with few columns is slow on CPUs.
+    return _scaled_product(h, dy, scale).T
 
 
 def _cast(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -165,7 +173,7 @@ def _cast(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[
 
 
 def _or_zeros(grad: Tensor | None, other: Tensor, rank: int) -> Tensor:
-    return other.new_zeros(other.shape[0], rank) if grad is None else grad
+    return other.new_zeros(rank, other.shape[1]) if grad is None else grad
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -174,14 +182,14 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 
 def _add_product(dx: Tensor | None, dh: Tensor, a: Tensor, mask: Tensor | None, kept: float) -> Tensor:
-    """Return dx + dh A, where ``mask`` kept it; in place if nobody differentiates the backward pass."""
+    """Return dx + dhᵀ A, where ``mask`` kept it; in place if nobody differentiates the backward pass."""
     if dx is None:
-        product = dh @ a
+        product = dh.T @ a
         return product if mask is None else torch.ops.aten.native_dropout_backward(product, mask, 1 / kept)
     if torch.is_grad_enabled() or not dx.is_contiguous():
         return dx + _add_product(None, dh, a, mask, kept).view(dx.shape)
     if mask is None:
-        _rows(dx).addmm_(dh, a)
+        _rows(dx).addmm_(dh.T, a)
     else:
-        _rows(dx).addcmul_(dh @ a, mask, value=1 / kept)
+        _rows(dx).addcmul_(dh.T @ a, mask, value=1 / kept)
     return dx

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lightning_peft.low_rank.linear import LoRAAdapter
 
 Reduced = tuple[Tensor, Tensor]
-"""x Aᵀ ``[tokens, r]`` and B ``[out, r]``."""
+"""A xᵀ ``[r, tokens]`` and B ``[out, r]``."""
 
 
 class SharedInput:
