@@ -39,6 +39,8 @@ class Adapter(nn.Module):
     """Whether :meth:`fold` gives a bias to a host without one."""
     follows_ties: bool = False
     """Whether all modules with the host's weight have such an adapter, of the same effect: merging keeps the tie."""
+    by_row: bool = True
+    """Whether it acts on each row of a batch by itself, and of the arguments looks at the hidden state alone."""
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
     """Which dimension of a parameter runs over the host's ``"in"`` or ``"out"`` features, for hosts that are split."""
     replaces: tuple[str, ...] = ()
@@ -110,9 +112,12 @@ class Adapter(nn.Module):
 class Slot(nn.ModuleDict):
     """The adapters of one host by name, of which one is active."""
 
+    running: Adapter | None
+
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
         self.active = ""
+        self.run(None)
         self.merged: dict[str, Any] | None = None
         """While merged: what :mod:`lightning_peft.merge` needs to restore the weights."""
         self.hook(host)
@@ -126,13 +131,12 @@ class Slot(nn.ModuleDict):
         self._shadows: Shadows = []
 
     def _run(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self.merged is not None or self.active not in self._modules:
+        if self.merged is not None or self.running is None:
             return output
-        return self[self.active](base, args, kwargs, output)
+        return self.running(base, args, kwargs, output)
 
     def _run_before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        adapter = self.active_adapter
-        return None if self.merged is not None or adapter is None else adapter.before(base, args, kwargs)
+        return None if self.merged is not None or self.running is None else self.running.before(base, args, kwargs)
 
     def hook_before(self, host: nn.Module) -> None:
         """Let adapters that define it change what ``host`` is called with."""
@@ -150,7 +154,7 @@ class Slot(nn.ModuleDict):
             ]
 
     def _replace(self, base: nn.Module, args: tuple[Any, ...]) -> None:
-        adapter = self.active_adapter
+        adapter = self.running
         if self.merged is None and adapter is not None and adapter.replaces:
             weights = {name: read(base, name) for name in adapter.replaces}
             self._shadows = shadow(base, adapter.replace(weights))
@@ -160,9 +164,24 @@ class Slot(nn.ModuleDict):
 
     @property
     def active_adapter(self) -> Adapter | None:
-        """The adapter that runs, if this host has one of that name."""
+        """The adapter called :attr:`active`, if this host has one of that name."""
         adapter = self._modules.get(self.active)
         return adapter if isinstance(adapter, Adapter) else None
+
+    def activate(self, name: str) -> None:
+        """Have the adapter ``name`` run and train, if this host has it, and the one that did no longer."""
+        before, self.active = self.active_adapter, name
+        after = self.active_adapter
+        if before is not after and before is not None:
+            before.requires_grad_(False)
+        if after is not None:
+            after.requires_grad_(True)
+        self.run(after)
+
+    def run(self, adapter: Adapter | None) -> None:
+        """Have the host call ``adapter``."""
+        # Looked up by name, or registered as a child, it would make torch.compile compile anew for every adapter.
+        object.__setattr__(self, "running", adapter)
 
     def remove_hook(self) -> None:
         """Take the forward hooks off the host."""
@@ -179,10 +198,10 @@ def attach(host: nn.Module, name: str, adapter: Adapter) -> None:
     if not isinstance(slot, Slot):
         slot = Slot(host)
         host.add_module(CHILD, slot)
-    slot[name] = adapter
+    slot[name] = adapter.train(host.training).requires_grad_(False)
     slot.hook_before(host)
     slot.hook_replace(host)
-    slot.active = slot.active or name
+    slot.activate(slot.active or name)
 
 
 def detach(host: nn.Module) -> None:
@@ -204,10 +223,24 @@ def restore_hooks(model: nn.Module) -> None:
 
 def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:
     """Yield ``(name of the host, host, slot)`` for every adapted module, in the order of ``named_modules``."""
-    for name, module in model.named_modules():
+    for name, module in base_modules(model):
         slot = module._modules.get(CHILD)
         if isinstance(slot, Slot):
             yield clean_name(name), module, slot
+
+
+def base_modules(
+    model: nn.Module, prefix: str = "", seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what ``model.named_modules()`` does, but for adapters, in a time that does not grow with their number."""
+    seen = set() if seen is None else seen
+    if model in seen:
+        return
+    seen.add(model)
+    yield prefix, model
+    for name, child in model._modules.items():
+        if child is not None and not isinstance(child, Slot):
+            yield from base_modules(child, f"{prefix}.{name}" if prefix else name, seen)
 
 
 def clean_name(name: str) -> str:

@@ -41,3 +41,15 @@ def on_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
         f"An adapted module returned a {type(output).__name__}; a tensor, or a tuple or dataclass beginning with one, "
         "was expected. Adapt a module inside it."
     )
+
+
+def hidden_of(output: Any) -> Tensor:
+    """Return the hidden state in ``output``, as :func:`on_hidden` finds it."""
+    found: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        found.append(hidden)
+        return hidden
+
+    on_hidden(output, keep)
+    return found[0]

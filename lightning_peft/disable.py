@@ -11,6 +11,7 @@ from lightning_peft.adapter import base_tensors, slots, unwrap
 from lightning_peft.inject import refuse_merged
 from lightning_peft.registry import required
 from lightning_peft.sharding import replace, whole
+from lightning_peft.stand_in import stand_in
 
 
 @contextmanager
@@ -26,17 +27,13 @@ def disable(model: nn.Module) -> Iterator[None]:
     model = unwrap(model)
     found = required(model)
     refuse_merged(model, "disable the adapters")
-    active = [(slot, slot.active) for _, _, slot in slots(model)]
     trained = [(base_tensors(root)[name], old) for _, root, reg in found for name, old in reg.whole.items()]
     kept = [whole(tensor).clone() for tensor, _ in trained]
-    try:
-        for slot, _ in active:
-            slot.active = ""
-        for tensor, old in trained:
-            replace(tensor, whole(old))
-        yield
-    finally:
-        for slot, name in active:
-            slot.active = name
-        for (tensor, _), value in zip(trained, kept, strict=True):
-            replace(tensor, value)
+    with stand_in([(slot, None) for _, _, slot in slots(model)]):
+        try:
+            for tensor, old in trained:
+                replace(tensor, whole(old))
+            yield
+        finally:
+            for (tensor, _), value in zip(trained, kept, strict=True):
+                replace(tensor, value)

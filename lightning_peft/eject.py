@@ -10,6 +10,7 @@ from lightning_peft.inject import remove
 from lightning_peft.merge import unmerge
 from lightning_peft.registry import required
 from lightning_peft.sharding import replace, whole
+from lightning_peft.stand_in import refuse_stand_in
 
 
 def eject(model: nn.Module) -> None:
@@ -21,6 +22,7 @@ def eject(model: nn.Module) -> None:
         PEFTError: There are no adapters.
     """
     roots = required(model)
+    refuse_stand_in(model, "eject")
     unmerge(model)
     for _, root, registry in roots:
         tensors = base_tensors(root)

@@ -22,6 +22,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.method import PEFTMethod, methods_of
 from lightning_peft.prepare import changing_tensors, parameter_names, prepare, whole_modules
 from lightning_peft.registry import Registry, drop, keep, own_registry, registries, required
+from lightning_peft.stand_in import refuse_stand_in
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
@@ -95,14 +96,13 @@ def set_adapter(model: nn.Module, name: str) -> None:
     if name not in known:
         raise PEFTError(f"There is no adapter {name!r}. Adapters: {', '.join(known)}.")
     refuse_merged(model, "switch adapters")
+    refuse_stand_in(model, "switch adapters")
     for _, root, registry in found:
         if name not in registry.methods:
             continue
         registry.active = name
         for _, _, slot in slots(root):
-            slot.active = name
-            for adapter_name, adapter in slot.items():
-                adapter.requires_grad_(adapter_name == name)
+            slot.activate(name)
 
 
 def remove(root: nn.Module, registry: Registry) -> None:
@@ -163,6 +163,7 @@ def _check_state(model: nn.Module, registry: Registry | None, name: str, whole: 
             "or call eject(model) first."
         )
     refuse_merged(model, "inject")
+    refuse_stand_in(model, "inject")
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from lightning_peft.inject import remove
 from lightning_peft.registry import required
 from lightning_peft.select import transformers_models
 from lightning_peft.sharding import whole
+from lightning_peft.stand_in import refuse_stand_in
 from lightning_peft.weights import is_packed, weight_of
 
 _Host = tuple[str, nn.Module, Slot, Adapter]
@@ -72,6 +73,7 @@ def merge(
             that would have to be untied is in pieces. No weight has changed.
     """
     roots = required(model)
+    refuse_stand_in(model, "merge")
     active = [(n, h, s, a) for n, h, s in slots(unwrap(model)) if isinstance(a := s.active_adapter, Adapter)]
     todo = [found for found in active if _can_merge(found[1], found[3], gathered is not nullcontext)]
     kept = tuple(name for name, _, slot, _ in active if not any(slot is found[2] for found in todo))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lightning_peft.adapter import clean_name, unwrap
+from lightning_peft.adapter import base_modules, clean_name, unwrap
 from lightning_peft.errors import PEFTError
 from lightning_peft.method import PEFTMethod
 
@@ -37,7 +37,7 @@ class Registry:
 
 def registries(model: nn.Module) -> Iterator[tuple[str, nn.Module, Registry]]:
     """Yield ``(name, module, registry)`` for every module of ``model`` into which adapters were injected."""
-    for name, module in unwrap(model).named_modules():
+    for name, module in base_modules(unwrap(model)):
         registry = module.__dict__.get(_ATTRIBUTE)
         if isinstance(registry, Registry):
             yield clean_name(name), module, registry

@@ -19,9 +19,14 @@ def fill(parameter: Tensor, seed: int, name: str, init: Callable[[Tensor, torch.
     """
     if parameter.is_meta:
         return
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = generator_of(seed, name)
     values = torch.empty(parameter.shape, dtype=torch.float32)
     with torch.no_grad():
         init(values, generator)
     write(parameter, values)
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Return a private generator, on the CPU, seeded by ``(seed, name)``."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -16,7 +16,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from lightning_peft import DoRA, LoRA, PEFTError, eject, inject, load_adapter, merge, save_adapter, unmerge
+from lightning_peft import (
+    DoRA,
+    LoRA,
+    PEFTError,
+    combine,
+    disable,
+    eject,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+    set_adapter,
+    unmerge,
+)
 from lightning_peft.formats.serving import serving_copy
 from lightning_peft.param_groups import learning_rate_ratios
 from lightning_peft.select import ALL_LINEAR
@@ -482,3 +495,43 @@ def test_experts_are_selected_by_name_layer_and_exclusion() -> None:
     assert hosts(target_modules="experts.*", layers=[1]) == every[2:]
     assert hosts(target_modules=["experts.*"], exclude_modules="gate_up_proj") == every[1::2]
     assert not any("experts" in name for name in hosts())
+
+
+BESIDE_OTHERS: dict[str, tuple[Build, LoRA]] = {
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(8, 12, 3)), LoRA(r=4, target_modules="0")),
+    "attention": (lambda: build("torch_encoder")[0], LoRA(r=4, target_modules="self_attn")),
+    "parts": (lambda: build("gpt2")[0], LoRA(r=4, target_modules="c_attn", fused_parts=["q"])),
+    "start in the weight": (lambda: build("gpt2")[0], LoRA(r=4, target_modules="c_attn", init="pissa")),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE_OTHERS)
+def test_what_cannot_be_combined_is_named(name: str) -> None:
+    make, method = BESIDE_OTHERS[name]
+    model = make()
+    hosts = inject(model, method, name="one")
+    inject(model, method, name="two")
+    with pytest.raises(PEFTError, match=f"combine: 'one' has a .*Adapter on {hosts[0]!r}"):
+        combine(model, ["one", "two"], [0.5, 0.5], name="both")
+    set_adapter(model, "two")
+
+
+def test_adapters_of_attention_switch() -> None:
+    make, call = transformer()
+    model = seeded(make)
+    base = call(model)
+    for name in ("one", "two"):
+        inject(model, LoRA(r=2, target_modules="attention"), name=name, seed=len(name))
+        set_adapter(model, name)
+        randomise(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2 if parameter.requires_grad and name == "two" else 1)
+    two = call(model)
+    set_adapter(model, "one")
+    one = call(model)
+    assert not torch.equal(one, two)
+    with disable(model):  # torch has another kernel for frozen attention
+        assert (call(model) - base).abs().max() <= 1e-12
+    set_adapter(model, "two")
+    assert torch.equal(call(model), two)

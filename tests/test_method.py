@@ -133,7 +133,7 @@ def test_before_runs_only_while_its_adapter_does() -> None:
     randomise(model)
     with_a = outputs(model, inputs)
     assert not torch.equal(with_a, expected)
-    model.get_submodule("model.layers.0.mlp.down_proj").peft.active = "b"
+    model.get_submodule("model.layers.0.mlp.down_proj").peft.activate("b")
     assert not torch.equal(outputs(model, inputs), with_a)
     hooks = sum(len(m._forward_pre_hooks) for m in model.modules())
     assert hooks == 2  # the down projections

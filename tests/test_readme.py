@@ -39,7 +39,7 @@ class Model(L.LightningModule):
 def test_python_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = blocks("python")
-    assert len(found) == 3
+    assert len(found) == 4
     data = torch.utils.data.DataLoader(torch.randn(8, 16), batch_size=4)
     first = found[0].replace("L.Trainer(", "L.Trainer(max_epochs=1, accelerator='cpu', ")
     scope: dict = {"model": Model(), "data": data}
@@ -49,6 +49,8 @@ def test_python_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     exec(found[2], scope)
     assert type(scope["model"]) is torch.nn.Sequential
     assert [name for name, _ in scope["model"].named_parameters()] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    exec(found[3], scope)
+    assert list(scope["model"][0].peft) == ["sql", "chat", "both", "ties"]
 
 
 SHARDED = """

@@ -70,6 +70,7 @@ class OwnWeightsLoRAAdapter(Adapter):
     """The host reads W0 + scale · B A (equation 3 of the LoRA paper) instead of each of some weights of its own."""
 
     mergeable = True
+    by_row = False
 
     def __init__(
         self, host: nn.Module, ranks: Mapping[str, int], scales: Mapping[str, float], init: str, seed: int, name: str

@@ -99,6 +99,8 @@ class ProjectedPrefixes(Prefixes):
 class PrefixRoom(Adapter):
     """On the decoder: makes room for the prefix in masks and positions."""
 
+    by_row = False
+
     def __init__(self, prefixes: Prefixes) -> None:
         super().__init__()
         self.prefixes = prefixes
@@ -144,6 +146,8 @@ class PrefixRoom(Adapter):
 
 class Prefix(Adapter):
     """On an attention block: K <- [P_k; K], V <- [P_v; V]."""
+
+    by_row = False
 
     def __init__(self, prefixes: Prefixes, layer: int, heads: int) -> None:
         super().__init__()

@@ -35,6 +35,8 @@ _MARK = "_peft_virtual_tokens"
 class Prompt(Adapter):
     """On the decoder: virtual tokens ``[tokens, hidden]`` before the text; what comes out is the text's alone."""
 
+    by_row = False
+
     def __init__(self, host: Any, tokens: int, init: str, ids: list[int] | None, seed: int, name: str) -> None:
         super().__init__()
         embedding = host.get_input_embeddings()
