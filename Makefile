@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 INSTALLED := $(VENV)/.installed
+BENCH := $(VENV)/.bench
 
 # Nothing here may wait for a model hub: the data and the model come with installed packages.
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart quickstart-fast test test-slow lint format clean
+.PHONY: help install quickstart quickstart-fast test test-slow bench lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +44,16 @@ test: lint ## Lint, then run the tests
 test-slow: $(INSTALLED) ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
+# litgpt and loralib go without their dependencies: of both only the module with the layers is used.
+$(BENCH): $(INSTALLED)
+	@echo "==> $(VENV): installing what benchmarks compare with"
+	@$(PIP) --editable '.[dev,bench]'
+	@$(PIP) --no-deps litgpt
+	@touch $@
+
+bench: $(BENCH) ## Measure speed and memory beside other implementations (a quarter of an hour); BENCH_ARGS=--quick
+	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks $(BENCH_ARGS)
+
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,5 +64,5 @@ format: $(INSTALLED) ## Rewrite the sources in the project's style
 	$(BIN)/ruff format .
 
 clean: ## Remove .venv and everything that was built or written by a run
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .quickstart lightning_logs
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .quickstart .bench lightning_logs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

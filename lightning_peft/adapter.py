@@ -198,7 +198,9 @@ def attach(host: nn.Module, name: str, adapter: Adapter) -> None:
     if not isinstance(slot, Slot):
         slot = Slot(host)
         host.add_module(CHILD, slot)
-    slot[name] = adapter.train(host.training).requires_grad_(False)
+    slot[name] = adapter.requires_grad_(False)
+    # A model in eval mode stays in it: dropout and what else depends on the mode follow the host.
+    slot.train(host.training)
     slot.hook_before(host)
     slot.hook_replace(host)
     slot.activate(slot.active or name)
@@ -245,7 +247,8 @@ def base_modules(
 
 def clean_name(name: str) -> str:
     """Drop what wrappers (``torch.compile``, FSDP, activation checkpointing) put into a module's name."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_SEGMENTS)
+    parts = name.split(".")
+    return name if _WRAPPER_SEGMENTS.isdisjoint(parts) else ".".join(p for p in parts if p not in _WRAPPER_SEGMENTS)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
 
 import regex
@@ -60,10 +61,12 @@ def find_blocks(
         layers: Layers to stay in: indices, or a slice such as ``"8:16"``.
 
     Raises:
-        PEFTError: There is none of one of the kinds, or no such layer.
+        PEFTError: There is none of one of the kinds, an MLP of which the form is unknown, or no such layer.
     """
     modules = named_modules(model)
     blocks = _every_block(model, modules)
+    if "mlp" in kinds:
+        _refuse_unknown_mlp(model, modules, blocks, layers)
     for kind in kinds:
         if not any(block.kind == kind for block in blocks):
             raise PEFTError(
@@ -92,15 +95,17 @@ def _every_block(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[Blo
     roots = _attention_roots(modules)
     heads = head_modules(model)
     linears = {n: m for n, m in modules.items() if is_linear(m) and id(m) not in heads}
-    others = {n for n in linears if not any(_inside(n, root) for root in roots)}
-    experts = _experts(modules)
+    projections = _by_surrounding(linears)
+    others = _by_surrounding(n for n in linears if not any(part in roots for part in _surrounding(n)))
+    experts = _by_surrounding(_experts(modules))
+    attentions = _by_surrounding(roots)
     found: dict[tuple[str, str], Block] = {}
     for root in roots:
-        layer = _layer_of(root, roots, others | experts)
-        attention = _attention(modules, linears, root, layer)
+        layer = _layer_of(root, attentions, {*others, *experts})
+        attention = _attention(modules, linears, root, layer, projections.get(root, []))
         if attention is not None:
             found[root, "attention"] = attention
-            mlp = _mlp(linears, others, experts, layer, attention.width)
+            mlp = _mlp(linears, others.get(layer, []), experts.get(layer, []), layer, attention.width)
             if mlp is not None:
                 found[layer, "mlp"] = mlp
     return sorted(found.values(), key=lambda block: order[block.last])
@@ -137,17 +142,30 @@ def widths(name: str, module: nn.Module) -> tuple[int, int]:
     return sizes[0][0], sizes[-1][1]
 
 
-def _inside(name: str, root: str) -> bool:
-    return not root or name == root or name.startswith(f"{root}.")
+def _surrounding(name: str) -> list[str]:
+    """Return ``name`` and every module around it, the model itself last."""
+    around = [name]
+    while around[-1]:
+        around.append(around[-1].rpartition(".")[0])
+    return around
 
 
-def _attention_roots(modules: Mapping[str, nn.Module]) -> list[str]:
-    roots: list[str] = []
+def _by_surrounding(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return those of ``names`` that are inside a module, or are it, by its name."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        for around in _surrounding(name):
+            found.setdefault(around, []).append(name)
+    return found
+
+
+def _attention_roots(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    roots: dict[str, nn.Module] = {}
     for name, module in modules.items():
         named = is_attention_name(name.rsplit(".", 1)[-1]) or isinstance(module, nn.MultiheadAttention)
         has_weights = any(True for _ in module.parameters())
-        if name and named and has_weights and not any(_inside(name, root) for root in roots):
-            roots.append(name)
+        if name and named and has_weights and not any(around in roots for around in _surrounding(name)):
+            roots[name] = module
     return roots
 
 
@@ -161,23 +179,45 @@ def _experts(modules: Mapping[str, nn.Module]) -> set[str]:
     }
 
 
-def _layer_of(root: str, roots: Sequence[str], others: set[str]) -> str:
+def _refuse_unknown_mlp(
+    model: nn.Module, modules: Mapping[str, nn.Module], blocks: Sequence[Block], layers: str | Sequence[int] | None
+) -> None:
+    """Raise :class:`PEFTError` if a layer has matrices beside attention, but no linear layers or experts with them."""
+    attention = {block.last: block.layer for block in blocks if block.kind == "attention"}
+    with_mlp = {block.layer for block in blocks if block.kind == "mlp"}
+    without = {attention[last] for last in in_layers(model, attention, layers)} - with_mlp
+    roots = _attention_roots(modules) if without else {}
+    for name, module in modules.items():
+        shapes = [list(p.shape) for p in module._parameters.values() if p is not None and p.dim() > 1]
+        around = _surrounding(name)
+        layer = next((part for part in around if part in without), None)
+        if shapes and layer is not None and not is_linear(module) and not any(part in roots for part in around):
+            raise PEFTError(
+                f"The MLP of {layer!r} has a form that is not known: {name!r} is a {type(module).__name__} with "
+                f"parameters of shape {', '.join(map(str, shapes))}; linear layers, a list of experts, or experts in "
+                "several 3-D parameters of one module were expected. Name modules to adapt in target_modules, or leave "
+                "the layer out with layers."
+            )
+
+
+def _layer_of(root: str, attentions: Mapping[str, list[str]], with_others: set[str]) -> str:
     """Return the smallest module around ``root`` that has more than attention, or the module around it if none has."""
     parent = nearest = root.rpartition(".")[0]
     while True:
         # A layer has one attention block, or two in a decoder; whatever has more is a stack of layers.
-        if sum(_inside(other, parent) for other in roots) > 2:
+        if len(attentions[parent]) > 2:
             return nearest
-        if any(_inside(other, parent) for other in others):
+        if parent in with_others:
             return parent
         if not parent:
             return nearest
         parent = parent.rpartition(".")[0]
 
 
-def role_of(name: str) -> str:
-    """Return what the linear layer ``name`` of attention computes: ``q``, ``k``, ``v``, ``qkv``, ``kv`` or ``o``."""
-    tokens = regex.split(r"[^a-z]+", name.rsplit(".", 1)[-1].lower())
+@cache
+def role_of(segment: str) -> str:
+    """Return what a linear layer so called computes in attention: ``q``, ``k``, ``v``, ``qkv``, ``kv`` or ``o``."""
+    tokens = regex.split(r"[^a-z]+", segment.lower())
     roles = [role for role, names in _ROLES.items() if any(regex.fullmatch(names, token) for token in tokens)]
     if {"q", "k", "v"} <= set(roles):
         return "qkv"
@@ -185,30 +225,29 @@ def role_of(name: str) -> str:
 
 
 def _attention(
-    modules: Mapping[str, nn.Module], linears: Mapping[str, nn.Module], root: str, layer: str
+    modules: Mapping[str, nn.Module], linears: Mapping[str, nn.Module], root: str, layer: str, names: Iterable[str]
 ) -> Block | None:
     module = modules[root]
     if isinstance(module, nn.MultiheadAttention):
         return Block("attention", layer, root, root, module.embed_dim)
     roles: dict[str, str] = {}
-    for name in linears:
-        if _inside(name, root):
-            role = role_of(name)
-            # The last one that is no projection of the input is the output's; of the others the first is the plain one.
-            if role == "o" or role not in roles:
-                roles[role] = name
+    for name in names:
+        role = role_of(name.rsplit(".", 1)[-1])
+        # The last one that is no projection of the input is the output's; of the others the first is the plain one.
+        if role == "o" or role not in roles:
+            roles[role] = name
     first = next((roles[role] for role in ("q", "qkv", "kv") if role in roles), None)
     if first is None or "o" not in roles:
         return None
     return Block("attention", layer, first, roles["o"], features(linears[first])[0], roles=roles)
 
 
-def _mlp(linears: Mapping[str, nn.Module], others: set[str], experts: set[str], layer: str, width: int) -> Block | None:
-    mixtures = [name for name in experts if _inside(name, layer)]
+def _mlp(
+    linears: Mapping[str, nn.Module], names: Sequence[str], mixtures: Sequence[str], layer: str, width: int
+) -> Block | None:
     if mixtures:
         mixture = min(mixtures, key=len).rpartition(".")[0]
         return Block("mlp", layer, mixture, mixture, width)
-    names = [name for name in linears if name in others and _inside(name, layer)]
     inputs = [name for name in names if features(linears[name])[0] == width]
     outputs = [name for name in names if features(linears[name])[1] == width]
     # Where all sizes are equal the last linear layer is the output's.

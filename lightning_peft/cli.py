@@ -25,6 +25,7 @@ import lightning_peft.callbacks
 import lightning_peft.tasks  # noqa: F401
 from lightning_peft import commands
 from lightning_peft.bases import base_names
+from lightning_peft.cli_errors import method_error
 from lightning_peft.errors import PEFTError
 from lightning_peft.method import registered_methods
 from lightning_peft.planning.command import show_plan
@@ -96,7 +97,7 @@ class Parser(LightningArgumentParser):
             )
         elif re.search(r"required: \w+\.model$", message):
             message = "no model was given: give --model CLASS, or a file with an entry `model:` by --config FILE."
-        super().error(message, ex)
+        super().error(method_error(message) or message, ex)
 
 
 class SaveConfig(SaveConfigCallback):

@@ -34,14 +34,9 @@ def describe_base(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         prefix: The part of it to describe; names of samples are relative to it.
     """
     model = unwrap(model)
-    part = model.get_submodule(prefix)
-    named = next(iter(transformers_models(part).values()), part)
     recorded = _recorded(model, prefix)
-    return {
-        "class": _class_name(named),
-        "name_or_path": str(getattr(getattr(named, "config", None), "_name_or_path", "") or ""),
-        "samples": _samples(part, _before_training(model)) if recorded is None else recorded,
-    }
+    samples = _samples(model.get_submodule(prefix), _before_training(model)) if recorded is None else recorded
+    return {**_identity(model, prefix), "samples": samples}
 
 
 def record_base(model: nn.Module) -> None:
@@ -62,6 +57,13 @@ def _recorded(model: nn.Module, prefix: str = "") -> dict[str, list[float]] | No
     return {name.removeprefix(lead): v for name, v in registry.samples.items() if name.startswith(lead)}
 
 
+def _identity(model: nn.Module, prefix: str) -> dict[str, str]:
+    part = model.get_submodule(prefix)
+    named = next(iter(transformers_models(part).values()), part)
+    path = getattr(getattr(named, "config", None), "_name_or_path", "")
+    return {"class": _class_name(named), "name_or_path": str(path or "")}
+
+
 def _class_name(module: nn.Module) -> str:
     """Return the name of the class that the module had before FSDP2 made a class of its own for it."""
     return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
@@ -73,9 +75,9 @@ def refuse_other_base(model: nn.Module, saved: Mapping[str, Any], source: str, p
     Raises:
         PEFTError: It is about another one; both are named.
     """
-    present = describe_base(model, prefix)
-    theirs = saved.get("samples", {})
     model = unwrap(model)
+    present = _identity(model, prefix)
+    theirs = saved.get("samples", {})
     ours = _recorded(model, prefix)
     if ours is None:
         ours = _samples(model.get_submodule(prefix), _before_training(model), list(theirs))
@@ -128,6 +130,7 @@ def _before_training(model: nn.Module) -> dict[int, Tensor]:
     return {
         id(tensor): registry.whole[name]
         for _, root, registry in registries(model)
+        if registry.whole
         for name, tensor in base_tensors(root).items()
         if name in registry.whole
     }

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.adapter import Adapter
+from lightning_peft.errors import PEFTError
 from lightning_peft.sharding import kept_part, whole, write
-from lightning_peft.weights import as_matrix, as_stored, read_matrix, widened
+from lightning_peft.weights import as_stored, is_transposed, read_matrix, widened
 
 
 def weight_names(adapter: Adapter) -> tuple[str, ...]:
@@ -27,6 +28,7 @@ def fold_into(
     adapter: Adapter,
     shared: Collection[int],
     gathered: Callable[[nn.Module], AbstractContextManager[Any]],
+    keep: bool,
 ) -> tuple[float, dict[str, Any]]:
     """Merge one host.
 
@@ -35,6 +37,7 @@ def fold_into(
         adapter: Its adapter.
         shared: Ids of parameters that belong to other modules too: ``host`` gets new ones in their place.
         gathered: As for :func:`lightning_peft.merge.merge`.
+        keep: Whether to keep what :func:`restore` needs; without, a weight needs no more memory than its change.
 
     Returns:
         What rounding took, relative to the change, and what :func:`restore` needs: each process keeps what it holds.
@@ -43,7 +46,7 @@ def fold_into(
     bias = host._parameters.get("bias")
     old_bias = None if bias is None else kept_part(bias).to("cpu", copy=True)
     backup: dict[str, Any] = {
-        name: weight if id(weight) in shared else kept_part(weight).to("cpu", copy=True)
+        name: weight if id(weight) in shared else kept_part(weight).to("cpu", copy=True) if keep else None
         for name, weight in weights.items()
     }
     with gathered(host):
@@ -64,8 +67,17 @@ def fold_into(
 
 
 def restore(host: nn.Module, backup: dict[str, Any]) -> None:
-    """Undo :func:`fold_into`, bit for bit."""
+    """Undo :func:`fold_into`, bit for bit.
+
+    Raises:
+        PEFTError: Nothing was kept.
+    """
     for name, old in backup.items():
+        if old is None:
+            raise PEFTError(
+                "merge(model, unload=True) was interrupted: it keeps no copies, so the weights that it has changed "
+                "cannot be restored. Load the base model again."
+            )
         if isinstance(old, nn.Parameter):
             _set(host, name, old)
         elif isinstance(old, Tensor):
@@ -80,18 +92,23 @@ def _folded(host: nn.Module, adapter: Adapter, bias: Tensor | None) -> tuple[dic
         before = {name: widened(whole(host.get_parameter(name))) for name in adapter.replaces}
         after = {name: weight.detach() for name, weight in adapter.replace(before).items()}
         stored = {name: weight.to(host.get_parameter(name).dtype) for name, weight in after.items()}
-        return stored, bias, _loss(before.values(), after.values(), stored.values())
+        return stored, bias, _loss([(before[n], after[n], stored[n]) for n in before])
     matrix = read_matrix(host)
     folded, bias = adapter.fold(matrix, bias)
     new = as_stored(host, folded)
-    return {"weight": new}, bias, _loss([matrix], [folded], [as_matrix(host, new)])
+    return {"weight": new}, bias, _loss([(matrix, folded, new.T if is_transposed(host) else new.flatten(1))])
 
 
-def _loss(before: Iterable[Tensor], after: Iterable[Tensor], stored: Iterable[Tensor]) -> float:
+def _loss(weights: Iterable[tuple[Tensor, Tensor, Tensor]]) -> float:
+    """Return what rounding took of the change, from weights before, after, and after as they are stored.
+
+    Those before, wider copies if rounding there was, are used up.
+    """
     change = lost = 0.0
-    for old, new, rounded in zip(before, after, stored, strict=True):
-        change = math.hypot(change, torch.linalg.vector_norm(new - old))
-        lost = math.hypot(lost, torch.linalg.vector_norm(rounded - new))
+    for before, after, stored in weights:
+        if stored.dtype != after.dtype:
+            change = math.hypot(change, torch.linalg.vector_norm(before.sub_(after)))
+            lost = math.hypot(lost, torch.linalg.vector_norm(before.copy_(stored).sub_(after)))
     return lost / change if change > 0 else 0.0
 
 

@@ -25,7 +25,7 @@ _IN_GROUPS = ("gpt_neox", "bloom", "falcon")
 
 def is_fused(name: str, module: nn.Module) -> bool:
     """Whether the linear layer ``name`` is called as one that computes query, key and value."""
-    return is_linear(module) and role_of(name) == "qkv"
+    return is_linear(module) and role_of(name.rpartition(".")[2]) == "qkv"
 
 
 def part_rows(model: nn.Module, name: str) -> dict[str, Tensor]:

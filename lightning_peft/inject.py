@@ -20,7 +20,7 @@ from lightning_peft.adapter import (
 )
 from lightning_peft.errors import PEFTError
 from lightning_peft.method import PEFTMethod, methods_of
-from lightning_peft.prepare import changing_tensors, parameter_names, prepare, whole_modules
+from lightning_peft.prepare import Prepared, changing_tensors, parameter_names, prepare, whole_modules
 from lightning_peft.registry import Registry, drop, keep, own_registry, registries, required
 from lightning_peft.stand_in import refuse_stand_in
 
@@ -62,6 +62,25 @@ def inject(
     registry = own_registry(model)
     if registry is not None and registry.methods.get(name) == methods:
         return [*registry.hosts[name], *registry.chosen]
+    prepared = prepare_injection(model, methods, name, train_also, seed=seed, allow_sharded=allow_sharded)
+    return inject_prepared(model, prepared, name)
+
+
+def prepare_injection(
+    model: nn.Module,
+    methods: tuple[PEFTMethod, ...],
+    name: str,
+    train_also: Sequence[str],
+    *,
+    seed: int | None = None,
+    allow_sharded: bool = False,
+) -> Prepared:
+    """Make and check what :func:`inject_prepared` attaches; ``model`` stays as it is.
+
+    Raises:
+        PEFTError: The methods do not fit the model.
+    """
+    registry = own_registry(model)
     whole = whole_modules(model, train_also)
     _check_state(model, registry, name, whole)
     if not allow_sharded:
@@ -73,10 +92,13 @@ def inject(
             f"({prepared.chosen[0]}, …), which cannot be switched with an adapter. Inject it first and alone, or call "
             "eject(model) first."
         )
+    return prepared
 
-    if registry is None:
-        registry = _freeze(model, name, whole, prepared.chosen)
-    registry.methods[name] = methods
+
+def inject_prepared(model: nn.Module, prepared: Prepared, name: str) -> list[str]:
+    """Freeze ``model``, attach what was prepared for it, and return what :func:`inject` returns."""
+    registry = own_registry(model) or _freeze(model, name, prepared.whole, prepared.chosen)
+    registry.methods[name] = prepared.methods
     registry.hosts[name] = prepared.hosts
     for host, adapter in prepared.adapters.items():
         attach(prepared.modules[host], name, adapter)

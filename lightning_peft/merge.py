@@ -100,7 +100,7 @@ def merge(
             slot.merged = written[id(weights[0])]
         elif slot.merged is None:
             untied = set() if adapter.follows_ties else shared & {id(weight) for weight in weights}
-            losses[name], slot.merged = fold_into(host, adapter, untied, gathered)
+            losses[name], slot.merged = fold_into(host, adapter, untied, gathered, keep=not unload)
             slot.merged["tied"] = _declare_untied(model) if untied else []
             written[id(weights[0])] = slot.merged
     if unload:

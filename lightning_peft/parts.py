@@ -8,22 +8,22 @@ from torch import nn
 
 from lightning_peft.formats.content import Part
 from lightning_peft.formats.counterpart import for_methods
+from lightning_peft.inner_models import InnerModels
 from lightning_peft.registry import Registry, registries
-from lightning_peft.select import transformers_models
 
 
 def parts_of(model: nn.Module, names: Iterable[str] | None) -> tuple[list[Part], list[str]]:
     """Return the content of each directory, and the parameters trained whole that have a place in none."""
     parts: dict[tuple[str, str], Part] = {}
-    inner, split = list(transformers_models(model)), _splits(model)
+    inner = InnerModels(model, _adapted(model))
     for registry_prefix, _, registry in registries(model):
         for adapter in registry.methods if names is None else [n for n in names if n in registry.methods]:
             listed = _full_names(registry_prefix, registry, adapter)
             methods = registry.methods[adapter]
             # HF PEFT reads one transformers model at a time; the own format has room for what is around it.
-            common = None if for_methods(methods) else _common_prefix(inner, registry_prefix, listed)
+            common = None if for_methods(methods) else _common_prefix(inner.transformers, registry_prefix, listed)
             for what, name in [(what, name) for what, full_names in listed.items() for name in full_names]:
-                prefix = _prefix_of(inner, split, name) if common is None else common
+                prefix = inner.around(name) if common is None else common
                 part = parts.setdefault((prefix, adapter), Part(prefix, adapter, methods))
                 getattr(part, what).append(_relative(name, prefix))
     kept = [part for part in parts.values() if part.hosts or part.chosen]
@@ -45,24 +45,13 @@ def _full_names(prefix: str, registry: Registry, adapter: str) -> dict[str, list
 def _common_prefix(inner: Iterable[str], registry_prefix: str, names: Mapping[str, list[str]]) -> str:
     """Return the transformers model that all ``names`` are in, or else what the adapters were injected into."""
     flat = [name for listed in names.values() for name in listed]
-    around = [p for p in inner if p and all(n == p or n.startswith(f"{p}.") for n in flat)]
+    around = [p for p in inner if all(n == p or n.startswith(f"{p}.") for n in flat)]
     return around[0] if around and len(around[0]) > len(registry_prefix) else registry_prefix
 
 
-def _prefix_of(inner: Iterable[str], split: bool, full_name: str) -> str:
-    """Return the model that a module or parameter belongs to."""
-    around = next((p for p in inner if p and (full_name == p or full_name.startswith(f"{p}."))), None)
-    if around is not None:
-        return around
-    return full_name.split(".")[0] if split else ""
-
-
-def _splits(model: nn.Module) -> bool:
-    """Whether the attributes of ``model`` are models of their own.
-
-    A layer that is itself an attribute of the LightningModule cannot be the model that it is a layer of.
-    """
-    owners = [
+def _adapted(model: nn.Module) -> list[str]:
+    """Return the names of all modules that are adapted, or of which a method trains parameters."""
+    return [
         f"{prefix}.{name}".lstrip(".")
         for prefix, _, registry in registries(model)
         for name in (
@@ -70,7 +59,6 @@ def _splits(model: nn.Module) -> bool:
             *(_module_of(c) for c in registry.chosen),
         )
     ]
-    return is_lightning_module(model) and all("." in owner for owner in owners)
 
 
 def _module_of(parameter: str) -> str:
@@ -81,8 +69,3 @@ def _relative(name: str, prefix: str) -> str:
     if name == prefix:
         return ""
     return name.removeprefix(f"{prefix}.") if prefix else name
-
-
-def is_lightning_module(model: nn.Module) -> bool:
-    """Whether ``model`` is a LightningModule; known by what it offers, since nothing here imports lightning."""
-    return hasattr(model, "configure_optimizers") and hasattr(model, "training_step")

@@ -25,9 +25,12 @@ class Prepared:
     """Position of the method, by module."""
     chosen: tuple[str, ...]
     """The parameters to train that no module trained whole holds."""
+    methods: tuple[PEFTMethod, ...]
+    whole: dict[str, nn.Module]
+    """The modules to train whole."""
 
 
-def prepare(model: nn.Module, methods: Sequence[PEFTMethod], whole: dict[str, nn.Module], seed: int) -> Prepared:
+def prepare(model: nn.Module, methods: tuple[PEFTMethod, ...], whole: dict[str, nn.Module], seed: int) -> Prepared:
     """Make the adapters, in the model's order, without attaching them."""
     inside = {id(part) for module in whole.values() for part in module.modules()}
     modules: dict[str, nn.Module] = {}
@@ -53,19 +56,12 @@ def prepare(model: nn.Module, methods: Sequence[PEFTMethod], whole: dict[str, nn
         chosen.update(trained)
     order = [host for host in named_modules(model) if host in owners]
     names = [n for n in base_parameters(model) if n in chosen - parameter_names(whole)]
-    return Prepared(modules, {h: adapters[h] for h in order}, {h: owners[h] for h in order}, tuple(names))
+    by_host = {h: adapters[h] for h in order}
+    return Prepared(modules, by_host, {h: owners[h] for h in order}, tuple(names), methods, whole)
 
 
-def prepared_shapes(
-    model: nn.Module, methods: Sequence[PEFTMethod], name: str, train_also: Sequence[str]
-) -> tuple[dict[str, torch.Size], set[str]]:
-    """Return the shapes of the tensors that an adapter would have in ``model``, by name, and which are buffers.
-
-    Raises:
-        PEFTError: As :func:`inject`.
-    """
-    whole = whole_modules(model, train_also)
-    prepared = prepare(model, methods, whole, seed=0)
+def prepared_shapes(model: nn.Module, prepared: Prepared, name: str) -> tuple[dict[str, torch.Size], set[str]]:
+    """Return the shapes of the tensors that an adapter will have in ``model``, by name, and which are buffers."""
     shapes: dict[str, torch.Size] = {}
     buffers: set[str] = set()
     seen: set[int] = set()
@@ -76,12 +72,14 @@ def prepared_shapes(
                 full = ".".join(part for part in (host, CHILD, name, key) if part)
                 shapes[full] = tensor.shape
                 buffers |= set() if isinstance(tensor, nn.Parameter) else {full}
-    trained = {*prepared.chosen, *parameter_names(whole)}
+    trained = {*prepared.chosen, *parameter_names(prepared.whole)}
     return {**shapes, **{key: tensor.shape for key, tensor in changing_tensors(model, trained).items()}}, buffers
 
 
 def changing_tensors(model: nn.Module, trained: set[str]) -> dict[str, Tensor]:
     """Return the tensors that change when the parameters ``trained`` are: they, and running statistics beside them."""
+    if not trained:
+        return {}
     base = base_tensors(model)
     norms = {
         name

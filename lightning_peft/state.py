@@ -29,7 +29,7 @@ def adapter_parameters_and_whole(model: nn.Module) -> dict[str, Tensor]:
     model = unwrap(model)
     found = adapter_tensors(model)
     for prefix, root, registry in registries(model):
-        base = base_tensors(root)
+        base = base_tensors(root) if registry.whole else {}
         found.update({f"{prefix}.{name}" if prefix else name: base[name] for name in registry.whole})
     return found
 

@@ -15,7 +15,7 @@ from lightning_peft.adapter import CHILD, Adapter, adapter_tensors, slots, unwra
 from lightning_peft.errors import PEFTError
 from lightning_peft.fingerprint import describe_base, refuse_other_base
 from lightning_peft.formats import hf, own
-from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, Content, Part, with_adapter, without_adapter
+from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, Part, with_adapter, without_adapter
 from lightning_peft.formats.counterpart import UNSAID, for_methods
 from lightning_peft.formats.files import (
     MARKER,
@@ -28,10 +28,11 @@ from lightning_peft.formats.files import (
     write_tensors,
 )
 from lightning_peft.formats.pieces import joined, take, whole_of
-from lightning_peft.inject import inject, refuse_merged
+from lightning_peft.inject import inject_prepared, prepare_injection, refuse_merged
+from lightning_peft.inner_models import is_lightning_module
 from lightning_peft.method import PEFTMethod
-from lightning_peft.parts import is_lightning_module, parts_of
-from lightning_peft.prepare import prepared_shapes
+from lightning_peft.parts import parts_of
+from lightning_peft.prepare import Prepared, prepared_shapes
 from lightning_peft.registry import registries, required
 from lightning_peft.select import transformers_models
 from lightning_peft.sharding import write
@@ -158,11 +159,11 @@ class _Load:
 
     model: nn.Module
     prefix: str
-    content: Content
     tensors: dict[str, Tensor]
     """By name in the model as a whole."""
     name: str
-    existing: bool
+    prepared: Prepared | None
+    """The adapter to inject, if the model has none of this name."""
 
     @classmethod
     def prepare(cls, model: nn.Module, prefix: str, directory: Path, name: str) -> _Load:
@@ -189,7 +190,7 @@ class _Load:
             for key, in_model in content.names.items()
             if whole_of(key) in stored
         }
-        present = _present(model, prefix, name)
+        present, prepared = _present(model, prefix, name), None
         if present is not None:
             refuse_other_methods(present, [method.config() for method in content.methods], source, names_only=True)
             adapters = _adapters_of(model, lead, name)
@@ -199,16 +200,16 @@ class _Load:
             expected = {key: t.shape for key, t in held.items()}
             buffers = {key for key in held.keys() & adapter_tensors(model) if not isinstance(held[key], nn.Parameter)}
         else:
-            planned, names = prepared_shapes(root, content.methods, name, content.train_also)
+            prepared = prepare_injection(root, content.methods, name, content.train_also)
+            planned, names = prepared_shapes(root, prepared, name)
             expected, buffers = {f"{lead}{key}": s for key, s in planned.items()}, {f"{lead}{key}" for key in names}
         # Formats of others have no place for some buffers, which start anew.
         check_tensors({k: s for k, s in expected.items() if k in tensors or k not in buffers}, tensors, source)
-        return cls(model, prefix, content, tensors, name, present is not None)
+        return cls(model, prefix, tensors, name, prepared)
 
     def run(self) -> None:
-        if not self.existing:
-            root = self.model.get_submodule(self.prefix)
-            inject(root, self.content.methods, name=self.name, train_also=self.content.train_also)
+        if self.prepared is not None:
+            inject_prepared(self.model.get_submodule(self.prefix), self.prepared, self.name)
         parameters = adapter_parameters_and_whole(self.model)
         with torch.no_grad():
             for key, tensor in self.tensors.items():

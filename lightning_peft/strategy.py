@@ -171,6 +171,9 @@ class PEFTStrategy(Strategy):
         Raises:
             PEFTError: The method does not fit the model, or the model has adapters of another method.
         """
+        self._inject()
+
+    def _inject(self) -> None:
         module = self._module
         present = [methods for _, _, registry in registries(module) for methods in registry.methods.values()]
         for methods in present:
@@ -271,7 +274,7 @@ class PEFTStrategy(Strategy):
 
     def _prepare(self, trainer: pl.Trainer) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING
-        self.inject()
+        self._inject()
         self._place_adapters()
         self._refuse_different_ranks()
         if fitting or self._held_back is not None:

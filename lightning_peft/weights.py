@@ -46,10 +46,10 @@ def features(module: nn.Module) -> tuple[int, int]:
     return (math.prod(rest), first) if is_conv(module) else (first, rest[0])
 
 
-def weight_of(module: nn.Module) -> nn.Parameter:
-    """Return the weight parameter as stored."""
+def weight_of(module: nn.Module) -> Tensor:
+    """Return the weight as stored: a parameter, or the plain tensor that FSDP1 puts there while the module runs."""
     weight = module.weight
-    assert isinstance(weight, nn.Parameter)
+    assert isinstance(weight, Tensor)
     return weight
 
 

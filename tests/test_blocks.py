@@ -1,5 +1,6 @@
 """Where attention, MLP and norms are in every family; what a bottleneck around them computes."""
 
+import dataclasses
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import transformers as t
 from families import ALL_FAMILIES, build, outputs, randomise
 from torch import Tensor, nn
 
-from lightning_peft import ParallelAdapter, PEFTError, SeriesAdapter, inject
+from lightning_peft import IA3, Compacter, ParallelAdapter, PEFTError, PEFTMethod, SeriesAdapter, eject, inject
 from lightning_peft.blocks import Block, find_blocks, layer_norms
 from lightning_peft.calls import on_hidden
 
@@ -118,6 +119,39 @@ def test_what_is_beside_a_stack_of_layers_is_no_mlp() -> None:
         find_blocks(model)
 
 
+class OddExperts(nn.Module):
+    """A mixture of experts in one parameter, as no model in transformers has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(32, 4, bias=False)
+        self.experts = nn.Parameter(torch.randn(4, 32, 32) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...e,eoi,...i->...o", self.router(x).softmax(-1), self.experts, x)
+
+
+@pytest.mark.parametrize("odd", [[1], [0, 1]])
+@pytest.mark.parametrize(
+    "method", [SeriesAdapter(bottleneck=4), ParallelAdapter(bottleneck=4), Compacter(bottleneck=8), IA3()], ids=str
+)
+def test_experts_of_an_unknown_form_are_refused(method: PEFTMethod, odd: list[int]) -> None:
+    model, inputs = build("mistral")
+    for layer in odd:
+        model.model.layers[layer].mlp = OddExperts()
+    keys = list(model.state_dict())
+    message = rf"The MLP of 'model\.layers\.{odd[0]}' .*'model\.layers\.{odd[0]}\.mlp' is a OddExperts .*\[4, 32, 32\]"
+    with pytest.raises(PEFTError, match=message + ".*Name modules to adapt in target_modules"):
+        inject(model, method)
+    assert list(model.state_dict()) == keys
+    # What to do, as the error says.
+    inject(model, SeriesAdapter(bottleneck=4, target_modules=["mlp"]))
+    eject(model)
+    if odd == [1]:
+        inject(model, dataclasses.replace(method, layers=[0]))  # type: ignore[type-var]
+        assert torch.isfinite(outputs(model, inputs)).all()
+
+
 def test_norms_are_found() -> None:
     assert [name for name in layer_norms(build("t5")[0]) if name.startswith("encoder")] == [
         *(f"encoder.block.{i}.layer.{j}.layer_norm" for i in (0, 1) for j in (0, 1)),
@@ -216,6 +250,97 @@ def test_the_equation_before_the_mlp_and_after_the_layer() -> None:
     assert torch.allclose(seen[1], bottleneck("model.layers.0", seen[0]), atol=1e-5)
 
 
+# The norm that each layer ends in. Layers of other families end in a residual connection.
+LAST_NORM = {
+    **dict.fromkeys(("bert", "roberta", "deberta_v2"), "output.LayerNorm"),
+    "distilbert": "output_layer_norm",
+    "bart": "final_layer_norm",
+    "torch_encoder": "norm2",
+    "torch_decoder": "norm3",
+}
+
+
+@pytest.mark.parametrize("alias", [False, True])
+@pytest.mark.parametrize("family", sorted(ALL_FAMILIES.keys() - {"sequential"}))
+def test_the_equation_of_pfeiffer(family: str, alias: bool) -> None:
+    """N(R + f(H)) where the layer gives H = N(R), also if someone's hook gives another tensor of the same memory."""
+    dtype, tolerance = (torch.float32, 1e-5) if family in ("mixtral", "qwen3_moe") else (torch.float64, 1e-9)
+    model, inputs = build(family)
+    model.to(dtype)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    name = find_blocks(model)[0].layer
+    layer, seen = model.get_submodule(name), {}
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        seen["H"] = (output[0] if isinstance(output, tuple) else output).detach().clone()
+
+    layer.register_forward_hook(after, with_kwargs=True)
+    norm = layer.get_submodule(LAST_NORM[family]) if family in LAST_NORM else None
+    if norm is not None:
+        norm.register_forward_pre_hook(lambda module, args: seen.update(R=args[0].detach().clone()))
+        if alias:
+            norm.register_forward_hook(lambda module, args, output: output.view_as(output))
+    outputs(model, inputs)
+    given = dict(seen)
+    inject(model, SeriesAdapter(preset="pfeiffer", bottleneck=3))
+    randomise(model)
+    down, up, down_bias, up_bias = (
+        model.get_parameter(f"{name}.peft.default.{key}") for key in ("down", "up", "down_bias", "up_bias")
+    )
+    hidden = torch.relu(torch.einsum("...i,bi->...b", given["H"], down) + down_bias)
+    branch = torch.einsum("...b,ob->...o", hidden, up) + up_bias
+    if norm is None:
+        expected = given["H"] + branch
+    else:
+        expected = nn.functional.layer_norm(given["R"] + branch, (32,), norm.weight, norm.bias, norm.eps)
+    outputs(model, inputs)
+    assert (seen["H"] - given["H"]).abs().max() > 1e-3
+    assert (seen["H"] - expected).abs().max() <= tolerance
+
+
+def test_pfeiffer_s_place_compiles() -> None:
+    for family in ("bert", "opt"):
+        model, inputs = build(family)
+        inject(model, SeriesAdapter(preset="pfeiffer", bottleneck=3))
+        randomise(model)
+        expected = outputs(model, inputs)
+        layers = find_blocks(model)[0].layer.rpartition(".")[0]
+        for layer in model.get_submodule(layers):
+            layer.compile(backend="eager", fullgraph=True)
+        assert torch.equal(outputs(model, inputs), expected)
+
+
+@pytest.mark.parametrize("family", ["bert", "bart", "opt"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_pfeiffer_s_place_under_activation_checkpointing(family: str, reentrant: bool) -> None:
+    gradients: list[list[Tensor]] = []
+    for options in (None, {"use_reentrant": reentrant}):
+        model, inputs = build(family)
+        model.train()
+        for module in model.modules():
+            # BART drops out by a rate of its own.
+            vars(module).update({key: 0.0 for key in ("p", "dropout") if isinstance(vars(module).get(key), float)})
+        if options is not None:
+            model.gradient_checkpointing_enable(options)
+            model.enable_input_require_grads()
+        inject(model, SeriesAdapter(preset="pfeiffer", bottleneck=3))
+        randomise(model)
+        if options is not None and reentrant and family in LAST_NORM:
+            with pytest.raises(PEFTError, match=r"gradients would be lost.*'use_reentrant': False"):
+                outputs(model, inputs)
+            return
+        outputs(model, inputs).square().sum().backward()
+        gradients.append([p.grad for name, p in model.named_parameters() if ".peft." in name])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert plain.abs().max() > 0
+        assert (plain - checkpointed).abs().max() <= 1e-6 * plain.abs().max()
+
+
+def test_a_norm_that_is_trained_whole_cannot_be_listened_to() -> None:
+    with pytest.raises(PEFTError, match=r"residual' listens to 'bert\.encoder.*give train_norms=True"):
+        inject(build("bert")[0], SeriesAdapter(preset="pfeiffer"), train_also=["LayerNorm"])
+
+
 Named = namedtuple("Named", ["hidden", "rest"])
 
 
@@ -250,6 +375,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "preset": (lambda: SeriesAdapter(preset="x"), "preset='x'.*houlsby"),
     "placement": (lambda: ParallelAdapter(placement=["layer"]), "placement=.*attention"),
     "nowhere": (lambda: SeriesAdapter(placement=[]), "placement=.*attention"),
+    "one place": (lambda: SeriesAdapter(placement=["layer", "residual"]), "'layer' and 'residual' adapt one module"),
     "init": (lambda: SeriesAdapter(init="x"), "init='x'.*zero_up"),
     "dropout": (lambda: ParallelAdapter(dropout=1), "dropout=1"),
     "scale": (lambda: ParallelAdapter(scale=float("inf")), "scale=inf"),

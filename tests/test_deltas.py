@@ -29,6 +29,7 @@ from lightning_peft import (
     merge,
     save_adapter,
 )
+from lightning_peft.callbacks import AdapterCheckpoint
 
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
@@ -235,6 +236,54 @@ def test_vera_is_its_equation() -> None:
         expected = torch.einsum("bi,oi->bo", expected, layer.weight + update) + layer.bias
     assert (model(x) - expected).abs().max() <= 1e-12
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 9 + 4 + 2 * 7
+
+
+class TwoModels(SteppedRegression):
+    """Holds two models of different sizes, each with files of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+        with torch.no_grad():
+            for number, parameter in enumerate(self.other.parameters()):
+                parameter.copy_(torch.sin(torch.arange(parameter.numel()) + number).view_as(parameter))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.net(x) + self.other(x)
+        return result
+
+
+def test_vera_in_several_plain_models(tmp_path: Path) -> None:
+    def fit(steps: int, folder: str, **options: Any) -> TwoModels:
+        callback = AdapterCheckpoint(dirpath=tmp_path / folder, save_last=True)
+        module = TwoModels()
+        strategy = PEFTStrategy(VeRA(r=5), merge_on_train_end=False)
+        trainer(tmp_path, strategy, max_steps=steps, callbacks=[callback]).fit(module, loader(), **options)
+        return module
+
+    trained = fit(4, "straight")
+    fit(2, "half")
+    x = torch.randn(3, 8)
+    assert torch.equal(fit(4, "rest", ckpt_path=tmp_path / "half" / "last")(x), trained(x))
+    assert not torch.equal(trained(x), TwoModels()(x))
+    save_adapter(trained, tmp_path / "adapter")
+    loaded = TwoModels()
+    load_adapter(loaded, tmp_path / "adapter")
+    assert torch.equal(loaded(x), trained(x))
+    for name in ("net", "other"):
+        judge = peft.PeftModel.from_pretrained(getattr(TwoModels(), name), tmp_path / "adapter" / name)
+        assert torch.allclose(judge(x), getattr(trained, name)(x), atol=1e-6)
+
+
+def test_vera_in_parts_of_one_model_is_saved_part_by_part(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"a": TwoModels().net, "b": TwoModels().other})
+    for part in model.values():
+        inject(part, VeRA(r=5))
+    with pytest.raises(PEFTError, match=r"VeRA was injected into several parts of this ModuleDict.*one by one"):
+        save_adapter(model, tmp_path / "adapter")
+    for name, part in model.items():
+        save_adapter(part, tmp_path / name)
+        load_adapter(getattr(TwoModels(), {"a": "net", "b": "other"}[name]), tmp_path / name)
 
 
 @pytest.mark.parametrize("options", [{"r": 0}, {"d_initial": 0.0}, {"dropout": 1.0}])

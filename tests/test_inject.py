@@ -285,3 +285,14 @@ def test_targets(pattern: str) -> None:
 @pytest.mark.parametrize(("layers", "expected"), [("1:", {"1"}), ([0], {"0"}), ("-1:", {"1"}), ("0:2", {"0", "1"})])
 def test_layers(layers: Any, expected: set[str]) -> None:
     assert {host.split(".")[2] for host in inject(build("llama")[0], LoRA(r=2, layers=layers))} == expected
+
+
+def test_adapters_are_in_the_mode_of_their_host() -> None:
+    model, inputs = build("llama")
+    inject(model, LoRA(r=2, dropout=0.5))
+    randomise(model)
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(outputs(model, inputs), outputs(model, inputs))
+    model.train()
+    inject(model, LoRA(r=2), name="second")
+    assert all(module.training for module in model.modules())

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lightning_peft import LoRA, PEFTError, inject, merge, unmerge
+from lightning_peft.low_rank.linear import LoRAAdapter
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,6 +91,25 @@ def test_everything_is_checked_before_the_first_write() -> None:
     with pytest.raises(PEFTError, match="NaN or infinity"):
         merge(model)
     assert all(torch.equal(value, before[n]) or n.endswith("lora_B") for n, value in model.state_dict().items())
+
+
+def test_an_interrupted_merge_for_good_cannot_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = build("llama")
+    inject(model, LoRA(r=2))
+    randomise(model)
+    fold, calls = LoRAAdapter.fold, []
+
+    def interrupted(self: LoRAAdapter, *args: torch.Tensor) -> object:
+        calls.append(self)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return fold(self, *args)
+
+    monkeypatch.setattr(LoRAAdapter, "fold", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(model, unload=True)
+    with pytest.raises(PEFTError, match="was interrupted"):
+        unmerge(model)
 
 
 def test_a_model_without_adapters_is_an_error() -> None:

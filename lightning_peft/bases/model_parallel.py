@@ -1,8 +1,9 @@
 """ModelParallelStrategy: FSDP2 (``fully_shard``) and tensor parallelism, applied by the user in ``configure_model``.
 
-Adapters injected there before ``fully_shard`` are sharded with the model; without a call they are injected at ``setup``
-and kept whole on every process. Beside a layer that is split by tensor parallelism they are split as that layer is, so
-they have to come after ``parallelize_module``, which cannot split a layer that has children.
+Adapters injected there before ``fully_shard`` are sharded with the model; without a call, or if they share parameters,
+they are injected at ``setup`` and kept whole on every process. Beside a layer that is split by tensor parallelism they
+are split as that layer is, so they have to come after ``parallelize_module``, which cannot split a layer that has
+children.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from lightning_peft.adapter import Adapter, slots
 from lightning_peft.base_weights import materialise
 from lightning_peft.bases.sharded import OnShards
+from lightning_peft.eject import eject
 from lightning_peft.errors import PEFTError
 from lightning_peft.fingerprint import record_base
 from lightning_peft.registry import registries
@@ -38,9 +40,18 @@ class OnModelParallel(OnShards):
         return self._save_distributed_checkpoint
 
     def inject(self) -> None:
-        """Inject the adapters, split beside layers that tensor parallelism has split."""
+        """Inject the adapters before the module is sharded; later, at ``setup``, if they share what is trained.
+
+        ``fully_shard`` cannot cut up a parameter that is in several of its units.
+        """
         new = not any(registries(self._module))
         super().inject()
+        if new and _is_shared(self._module):
+            eject(self._module)
+
+    def _inject(self) -> None:
+        new = not any(registries(self._module))
+        super()._inject()
         for _, host, slot in slots(self._module) if new else ():
             weight = host._parameters.get("weight")
             if isinstance(weight, DTensor) and _TENSOR in (weight.device_mesh.mesh_dim_names or ()):
@@ -71,6 +82,12 @@ class OnModelParallel(OnShards):
         """Return what is saved of the module, in its shards."""
         self._reshard()
         return super().lightning_module_state_dict()
+
+
+def _is_shared(module: nn.Module) -> bool:
+    """Whether adapters of several hosts have a parameter in common."""
+    every = [id(parameter) for _, _, slot in slots(module) for parameter in slot.parameters()]
+    return len(every) != len(set(every))
 
 
 def _is_split_only(parameter: nn.Parameter) -> bool:

@@ -108,8 +108,8 @@ class LoRAAdapter(Adapter):
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return W0 + scale · B A (section 4.1, "No Additional Inference Latency")."""
-        product = self.lora_B.detach().to(weight.dtype) @ self.lora_A.detach().to(weight.dtype)
-        return torch.add(weight, product, alpha=self.scale), bias
+        a, b = (matrix.detach().to(weight.dtype) for matrix in (self.lora_A, self.lora_B))
+        return torch.addmm(weight, b, a, alpha=self.scale), bias
 
     def extra_repr(self) -> str:
         """Show what parameters do not."""

@@ -58,7 +58,7 @@ def applies(base: nn.Module, x: Tensor, *matrices: Tensor) -> bool:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a linear layer computes with ``x``."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 

@@ -95,7 +95,8 @@ class Compacter(PEFTMethod):
         bottleneck: Width of the bottleneck, a multiple of ``n``.
         n: Number of Kronecker products in a matrix; it divides the width of the hidden state.
         placement: After what, in each layer: ``["attention", "mlp"]`` (Compacter) or ``["mlp"]`` (Compacter++), before
-            dropout, residual connection and norm.
+            dropout, residual connection and norm. Cross-attention counts as attention; the authors' code has no adapter
+            after it.
         activation: The function between the two matrices.
         bias: Whether the two linear maps have biases.
         scale: The adapter's output is multiplied by it.

@@ -18,35 +18,10 @@ from lightning_peft.calls import input_of, on_hidden
 from lightning_peft.errors import PEFTError
 from lightning_peft.method import PEFTMethod
 from lightning_peft.select import select
+from lightning_peft.tap import Tap
 from lightning_peft.weights import tensor_options
 
 Place = Literal["attention", "mlp"]
-
-
-class Tap(Adapter):
-    """Keeps what its host, the first module of a block, is given, for the adapter on the last one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: Tensor | None = None
-
-    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Keep the input."""
-        self._seen = input_of(args, kwargs)
-        return output
-
-    def take(self) -> Tensor:
-        """Return the input and forget it."""
-        seen, self._seen = self._seen, None
-        if seen is None:
-            raise PEFTError(
-                "ParallelAdapter: the last module of a block ran without its first one. Name modules to adapt in "
-                "target_modules."
-            )
-        return seen
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": None}
 
 
 class ParallelBottleneck(Bottleneck):
@@ -58,8 +33,18 @@ class ParallelBottleneck(Bottleneck):
 
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Add the bottleneck's output to the hidden state in ``output``."""
-        delta = self.branch(input_of(args, kwargs) if self.tap is None else self.tap.take())
+        delta = self.branch(input_of(args, kwargs) if self.tap is None else _tapped(self.tap))
         return on_hidden(output, lambda hidden: hidden + delta)
+
+
+def _tapped(tap: Tap) -> Tensor:
+    seen = tap.take()
+    if seen is None:
+        raise PEFTError(
+            "ParallelAdapter: the last module of a block ran without its first one. Name modules to adapt in "
+            "target_modules."
+        )
+    return seen.input
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,15 @@
 """Series adapters: Parameter-Efficient Transfer Learning for NLP (Houlsby et al., 2019), arXiv:1902.00751, section 2.1.
 
-Placements of later papers: after the whole layer (Pfeiffer et al., 2021, arXiv:2005.00247), and around the MLP's linear
-layers (LLM-Adapters: Hu et al., 2023, arXiv:2304.01933, section 3.2).
+Placements of later papers: at the end of the layer (Pfeiffer et al., 2021, arXiv:2005.00247; the equation is that of
+MAD-X, 2020, arXiv:2005.00052), and around the MLP's linear layers (LLM-Adapters: Hu et al., 2023, arXiv:2304.01933,
+section 3.2).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
 
@@ -18,10 +19,13 @@ from lightning_peft.bottleneck import Bottleneck, Shape
 from lightning_peft.calls import input_of, on_hidden, with_input
 from lightning_peft.errors import PEFTError
 from lightning_peft.method import PEFTMethod
+from lightning_peft.residual import ResidualBottleneck
 from lightning_peft.select import select
+from lightning_peft.tap import Tap
 from lightning_peft.weights import tensor_options
 
-Place = Literal["attention", "mlp", "mlp_input", "layer"]
+Place = Literal["attention", "mlp", "mlp_input", "layer", "residual"]
+PLACES: set[Place] = set(get_args(Place))
 Preset = Literal["houlsby", "pfeiffer", "llm_adapters"]
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -33,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train_norms": True,
     },
     "pfeiffer": {
-        "placement": ["layer"],
+        "placement": ["residual"],
         "activation": "relu",
         "bias": True,
         "init": "truncated",
@@ -75,11 +79,12 @@ class SeriesAdapter(PEFTMethod):
     Args:
         bottleneck: Width of the bottleneck.
         preset: Defaults for the rest: ``houlsby`` (after attention and MLP, GELU, biases, LayerNorms trained),
-            ``pfeiffer`` (after each layer, ReLU, biases) or ``llm_adapters`` (after the MLP, tanh, no biases, both
-            matrices from N(0, 0.02²): not the identity at first).
+            ``pfeiffer`` (at the end of each layer, ReLU, biases) or ``llm_adapters`` (after the MLP, tanh, no biases,
+            both matrices from N(0, 0.02²): not the identity at first).
         placement: Where, in each layer: after ``attention``, after the ``mlp``, before each first linear layer of the
-            MLP (``mlp_input``), after the whole ``layer``. A list of these; the preset's, if not given. The first two
-            stand before dropout, residual connection and norm.
+            MLP (``mlp_input``), after the whole ``layer``, or in the ``residual`` stream at its end, which is before
+            the norm in layers that end in one (BERT). A list of these; the preset's, if not given. The first two stand
+            before dropout, residual connection and norm.
         activation: The function between the two matrices.
         bias: Whether the two linear maps have biases.
         scale: The bottleneck's output is multiplied by it.
@@ -117,10 +122,14 @@ class SeriesAdapter(PEFTMethod):
                 object.__setattr__(self, key, value)
         places = [self.placement] if isinstance(self.placement, str) else list(self.placement or ())
         object.__setattr__(self, "placement", places)
-        if not places or set(places) - {"attention", "mlp", "mlp_input", "layer"}:
+        if not places or set(places) - PLACES:
             raise PEFTError(
-                f"SeriesAdapter: placement={self.placement!r} was given; it is a list of 'attention', 'mlp', "
-                "'mlp_input' and 'layer'."
+                f"SeriesAdapter: placement={self.placement!r} was given; it is a list of "
+                f"{', '.join(map(repr, get_args(Place)))}."
+            )
+        if {"layer", "residual"} <= set(places):
+            raise PEFTError(
+                f"SeriesAdapter: placement={places!r} was given; 'layer' and 'residual' adapt one module. Give one."
             )
         self._shape()
 
@@ -147,26 +156,28 @@ class SeriesAdapter(PEFTMethod):
         return [f"{name}.{parameter}" for name, norm in norms.items() for parameter, _ in norm.named_parameters()]
 
     def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
-        """Make one bottleneck for each host."""
+        """Make one bottleneck for each place."""
         places = self._places(model) if self.target_modules is None else {}
-        made: dict[str, Adapter] = {}
-        for name, module in hosts.items():
-            kind, width = places.get(name) or (SeriesBottleneck, widths(name, module)[1])
-            made[name] = kind(width, width, self._shape(), tensor_options(module), seed, name)
+        taps = {name: Tap() for name in hosts if name in places and places[name][0] is Tap}
+        made: dict[str, Adapter] = dict(taps)
+        for name in [name for name in hosts if name not in taps]:
+            kind, width = places.get(name) or (SeriesBottleneck, widths(name, hosts[name])[1])
+            options = {"norms": _taps_in(model, name, taps)} if kind is ResidualBottleneck else {}
+            made[name] = kind(width, width, self._shape(), tensor_options(hosts[name]), seed, name, **options)
         return made
 
     def _blocks(self, model: nn.Module) -> list[Block]:
         places = set(self.placement or ())
         kinds: list[Literal["attention", "mlp"]] = []
-        if places & {"attention", "layer"}:
+        if places & {"attention", "layer", "residual"}:
             kinds.append("attention")
         if places & {"mlp", "mlp_input"}:
             kinds.append("mlp")
         return find_blocks(model, kinds, self.layers)
 
-    def _places(self, model: nn.Module) -> dict[str, tuple[type[Bottleneck], int]]:
-        """Return, by name of the host, on which side of it the adapter is, and its width."""
-        found: dict[str, tuple[type[Bottleneck], int]] = {}
+    def _places(self, model: nn.Module) -> dict[str, tuple[Any, int]]:
+        """Return, by name of the host, what kind of adapter it has, and the width of its hidden state."""
+        found: dict[str, tuple[Any, int]] = {}
         for block in self._blocks(model):
             if block.kind in (self.placement or ()):
                 found[block.last] = (SeriesBottleneck, block.width)
@@ -180,7 +191,26 @@ class SeriesAdapter(PEFTMethod):
                     found[name] = (InputBottleneck, block.width)
             if "layer" in (self.placement or ()):
                 found[block.layer] = (SeriesBottleneck, block.width)
+            if "residual" in (self.placement or ()):
+                found[block.layer] = (ResidualBottleneck, block.width)
+                found.update(dict.fromkeys(_norms_in(model, block.layer).values(), (Tap, block.width)))
         return found
+
+
+def _norms_in(model: nn.Module, layer: str) -> dict[str, str]:
+    """Return the names of the norms of a layer in the model, by their names in the layer."""
+    lead = f"{layer}." if layer else ""
+    return {name.removeprefix(lead): name for name in layer_norms(model) if name.startswith(lead)}
+
+
+def _taps_in(model: nn.Module, layer: str, taps: Mapping[str, Tap]) -> dict[str, Tap]:
+    norms = _norms_in(model, layer)
+    if missing := sorted(norms.values() - taps.keys()):
+        raise PEFTError(
+            f"SeriesAdapter: placement='residual' listens to {missing[0]!r}, which train_also trains whole. Leave it "
+            "out there and give train_norms=True."
+        )
+    return {name: taps[norm] for name, norm in norms.items()}
 
 
 def _any(module: nn.Module) -> bool:

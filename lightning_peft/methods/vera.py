@@ -14,8 +14,9 @@ from torch.nn import functional
 from lightning_peft.adapter import Adapter
 from lightning_peft.calls import input_of
 from lightning_peft.errors import PEFTError
+from lightning_peft.inner_models import InnerModels
 from lightning_peft.method import PEFTMethod
-from lightning_peft.select import select, transformers_models
+from lightning_peft.select import select
 from lightning_peft.weights import features, is_linear, tensor_options
 
 
@@ -123,12 +124,11 @@ class VeRA(PEFTMethod):
         return select(model, self.target_modules, adaptable=is_linear, exclude=self.exclude_modules, layers=self.layers)
 
     def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
-        """Make the adapters; those of one transformers model share their projections, since it has files of its own."""
-        inner = [prefix for prefix in transformers_models(model) if prefix]
+        """Make the adapters; those of one model share their projections, since it has files of its own."""
+        inner = InnerModels(model, hosts)
         groups: dict[str, dict[str, nn.Module]] = {}
         for name, host in hosts.items():
-            around = next((prefix for prefix in inner if name.startswith(f"{prefix}.")), "")
-            groups.setdefault(around, {})[name] = host
+            groups.setdefault(inner.around(name), {})[name] = host
         made: dict[str, Adapter] = {}
         for group in groups.values():
             d_in, d_out = (max(sizes) for sizes in zip(*(features(host) for host in group.values()), strict=True))

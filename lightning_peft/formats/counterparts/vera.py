@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_peft.adapter import CHILD
+from lightning_peft.adapter import CHILD, slots
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import Counterpart, Shapes, targets_for_hf, targets_from
 from lightning_peft.method import PEFTMethod
-from lightning_peft.methods.vera import VeRA
+from lightning_peft.methods.vera import VeRA, VeRAAdapter
 from lightning_peft.select import named_modules
 from lightning_peft.weights import is_conv1d
 
@@ -46,6 +46,7 @@ class VeRAInHF(Counterpart):
     def names(self, root: nn.Module, method: VeRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
         """Return the names of the vectors, and those of the projections, which are the first host's."""
         hosts = list(hosts)
+        _refuse_several(root)
         first = next(name for name in named_modules(root) if name in hosts)
         shared = {in_file: f"{first}.{CHILD}.projections.{name}" for in_file, name in _SHARED.items()}
         return {**super().names(root, method, hosts, chosen), **shared}
@@ -70,4 +71,17 @@ class VeRAInHF(Counterpart):
             projection_seed=key,
             dropout=config.get("vera_dropout", 0.0),
             target_modules=targets_from(self.hosts(root, shapes, source), root),
+        )
+
+
+def _refuse_several(root: nn.Module) -> None:
+    found: dict[str, set[int]] = {}
+    for _, _, slot in slots(root):
+        for name, adapter in slot.items():
+            if isinstance(adapter, VeRAAdapter):
+                found.setdefault(name, set()).add(id(adapter.projections))
+    if any(len(projections) > 1 for projections in found.values()):
+        raise PEFTError(
+            f"VeRA was injected into several parts of this {type(root).__name__}, each with random projections of its "
+            "own; a directory has place for one pair. Save the parts one by one, or inject into the whole."
         )

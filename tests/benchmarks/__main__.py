@@ -1,0 +1,43 @@
+"""All questions, one after the other, each in a process of its own; then the picture."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from benchmarks.plot import draw
+from benchmarks.report import OUT
+
+QUESTIONS = (
+    "launches",
+    "kept_bytes",
+    "peak_memory",
+    "checkpoints",
+    "traffic",
+    "lifecycle",
+    "inference",
+    "per_sample",
+    "strategy",
+    "step_time",
+)
+
+# What is counted is the same on every device.
+ON_GPU = ("peak_memory", "step_time")
+
+
+def main() -> int:
+    """Return the number of questions that failed."""
+    failed = []
+    for question in ON_GPU if "cuda" in sys.argv else QUESTIONS:
+        command = [sys.executable, "-m", f"benchmarks.{question}", *sys.argv[1:]]
+        if subprocess.run(command, check=False).returncode:
+            failed.append(question)
+    picture = draw(OUT)
+    print(f"Tables in {OUT}, " + (f"a picture in {picture}." if picture else "no picture: matplotlib is missing."))
+    if failed:
+        print(f"Failed: {', '.join(failed)}.")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""What a question answers, as JSON, as Markdown, and on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Spread
+
+OUT = Path(__file__).resolve().parents[2] / ".bench"
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Options:
+    quick: bool
+    rounds: int
+    device: str
+    out: Path
+
+
+@dataclass
+class Table:
+    """Rows of one question. A cell is a text, a number, or a :class:`Spread` of ratios."""
+
+    name: str
+    title: str
+    columns: Sequence[str]
+    rows: list[list[Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        lines = [self.columns, ["---"] * len(self.columns), *[[_text(cell) for cell in row] for row in self.rows]]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n\n".join([f"**{self.title}**", table, *self.notes]) + "\n"
+
+
+def _text(cell: Any) -> str:
+    if not isinstance(cell, float | int):
+        return str(cell)
+    return f"{cell:,.3g}" if isinstance(cell, float) and abs(cell) < 1000 else f"{cell:,.0f}"
+
+
+def answer(question: Callable[[Options], list[Table]]) -> None:
+    """Run one question from the command line: print its tables and write them as JSON."""
+    parser = argparse.ArgumentParser(description=(question.__doc__ or "").strip())
+    parser.add_argument("--quick", action="store_true", help="small models and few rounds, to see that it runs")
+    parser.add_argument("--rounds", type=int, help="how often every variant has its turn")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for JSON")
+    given = parser.parse_args()
+    rounds = given.rounds or (2 if given.quick else 5)
+    options = Options(given.quick, rounds, given.device, given.out)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for table in question(options):
+        print(table.markdown(), flush=True)
+        content = {**asdict(table), "quick": given.quick, "machine": machine(given.device)}
+        (options.out / f"{table.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def machine(device: str) -> str:
+    """Describe what was measured on."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return f"{torch.get_num_threads()} threads of {names[0] if names else 'a CPU'}, torch {torch.__version__}"
+
+
+def read(path: Path) -> Table:
+    """Read a table back from JSON."""
+    content = json.loads(path.read_text())
+    rows = [[Spread(**cell) if isinstance(cell, dict) else cell for cell in row] for row in content["rows"]]
+    return Table(content["name"], content["title"], content["columns"], rows, content["notes"])
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []

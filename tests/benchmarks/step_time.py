@@ -1,0 +1,68 @@
+"""How long does a training step take, forward and backward, beside the frozen bound and HF peft?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import measure, subjects, variants
+from benchmarks.report import Options, Table, answer
+
+PARTS = ("forward", "backward", "step")
+
+
+class Case:
+    """One variant with its optimizer, timed a step at a time."""
+
+    def __init__(self, model: nn.Module, hidden: Tensor, device: str) -> None:
+        self.model, self.hidden, self.device = model, hidden, device
+        self.optimizer = measure.adamw(model)
+
+    def __call__(self) -> Mapping[str, float]:
+        outputs: list[Tensor] = []
+        forward = measure.seconds(lambda: outputs.append(self.model(self.hidden)), self.device)
+        backward = measure.seconds(lambda: measure.backward(outputs.pop()), self.device)
+        update = 0.0
+        if self.optimizer is not None:
+            update = measure.seconds(self.optimizer.step, self.device)
+            self.optimizer.zero_grad(set_to_none=True)
+        self.hidden.grad = None
+        return {"forward": forward, "backward": backward, "step": forward + backward + update}
+
+
+def main(options: Options) -> list[Table]:
+    """Time training steps."""
+    columns = ["model", "dropout", "variant", *(f"{part} / bound" for part in PARTS), "step / HF peft"]
+    table = Table("step_time", "Training step: medians (and quartiles) of ratios within a round", columns)
+    for name, shape in _shapes(options).items():
+        dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+        subject, hidden = shape.build(options.device, dtype), shape.inputs(options.device, dtype)
+        large = options.device == "cpu" and "Llama" in name
+        wanted = (variants.BOUND, variants.OURS, variants.PEFT) if large and "70B" in name else ()
+        cases = {
+            (variant.name, dropout): Case(variant.build(subject, dropout), hidden, options.device)
+            for variant in variants.present(*wanted)
+            for dropout in variant.dropouts
+        }
+        # A round of a large layer takes a minute, and its spread is small.
+        rounds = measure.in_turns(cases, max(1, options.rounds // 2) if large else options.rounds)
+        for variant, dropout in cases:
+            against = [measure.ratios(rounds, (variant, dropout), (variants.BOUND, 0.0), part) for part in PARTS]
+            peer = (variants.PEFT, dropout)
+            beside = measure.ratios(rounds, (variant, dropout), peer, "step") if peer in cases else "-"
+            table.rows.append([name, f"{dropout:g}", variant, *against, beside])
+        del cases, subject
+    table.notes += variants.skipped()
+    return [table]
+
+
+def _shapes(options: Options) -> dict[str, subjects.Shape]:
+    if options.device == "cpu":
+        return subjects.shapes(options.quick)
+    return {"Llama-7B, 4 layers, 4096 tokens, bfloat16": subjects.Shape(subjects.llama_config("7B", 4), 1, 4096)}
+
+
+if __name__ == "__main__":
+    answer(main)
