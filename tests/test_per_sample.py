@@ -167,7 +167,7 @@ def alone_within(family: str, method: PEFTMethod, inputs: dict[str, Any]) -> Ten
     return alone(adapted(family, {"a": method, "b": method}), inputs, ["a", "b", "", "b", "a"])
 
 
-@pytest.mark.parametrize("rows", [["b", "a", ""], ["a", "c", "b"]], ids=["one activation", "several"])
+@pytest.mark.parametrize("rows", [["b", "a", "", "b"], ["a", "c", "b", "a"]], ids=["one activation", "several"])
 @pytest.mark.parametrize("kind", [SeriesAdapter, ParallelAdapter])
 def test_bottlenecks_of_different_forms(kind: Any, rows: list[str]) -> None:
     norms = {"train_norms": False} if kind is SeriesAdapter else {}
@@ -176,7 +176,7 @@ def test_bottlenecks_of_different_forms(kind: Any, rows: list[str]) -> None:
         "b": kind(bottleneck=6, activation="sigmoid", bias=False, scale=2.0, **norms),
         "c": kind(bottleneck=4, activation="tanh", bias=True, **norms),
     }
-    model, inputs = adapted("llama", forms), batch("llama", 3)
+    model, inputs = adapted("llama", forms), batch("llama", len(rows))
     expected = alone(model, inputs, rows)
     with adapter_names(model, rows):
         assert close(outputs(model, inputs), expected)
