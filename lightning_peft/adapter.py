@@ -5,7 +5,7 @@ The host keeps its class, its object, its parameters and their names. This is th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.errors import PEFTError
+from lightning_peft.shadow import Shadows, read, shadow, unshadow
 
 CHILD = "peft"
 """Name under which a slot becomes a child of its host: ``q_proj.peft.default.lora_A``."""
@@ -42,6 +43,8 @@ class Adapter(nn.Module):
     """Whether all modules with the host's weight have such an adapter, of the same effect: merging keeps the tie."""
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
     """Which dimension of a parameter runs over the host's ``"in"`` or ``"out"`` features, for hosts that are split."""
+    replaces: tuple[str, ...] = ()
+    """Names, in the host, of weights that it reads itself instead of calling a module: see :meth:`replace`."""
 
     def before(
         self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -69,6 +72,25 @@ class Adapter(nn.Module):
             PEFTError: The adapter is no change of weights.
         """
         raise PEFTError(f"{type(self).__name__} cannot be merged into weights: it is not a change of weights.")
+
+    def replace(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the host should read instead of the weights that :attr:`replaces` names.
+
+        It runs before the host does, and the host reads the new tensors until it returns. Merging, it takes the place
+        of :meth:`fold`.
+
+        Args:
+            weights: These weights, by name; whole, as stored, and in at least float32 when merging.
+        """
+        raise TypeError(f"{type(self).__name__} names weights to replace but does not define replace")
+
+    def to_file(self, key: str, tensor: Tensor) -> Tensor:
+        """Return what HF PEFT's file holds for this adapter's tensor ``key``; as defined here, ``tensor`` itself."""
+        return tensor
+
+    def from_file(self, key: str, tensor: Tensor) -> Tensor:
+        """Undo :meth:`to_file`."""
+        return tensor
 
     def reset_parameters(self) -> None:
         """Set the initial values, the same on every call and on every rank."""
@@ -105,6 +127,8 @@ class Slot(nn.ModuleDict):
         # First of all hooks: beside a layer that tensor parallelism has split, the next one gathers the output.
         self._handle = host.register_forward_hook(self._run, with_kwargs=True, prepend=True)
         self._handle_before: RemovableHandle | None = None
+        self._handles_replace: list[RemovableHandle] = []
+        self._shadows: Shadows = []
 
     def _run(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.merged is not None or self.running is None:
@@ -119,6 +143,24 @@ class Slot(nn.ModuleDict):
         defined = any(type(adapter).before is not Adapter.before for adapter in self.values())  # type: ignore[attr-defined]
         if defined and self._handle_before is None:
             self._handle_before = host.register_forward_pre_hook(self._run_before, with_kwargs=True)
+
+    def hook_replace(self, host: nn.Module) -> None:
+        """Let adapters that name weights of ``host`` replace them while it runs."""
+        if any(adapter.replaces for adapter in self.values()) and not self._handles_replace:  # type: ignore[union-attr]
+            self._handles_replace = [
+                host.register_forward_pre_hook(self._replace),
+                # Also if the host fails, or stops early as in recomputing for activation checkpointing.
+                host.register_forward_hook(self._put_back, always_call=True),
+            ]
+
+    def _replace(self, base: nn.Module, args: tuple[Any, ...]) -> None:
+        adapter = self.running
+        if self.merged is None and adapter is not None and adapter.replaces:
+            weights = {name: read(base, name) for name in adapter.replaces}
+            self._shadows = shadow(base, adapter.replace(weights))
+
+    def _put_back(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        unshadow(self._shadows)
 
     @property
     def active_adapter(self) -> Adapter | None:
@@ -146,6 +188,8 @@ class Slot(nn.ModuleDict):
         self._handle.remove()
         if self._handle_before is not None:
             self._handle_before.remove()
+        for handle in self._handles_replace:
+            handle.remove()
 
 
 def attach(host: nn.Module, name: str, adapter: Adapter) -> None:
@@ -158,6 +202,7 @@ def attach(host: nn.Module, name: str, adapter: Adapter) -> None:
     # A model in eval mode stays in it: dropout and what else depends on the mode follow the host.
     slot.train(host.training)
     slot.hook_before(host)
+    slot.hook_replace(host)
     slot.activate(slot.active or name)
 
 
@@ -175,6 +220,7 @@ def restore_hooks(model: nn.Module) -> None:
         slot.remove_hook()
         slot.hook(host)
         slot.hook_before(host)
+    slot.hook_replace(host)
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:

@@ -215,7 +215,8 @@ def _layer_of(root: str, attentions: Mapping[str, list[str]], with_others: set[s
 
 
 @cache
-def _role(segment: str) -> str:
+def role_of(segment: str) -> str:
+    """Return what a linear layer so called computes in attention: ``q``, ``k``, ``v``, ``qkv``, ``kv`` or ``o``."""
     tokens = regex.split(r"[^a-z]+", segment.lower())
     roles = [role for role, names in _ROLES.items() if any(regex.fullmatch(names, token) for token in tokens)]
     if {"q", "k", "v"} <= set(roles):
@@ -231,7 +232,7 @@ def _attention(
         return Block("attention", layer, root, root, module.embed_dim)
     roles: dict[str, str] = {}
     for name in names:
-        role = _role(name.rsplit(".", 1)[-1])
+        role = role_of(name.rsplit(".", 1)[-1])
         # The last one that is no projection of the input is the output's; of the others the first is the plain one.
         if role == "o" or role not in roles:
             roles[role] = name

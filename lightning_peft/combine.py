@@ -16,6 +16,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import targets_from
 from lightning_peft.inject import inject
 from lightning_peft.low_rank.combination import How, Term, combined
+from lightning_peft.low_rank.embedding import EmbeddingLoRAAdapter
 from lightning_peft.low_rank.linear import LoRAAdapter
 from lightning_peft.method import PEFTMethod
 from lightning_peft.methods.lora import LoRA
@@ -140,11 +141,16 @@ def _terms(root: nn.Module, adapters: Sequence[str], weights: Sequence[float]) -
     found: dict[str, list[Term]] = {}
     for host, _, slot in slots(root):
         for name, weight in zip(adapters, weights, strict=True):
-            if isinstance(adapter := slot._modules.get(name), LoRAAdapter):
-                a, b = (
-                    whole(m).to(torch.promote_types(m.dtype, torch.float32)) for m in (adapter.lora_A, adapter.lora_B)
+            if (adapter := slot._modules.get(name)) is None:
+                continue
+            # Others are more than B A: they start elsewhere, concern a part of the host, or several weights.
+            if not (isinstance(adapter, LoRAAdapter) and type(adapter) in (LoRAAdapter, EmbeddingLoRAAdapter)):
+                raise PEFTError(
+                    f"combine: {name!r} has a {type(adapter).__name__} on {host!r}; adapters of linear layers and "
+                    "embeddings that start at zero can be combined. Leave it out."
                 )
-                found.setdefault(host, []).append(Term(a, b, adapter.scale, weight))
+            a, b = (whole(m).to(torch.promote_types(m.dtype, torch.float32)) for m in (adapter.lora_A, adapter.lora_B))
+            found.setdefault(host, []).append(Term(a, b, adapter.scale, weight))
     return found
 
 

@@ -16,6 +16,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.registry import own_registry, registries
 from lightning_peft.select import named_modules, transformers_models
 from lightning_peft.sharding import full_shape, in_zero_pieces, whole
+from lightning_peft.weights import is_packed
 
 _MODULES = 64
 _SAMPLES = 4
@@ -113,8 +114,8 @@ def _samples(
     for name in chosen:
         slot = adapted.get(name)
         present = getattr(modules.get(name), "weight", None)
-        weight = trained.get(id(present), slot.merged["weight"] if slot and slot.merged else present)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or not full_shape(weight).numel():
+        weight = trained.get(id(present), slot.merged.get("weight", present) if slot and slot.merged else present)
+        if not isinstance(weight, Tensor) or is_packed(modules[name]) or not full_shape(weight).numel():
             continue
         if weight.is_meta or ((isinstance(weight, DTensor) or in_zero_pieces(weight)) and not gather):
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,17 +9,18 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.adapter import Adapter, Slot, slots, unwrap
 from lightning_peft.errors import PEFTError
+from lightning_peft.fold import fold_into, restore, weight_names
 from lightning_peft.inject import remove
 from lightning_peft.registry import required
 from lightning_peft.select import transformers_models
-from lightning_peft.sharding import kept_part, whole, write
+from lightning_peft.sharding import whole
 from lightning_peft.stand_in import refuse_stand_in
-from lightning_peft.weights import as_stored, is_transposed, read_matrix, weight_of
+from lightning_peft.weights import is_packed, weight_of
 
 _Host = tuple[str, nn.Module, Slot, Adapter]
 
@@ -40,7 +40,7 @@ class MergeReport:
 
     def __str__(self) -> str:
         if not self.merged:
-            kept = f": {len(self.kept)} adapters are no change of weights and stay attached" if self.kept else ""
+            kept = f": {len(self.kept)} adapters cannot be merged and stay attached" if self.kept else ""
             return f"Nothing to merge{kept or ': what was trained is in the weights'}."
         text = (
             f"Merged {self.merged} adapters into the weights; rounding took {self.mean_loss:.2%} of their effect on "
@@ -78,27 +78,31 @@ def merge(
     todo = [found for found in active if _can_merge(found[1], found[3], gathered is not nullcontext)]
     kept = tuple(name for name, _, slot, _ in active if not any(slot is found[2] for found in todo))
     if unload and kept:
+        packed = any(name == kept[0] and is_packed(host) for name, host, _, _ in active)
         raise PEFTError(
-            f"merge(unload=True): the adapter of {kept[0]!r} cannot be merged, so removing it would change the "
-            "model's outputs. Call merge(model) to merge the others, or eject(model) to remove them all."
+            f"merge(unload=True): the adapter of {kept[0]!r} cannot be merged"
+            + (" (its weight is quantised, and the sum, quantised anew, would lose most of it)" if packed else "")
+            + ", so removing it would change the model's outputs. Call merge(model) to merge the others, or "
+            "eject(model) to remove them all"
+            + ("; or load the adapter into the model as it was before it was quantised." if packed else ".")
         )
     _refuse_non_finite(todo)
     shared = _shared_weights(model)
-    if any(isinstance(weight_of(host), DTensor) for _, host, _, _ in todo):
+    if any(isinstance(p, DTensor) for _, host, _, adapter in todo for p in _weights(host, adapter)):
         refuse_ties(model)
     if gathered is nullcontext:
         _refuse_pieces(todo)
     losses: dict[str, float] = {}
     written: dict[int, dict[str, Any]] = {}
     for name, host, slot, adapter in todo:
-        if slot.merged is None and adapter.follows_ties and id(weight_of(host)) in written:
-            slot.merged = written[id(weight_of(host))]
+        weights = _weights(host, adapter)
+        if slot.merged is None and adapter.follows_ties and id(weights[0]) in written:
+            slot.merged = written[id(weights[0])]
         elif slot.merged is None:
-            untie = id(weight_of(host)) in shared and not adapter.follows_ties
-            losses[name], slot.merged = _merge_host(host, adapter, untie, gathered, keep=not unload)
-            written[id(weight_of(host))] = slot.merged
-            if untie:
-                slot.merged["tied"] = _declare_untied(model)
+            untied = set() if adapter.follows_ties else shared & {id(weight) for weight in weights}
+            losses[name], slot.merged = fold_into(host, adapter, untied, gathered, keep=not unload)
+            slot.merged["tied"] = _declare_untied(model) if untied else []
+            written[id(weights[0])] = slot.merged
     if unload:
         for _, root, registry in roots:
             remove(root, registry)
@@ -118,22 +122,9 @@ def unmerge(model: nn.Module) -> None:
     for _, host, slot in slots(unwrap(model)):
         if slot.merged is None:
             continue
-        old = slot.merged["weight"]
-        if old is None:
-            raise PEFTError(
-                "merge(model, unload=True) was interrupted: it keeps no copies, so the weights that it has changed "
-                "cannot be restored. Load the base model again."
-            )
-        if isinstance(old, nn.Parameter):
-            host.weight = old
-            for config in slot.merged["tied"]:
-                config.tie_word_embeddings = True
-        else:
-            kept_part(weight_of(host)).copy_(old)
-        if slot.merged.get("added_bias"):
-            host.register_parameter("bias", None)
-        elif slot.merged["bias"] is not None:
-            kept_part(host.get_parameter("bias")).copy_(slot.merged["bias"])
+        restore(host, slot.merged)
+        for config in slot.merged["tied"]:
+            config.tie_word_embeddings = True
         slot.merged = None
 
 
@@ -146,9 +137,10 @@ def refuse_ties(model: nn.Module) -> None:
     """Raise :class:`PEFTError` if merging would have to untie a weight, which cannot be done when it is in pieces."""
     shared = _shared_weights(model)
     for name, host, slot in slots(unwrap(model)):
-        weight = host._parameters.get("weight")
         adapter = slot.active_adapter
-        if adapter is not None and adapter.mergeable and not adapter.follows_ties and id(weight) in shared:
+        if adapter is None or not adapter.mergeable or adapter.follows_ties:
+            continue
+        if any(id(weight) in shared for weight in _weights(host, adapter)):
             raise PEFTError(
                 f"{name!r} is adapted and shares its weight with another module. A sharded weight cannot be untied to "
                 "merge the adapter: leave the module out with exclude_modules, or set merge_on_train_end=False."
@@ -156,7 +148,7 @@ def refuse_ties(model: nn.Module) -> None:
 
 
 def _can_merge(host: nn.Module, adapter: Adapter, in_pieces: bool) -> bool:
-    if not adapter.mergeable:
+    if not adapter.mergeable or is_packed(host):
         return False
     # A parameter that comes new into a sharded module belongs to no shard.
     adds_bias = adapter.adds_bias and host._parameters.get("bias") is None
@@ -173,61 +165,8 @@ def _refuse_pieces(hosts: Sequence[_Host]) -> None:
             )
 
 
-def _merge_host(
-    host: nn.Module,
-    adapter: Adapter,
-    untie: bool,
-    gathered: Callable[[nn.Module], AbstractContextManager[Any]],
-    keep: bool,
-) -> tuple[float, dict[str, Any]]:
-    """Merge one host and return the loss and what restores it: each process keeps what it holds of the weight.
-
-    With ``keep`` false nothing is kept, and the weight needs no more memory than its change.
-    """
-    weight, bias = weight_of(host), host._parameters.get("bias")
-    old_bias = None if bias is None else kept_part(bias).to("cpu", copy=True)
-    backup: dict[str, Any] = {"weight": weight if untie else None, "bias": None}
-    if keep and not untie:
-        backup["weight"] = kept_part(weight).to("cpu", copy=True)
-    with gathered(host):
-        before = read_matrix(host)
-        whole_bias = None if bias is None else whole(bias)
-        after, new_bias = _whole_adapter(adapter).fold(before, whole_bias)
-        stored = as_stored(host, after)
-        loss = 0.0 if stored.dtype == after.dtype else _loss(before, after, stored.T if is_transposed(host) else stored)
-        if untie:
-            host.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
-        else:
-            write(weight, stored)
-        if whole_bias is None and new_bias is not None:
-            host.bias = nn.Parameter(new_bias.to(weight), requires_grad=False)
-            backup["added_bias"] = True
-        elif whole_bias is not None and new_bias is not None and not torch.equal(new_bias, whole_bias):
-            backup["bias"] = old_bias
-            write(cast(nn.Parameter, bias), new_bias)
-    return loss, backup
-
-
-def _loss(before: Tensor, after: Tensor, stored: Tensor) -> float:
-    """Return what rounding to ``stored`` took of the change; ``before``, a wider copy of a weight, is used up."""
-    change = torch.linalg.vector_norm(before.sub_(after))
-    lost = torch.linalg.vector_norm(before.copy_(stored).sub_(after))
-    return float(lost / change) if change > 0 else 0.0
-
-
-def _whole_adapter(adapter: Adapter) -> Adapter:
-    """Return ``adapter``, or a copy of it whose parameters are whole if they are in pieces."""
-    in_pieces = any(isinstance(p, DTensor) for p in adapter.parameters())
-    return cast(Adapter, _with_whole_parameters(adapter)) if in_pieces else adapter
-
-
-def _with_whole_parameters(module: nn.Module) -> nn.Module:
-    # A deep copy would follow what an adapter knows of others.
-    twin, own = copy.copy(module), module._parameters
-    whole_of = {n: None if p is None else nn.Parameter(whole(p), requires_grad=False) for n, p in own.items()}
-    children = {n: None if m is None else _with_whole_parameters(m) for n, m in module._modules.items()}
-    twin.__dict__.update(_parameters=whole_of, _modules=children)
-    return twin
+def _weights(host: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
+    return [host.get_parameter(name) for name in weight_names(adapter)]
 
 
 def _refuse_non_finite(hosts: Sequence[_Host]) -> None:

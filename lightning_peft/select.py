@@ -31,6 +31,7 @@ def select(
     targets: Names,
     *,
     adaptable: Callable[[nn.Module], bool],
+    weights: Callable[[nn.Module], Iterable[str]] | None = None,
     exclude: Names | None = None,
     layers: str | Sequence[int] | None = None,
 ) -> dict[str, nn.Module]:
@@ -42,6 +43,8 @@ def select(
             :func:`matches`), mixed at will.
         adaptable: Whether the method can adapt a module. Others are passed over, unless a pattern matches nothing
             else.
+        weights: Gives the names of parameters of a module that can be adapted one by one. They are selected by their
+            own name, ``experts.down_proj``, and returned by it, with that module.
         exclude: Patterns of modules to leave out.
         layers: Indices of blocks to adapt, or a slice (``"8:16"``, ``"-4:"``). Modules outside blocks go.
 
@@ -53,11 +56,17 @@ def select(
     candidates = {name: module for name, module in modules.items() if adaptable(module)}
     aliases = _aliases(model, modules)
     uncalled = _uncalled(modules)
+    parameters = {
+        f"{name}.{weight}".lstrip("."): module
+        for name, module in modules.items()
+        for weight in (() if weights is None or name in candidates else weights(module))
+    }
+    modules, candidates = modules | parameters, candidates | parameters
     blocks = _blocks(model, modules)
     chosen: set[str] = set()
     for pattern in as_list(targets):
         if pattern in PRESETS:
-            found = _preset(model, modules, blocks, pattern) - uncalled
+            found = _preset(model, candidates, blocks, pattern) - uncalled
         else:
             found = match_names(pattern, candidates)
             found |= {name for alias, name in aliases.items() if name in candidates and matches(pattern, alias)}
@@ -74,7 +83,8 @@ def select(
     if refused := sorted(chosen & uncalled):
         raise PEFTError(
             f"{refused[0]!r} cannot be adapted: nn.MultiheadAttention reads its weight and never calls it, so an "
-            f"adapter would have no effect. Leave it out with exclude_modules={refused!r}."
+            f"adapter would have no effect. Leave it out with exclude_modules={refused!r}; LoRA adapts the "
+            "nn.MultiheadAttention itself."
         )
     if not chosen:
         raise PEFTError(
@@ -177,7 +187,11 @@ def _preset(
     model: nn.Module, modules: Mapping[str, nn.Module], blocks: Mapping[str, tuple[str, int]], preset: str
 ) -> set[str]:
     heads = head_modules(model)
-    linears = {name for name, module in modules.items() if is_linear(module) and id(module) not in heads}
+    linears = {
+        name
+        for name, m in modules.items()
+        if isinstance(m, nn.MultiheadAttention) or (is_linear(m) and id(m) not in heads)
+    }
     if preset == ALL_LINEAR:
         return linears
     in_blocks = linears & blocks.keys()

@@ -61,7 +61,7 @@ def values_before_merge(model: nn.Module) -> dict[str, Tensor]:
         f"{name}.{parameter}" if name else parameter: from_local_part(host.get_parameter(parameter), value.detach())
         for name, host, slot in slots(unwrap(model))
         for parameter, value in (slot.merged or {}).items()
-        if parameter in ("weight", "bias") and value is not None
+        if isinstance(value, Tensor)
     }
 
 

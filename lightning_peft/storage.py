@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapter import adapter_tensors, unwrap
+from lightning_peft.adapter import CHILD, Adapter, adapter_tensors, slots, unwrap
 from lightning_peft.errors import PEFTError
 from lightning_peft.fingerprint import describe_base, refuse_other_base
 from lightning_peft.formats import hf, own
@@ -193,6 +193,8 @@ class _Load:
         present, prepared = _present(model, prefix, name), None
         if present is not None:
             refuse_other_methods(present, [method.config() for method in content.methods], source, names_only=True)
+            adapters = _adapters_of(model, lead, name)
+            tensors = {key: _converted(adapters, key, tensor, back=True) for key, tensor in tensors.items()}
             held = {key: t for key, t in adapter_parameters_and_whole(model).items() if key.startswith(lead)}
             held = {key: t for key, t in held.items() if with_adapter(without_adapter(key), name) == key}
             expected = {key: t.shape for key, t in held.items()}
@@ -268,7 +270,10 @@ def _root_of(model: nn.Module, marker: Mapping[str, Any]) -> str:
 
 
 def _write_part(directory: Path, model: nn.Module, part: Part, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Write one directory and return the tensors' names in the model by their names in the file."""
+    """Write one directory and return the tensors' names in the model by their names in the file.
+
+    Left out are those of which the file has another form: a run does not go on from them.
+    """
     root = model.get_submodule(part.prefix)
     lead = f"{part.prefix}." if part.prefix else ""
     counterpart = for_methods(part.methods)
@@ -279,10 +284,27 @@ def _write_part(directory: Path, model: nn.Module, part: Part, state: Mapping[st
         names, config = hf.tensor_names(root, part, counterpart), hf.config_of(root, part, counterpart)
     names = {in_file: lead + with_adapter(in_root, part.adapter) for in_file, in_root in names.items()}
     directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory / TENSOR_FILE, joined({in_file: state[in_model] for in_file, in_model in names.items()}))
+    adapters = {} if counterpart is None else _adapters_of(model, lead, part.adapter)
+    tensors = {in_file: _converted(adapters, in_model, state[in_model]) for in_file, in_model in names.items()}
+    write_tensors(directory / TENSOR_FILE, joined(tensors))
     write_json(directory / CONFIG_FILE, config)
     marker = {"version": 1, "prefix": part.prefix, "base": describe_base(model, part.prefix)}
     if counterpart is not None and (unsaid := counterpart.unsaid(part.methods[0])):
         marker[UNSAID] = unsaid
     write_json(directory / MARKER, {**marker, "lightning": is_lightning_module(root)})
-    return names
+    return {in_file: in_model for in_file, in_model in names.items() if tensors[in_file] is state[in_model]}
+
+
+def _adapters_of(model: nn.Module, lead: str, adapter: str) -> dict[str, Adapter]:
+    """Return the adapters of that name in the part of ``model`` whose names begin with ``lead``, by host."""
+    found = {name: slot._modules.get(adapter) for name, _, slot in slots(model) if f"{name}.".startswith(lead)}
+    return {name: module for name, module in found.items() if isinstance(module, Adapter)}
+
+
+def _converted(adapters: Mapping[str, Adapter], name: str, tensor: Tensor, back: bool = False) -> Tensor:
+    """Return the tensor ``name`` of a model in the form that a file has, or ``back`` in that of the model."""
+    host, _, rest = name.rpartition(f"{CHILD}.")
+    adapter = adapters.get(host.removesuffix("."))
+    if adapter is None or not rest or CHILD not in name.split("."):
+        return tensor
+    return (adapter.from_file if back else adapter.to_file)(rest.partition(".")[2], tensor)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_peft.sharding import full_shape, whole
 
@@ -23,17 +25,25 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def is_conv(module: nn.Module) -> bool:
+    """Whether ``module`` is a convolution in one to three dimensions, which is no transposed one."""
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Whether the weight is stored ``[in, out]`` (Conv1D; an embedding is ``[tokens, dim]``)."""
     return isinstance(module, nn.Embedding) or is_conv1d(module)
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """Return ``(in, out)``; for an embedding ``(number of tokens, dimension)``."""
+    """Return ``(in, out)``; for an embedding ``(number of tokens, dimension)``.
+
+    What a convolution gets for one output are the channels of its group at each place of its kernel.
+    """
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    rows, columns = full_shape(weight_of(module))
-    return rows, columns
+    first, *rest = full_shape(weight_of(module))
+    return (math.prod(rest), first) if is_conv(module) else (first, rest[0])
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -41,6 +51,18 @@ def weight_of(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether the weight holds codes of a quantiser, from which its values have to be worked out first.
+
+    Such are integers, floating-point numbers of fewer than 16 bits, and tensor classes of a quantiser's own.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or isinstance(weight, DTensor):
+        return False
+    codes = not weight.is_floating_point() or weight.dtype.itemsize < 2
+    return codes or hasattr(weight, "__tensor_flatten__")
 
 
 def adapter_dtype(module: nn.Module) -> torch.dtype:
@@ -51,17 +73,23 @@ def adapter_dtype(module: nn.Module) -> torch.dtype:
 
 def tensor_options(module: nn.Module) -> dict[str, Any]:
     """Return dtype (never below float32) and device for the adapter of any module: those of its first parameter."""
-    first = next((p for p in module.parameters() if p.is_floating_point()), None)
+    parameters = list(module.parameters())
+    first = next((p for p in parameters if p.is_floating_point()), parameters[0] if parameters else None)
     if first is None:
         return {"dtype": torch.float32}
     wide = first.dtype in (torch.float32, torch.float64)
     return {"dtype": first.dtype if wide else torch.float32, "device": first.device}
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in at least float32, uncopied if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
     """Return ``stored``, laid out as the module's weight, as ``[out, in]`` in at least float32, uncopied if it is."""
-    wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
-    return wide.T if is_transposed(module) else wide
+    wide = widened(stored)
+    return wide.T if is_transposed(module) else wide.flatten(1)
 
 
 def read_matrix(module: nn.Module) -> Tensor:
@@ -71,4 +99,5 @@ def read_matrix(module: nn.Module) -> Tensor:
 
 def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
     """Return ``matrix`` ``[out, in]`` in the layout and dtype in which the module stores its weight."""
-    return (matrix.T if is_transposed(module) else matrix).to(weight_of(module).dtype)
+    matrix = matrix.T if is_transposed(module) else matrix.view(full_shape(weight_of(module)))
+    return matrix.to(weight_of(module).dtype)

@@ -169,7 +169,7 @@ def test_the_encoder_of_torch_is_adapted_in_eval_too() -> None:
     with torch.inference_mode():
         before = encoder(x)
     hosts = inject(encoder, LoRA(r=2))
-    assert hosts == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+    assert hosts == [f"layers.{i}.{part}" for i in (0, 1) for part in ("self_attn", "linear1", "linear2")]
     randomise(encoder)
     with torch.inference_mode():
         assert (encoder(x) - before).abs().max() > 1e-3

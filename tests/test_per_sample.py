@@ -13,11 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_peft import (
     IA3,
+    AdaLoRA,
     BitFit,
     Compacter,
     DoRA,
     LoHa,
+    LoKr,
     LoRA,
+    NewTokens,
     ParallelAdapter,
     PEFTError,
     PEFTMethod,
@@ -137,6 +140,10 @@ OTHERS: dict[str, tuple[str, PEFTMethod]] = {
     "ia3": ("llama", IA3()),
     "vera": ("gpt2", VeRA(r=4)),
     "loha": ("llama", LoHa(r=2)),
+    "lokr": ("llama", LoKr(r=2)),
+    "adalora": ("llama", AdaLoRA(init_r=3, target_r=2)),
+    "new tokens": ("llama", NewTokens(token_indices=list(range(3, 50)))),
+    "lora on parts": ("gpt2", LoRA(r=2, fused_parts=["q", "v"])),
     "lora": ("sequential", LoRA(r=2)),
     "lora with frozen A": ("bert", LoRA(r=2, freeze_A=True)),
 }
@@ -373,7 +380,7 @@ def test_modules_whose_first_dimension_is_not_the_batch() -> None:
     with pytest.raises(PEFTError, match=r"'experts.0', an expert"), adapter_names(model, ["b", ""]):
         pass
     encoder = nn.TransformerEncoderLayer(8, 2, 16)
-    inject(encoder, LoRA(r=1))
+    inject(encoder, LoRA(r=1, exclude_modules="self_attn"))
     with (
         pytest.raises(PEFTError, match=r"'self_attn' works on tensors.*batch_first"),
         adapter_names(encoder, ["default"]),

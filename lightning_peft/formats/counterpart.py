@@ -113,12 +113,7 @@ class Counterpart(ABC):
             PEFTError: ``root`` lacks one, a tensor of one is missing, or there is none.
         """
         found = self.grouped(shapes, source)
-        modules = named_modules(root)
-        if missing := sorted(found.keys() - modules.keys()):
-            raise PEFTError(
-                f"{source} adapts {missing[0]!r} and {len(missing) - 1} more modules that this {type(root).__name__} "
-                "does not have. Load the base model that the adapter was trained on."
-            )
+        modules = self.modules(root, found, source)
         for host, suffixes in found.items():
             if suffixes != set(expected := self.parameters_of(modules[host], method)):
                 raise PEFTError(
@@ -126,6 +121,21 @@ class Counterpart(ABC):
                     "It is damaged."
                 )
         return sorted(found)
+
+    @staticmethod
+    def modules(root: nn.Module, hosts: Iterable[str], source: str) -> dict[str, nn.Module]:
+        """Return the modules of ``root`` by name.
+
+        Raises:
+            PEFTError: One of ``hosts`` is not among them.
+        """
+        modules = named_modules(root)
+        if missing := sorted(set(hosts) - modules.keys()):
+            raise PEFTError(
+                f"{source} adapts {missing[0]!r} and {len(missing) - 1} more modules that this {type(root).__name__} "
+                "does not have. Load the base model that the adapter was trained on."
+            )
+        return modules
 
     def grouped(self, shapes: Shapes, source: str) -> dict[str, set[str]]:
         """Return the method's tensors, by what follows the module's name, by that name.

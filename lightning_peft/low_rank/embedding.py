@@ -21,6 +21,13 @@ class EmbeddingLoRAAdapter(LoRAAdapter):
         """Whether ``module`` is an embedding."""
         return isinstance(module, nn.Embedding)
 
+    @staticmethod
+    def refusal(host: nn.Module, r: int, dropout: float, freeze_A: bool) -> str | None:
+        """Refuse what changes the weight while it is read, and an A that would stay zero."""
+        if host.max_norm is not None:
+            return f"it is an embedding with max_norm={host.max_norm}, which rewrites its weight while it is read"
+        return "freeze_A was given, but A of an embedding starts at zero" if freeze_A else None
+
     def reset_parameters(self) -> None:
         """Set A to zero and draw B from N(0, 1): the other way round than beside a linear layer."""
         with torch.no_grad():

@@ -25,10 +25,10 @@ class LoRAAdapter(Adapter):
 
     def __init__(self, host: nn.Module, r: int, scale: float, dropout: float, init: str, seed: int, name: str):
         super().__init__()
-        d_in, d_out = features(host)
+        shapes = self.shapes(host, r)
         options: dict[str, Any] = {"dtype": adapter_dtype(host), "device": weight_of(host).device}
-        self.lora_A = nn.Parameter(torch.empty(r, d_in, **options))
-        self.lora_B = nn.Parameter(torch.empty(d_out, r, **options))
+        self.lora_A = nn.Parameter(torch.empty(shapes["lora_A"], **options))
+        self.lora_B = nn.Parameter(torch.empty(shapes["lora_B"], **options))
         self.scale, self.dropout = scale, dropout
         self.shared_input = SharedInput(self)
         self._reduced: Reduced | None = None
@@ -39,6 +39,17 @@ class LoRAAdapter(Adapter):
     def serves(module: nn.Module) -> bool:
         """Whether ``module`` is of the kind that this class adapts."""
         return is_linear(module)
+
+    @staticmethod
+    def shapes(host: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every parameter beside ``host``, by name: that of HF PEFT's files."""
+        d_in, d_out = features(host)
+        return {"lora_A": (r, d_in), "lora_B": (d_out, r)}
+
+    @staticmethod
+    def refusal(host: nn.Module, r: int, dropout: float, freeze_A: bool) -> str | None:
+        """Return why ``host`` cannot be adapted with these hyper-parameters and what to do, if it cannot."""
+        return None
 
     def reset_parameters(self) -> None:
         """Draw A and set B to zero.

@@ -20,7 +20,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.low_rank.linear import LoRAAdapter
 from lightning_peft.seeding import fill
 from lightning_peft.sharding import write
-from lightning_peft.weights import read_matrix
+from lightning_peft.weights import is_packed, read_matrix
 
 _INIT = re.compile(r"olora|pissa(?:_niter_(\d+))?")
 
@@ -53,6 +53,11 @@ class PrincipalAdapter(LoRAAdapter):
             self.start_A.copy_(a)
             self.minus_start_B.copy_(-b)
         self.reset_parameters()
+
+    @staticmethod
+    def refusal(host: nn.Module, r: int, dropout: float, freeze_A: bool) -> str | None:
+        """Refuse a weight whose values are not at hand."""
+        return "A and B start in its weight, which is quantised" if is_packed(host) else None
 
     def reset_parameters(self) -> None:
         """Set A and B to where they start."""

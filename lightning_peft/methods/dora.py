@@ -12,7 +12,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.low_rank.embedding import EmbeddingLoRAAdapter
 from lightning_peft.low_rank.linear import LoRAAdapter
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.weights import read_matrix
+from lightning_peft.weights import is_packed, read_matrix
 
 
 class DoRAAdapter(LoRAAdapter):
@@ -24,6 +24,17 @@ class DoRAAdapter(LoRAAdapter):
         super().__init__(host, *args)
         self._start = self._norms(host)
         self.lora_magnitude_vector = nn.Parameter(self._start.to(self.lora_B).clone())
+
+    @staticmethod
+    def shapes(host: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A, B and the magnitudes."""
+        shapes = LoRAAdapter.shapes(host, r)
+        return {**shapes, "lora_magnitude_vector": shapes["lora_B"][:1]}
+
+    @staticmethod
+    def refusal(host: nn.Module, r: int, dropout: float, freeze_A: bool) -> str | None:
+        """Refuse a weight whose norms are not at hand."""
+        return "its weight is quantised, so that the norms of its rows are not at hand" if is_packed(host) else None
 
     def reset_parameters(self) -> None:
         """Set B A to zero and the magnitudes to the norms of the weight, which then is unchanged."""
@@ -63,6 +74,8 @@ class DoRAAdapter(LoRAAdapter):
 class EmbeddingDoRAAdapter(DoRAAdapter, EmbeddingLoRAAdapter):
     """The same for an embedding: one magnitude for each of its dimensions."""
 
+    refusal = staticmethod(EmbeddingLoRAAdapter.refusal)
+
 
 def _row_norms(matrix: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(matrix, dim=1)
@@ -87,9 +100,12 @@ class DoRA(LoRA):
         loraplus_lr_ratio: The learning rate of B is multiplied by this (LoRA+).
         freeze_A: Train B and the magnitudes alone (LoRA-FA).
         init: How A is drawn, as for :class:`LoRA`. B is zero.
+        fused_parts: Only :class:`LoRA` adapts parts of a layer.
     """
 
     name: ClassVar[str] = "dora"
     hosts: ClassVar[str] = "linear layers, Conv1D, embeddings"
     count: ClassVar[str] = "Σ r (in + out) + out"
     kinds: ClassVar[tuple[type[LoRAAdapter], ...]] = (DoRAAdapter, EmbeddingDoRAAdapter)
+    changes_weights: ClassVar[bool] = False
+    adapts_parts: ClassVar[bool] = False

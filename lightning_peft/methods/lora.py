@@ -8,34 +8,44 @@ A frozen A: LoRA-FA (Zhang et al., 2023), arXiv:2308.03303, section 3.1. Starts 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.adapter import Adapter
 from lightning_peft.blocks import shared_inputs
 from lightning_peft.errors import PEFTError
+from lightning_peft.fused_parts import is_fused, part_rows
+from lightning_peft.low_rank.conv import ConvLoRAAdapter
 from lightning_peft.low_rank.embedding import EmbeddingLoRAAdapter
+from lightning_peft.low_rank.fused import FusedLoRAAdapter
 from lightning_peft.low_rank.linear import LoRAAdapter
+from lightning_peft.low_rank.own_weights import (
+    OwnWeightsLoRAAdapter,
+    attention_weights,
+    factor_shapes,
+    own_weights,
+)
 from lightning_peft.low_rank.principal import PrincipalAdapter, is_principal
 from lightning_peft.low_rank.shared_input import SharedInput
 from lightning_peft.method import PEFTMethod
-from lightning_peft.select import first_match, require_matches, select
+from lightning_peft.select import first_match, named_modules, require_matches, select
 from lightning_peft.weights import features
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(PEFTMethod):
-    """Low-rank updates of linear layers and embeddings.
+    """Low-rank updates of linear layers, embeddings, convolutions, attention and experts.
 
     Args:
         r: Rank of the update.
         alpha: The update is multiplied by ``alpha / r``.
         dropout: Probability with which an element of the adapter's input is zeroed during training.
         target_modules: What to adapt: ``all-linear`` (every linear layer but the output head), ``attention``,
-            ``mlp``, or names, globs (``layers.*.q_proj``) and regular expressions (``re:.*proj``).
+            ``mlp``, or names, globs (``layers.*.q_proj``) and regular expressions (``re:.*proj``). Experts in one 3-D
+            parameter are adapted if that is named (``experts.down_proj``).
         exclude_modules: Patterns of modules to leave out.
         layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.
         rank_pattern: Other ranks for some modules, by pattern.
@@ -46,14 +56,20 @@ class LoRA(PEFTMethod):
         init: How A is drawn: ``kaiming`` as in the paper's code, or ``gaussian`` as in its text. B is zero. Or where A
             and B start in the weight: ``pissa``, at its largest singular values (``pissa_niter_16``: found faster, by
             as many iterations), or ``olora``, at its QR decomposition.
+        fused_parts: Of layers that compute query, key and value in one, adapt these parts alone, each with an A of its
+            own: some of ``q``, ``k``, ``v``, as the paper's GPT-2 code does.
     """
 
     name: ClassVar[str] = "lora"
-    hosts: ClassVar[str] = "linear layers, Conv1D, embeddings"
+    hosts: ClassVar[str] = "linear layers, Conv1D, embeddings, convolutions, MultiheadAttention, experts"
     count: ClassVar[str] = "Σ r (in + out)"
     free: ClassVar[frozenset[str]] = PEFTMethod.free | {"loraplus_lr_ratio", "freeze_A"}
-    kinds: ClassVar[tuple[type[LoRAAdapter], ...]] = (LoRAAdapter, EmbeddingLoRAAdapter)
-    """The adapters that it makes, one for each kind of module."""
+    kinds: ClassVar[tuple[type[LoRAAdapter], ...]] = (LoRAAdapter, EmbeddingLoRAAdapter, ConvLoRAAdapter)
+    """The adapters that stand beside modules, one for each kind of module."""
+    changes_weights: ClassVar[bool] = True
+    """Whether weights that modules read themselves can be adapted."""
+    adapts_parts: ClassVar[bool] = True
+    """Whether ``fused_parts`` is possible."""
 
     r: int = 8
     alpha: float = 16
@@ -67,6 +83,7 @@ class LoRA(PEFTMethod):
     loraplus_lr_ratio: float = 1.0
     freeze_A: bool = False
     init: str = "kaiming"
+    fused_parts: list[str] | None = None
 
     def __post_init__(self) -> None:
         me = type(self).__name__
@@ -84,18 +101,58 @@ class LoRA(PEFTMethod):
         ratio = self.loraplus_lr_ratio
         if not (isinstance(ratio, int | float) and math.isfinite(ratio) and ratio > 0):
             raise PEFTError(f"{me}: loraplus_lr_ratio={ratio!r} was given; it is a positive number.")
+        self._check_parts()
         from_weight = ", 'pissa', 'pissa_niter_N' or 'olora'" if self.kinds is LoRA.kinds else ""
         if self.init not in ("kaiming", "gaussian") and not (from_weight and is_principal(str(self.init))):
             raise PEFTError(f"{me}: init={self.init!r} was given; it is 'kaiming', 'gaussian'{from_weight}.")
 
+    def _check_parts(self) -> None:
+        if self.fused_parts is None:
+            return
+        me, parts = type(self).__name__, [part for part in "qkv" if part in self.fused_parts]
+        if not parts or sorted(self.fused_parts) != sorted(parts):
+            raise PEFTError(f"{me}: fused_parts={self.fused_parts!r} was given; a list of 'q', 'k', 'v' was expected.")
+        if not self.adapts_parts:
+            raise PEFTError(f"{me}: fused_parts was given; {me} adapts whole layers. Use LoRA, or leave it out.")
+        if is_principal(self.init):
+            raise PEFTError(f"{me}: init={self.init!r} starts from whole layers; it does not go with fused_parts.")
+        object.__setattr__(self, "fused_parts", parts)
+
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Return the linear layers and embeddings that ``target_modules`` names."""
-        hosts = select(
-            model, self.target_modules, adaptable=self._adaptable, exclude=self.exclude_modules, layers=self.layers
+        """Return the modules that ``target_modules`` names, and those whose weights it names."""
+        modules = named_modules(model)
+        return {host: modules[host] for host in self.targets(model)}
+
+    def targets(self, model: nn.Module) -> dict[str, dict[str, str]]:
+        """Return the adapted modules by name, each with the weights that are changed where they are read.
+
+        These are the weights of ``nn.MultiheadAttention``, and parameters that ``target_modules`` names: each with the
+        name by which it was chosen. Beside other modules stands a low-rank term: they have none.
+
+        Raises:
+            PEFTError: As :meth:`select`.
+        """
+        names = select(
+            model,
+            self.target_modules,
+            adaptable=self._adaptable,
+            weights=own_weights if self._changes_weights else None,
+            exclude=self.exclude_modules,
+            layers=self.layers,
         )
-        require_matches(self.rank_pattern, hosts, "rank_pattern")
-        require_matches(self.alpha_pattern, hosts, "alpha_pattern")
-        return hosts
+        require_matches(self.rank_pattern, names, "rank_pattern")
+        require_matches(self.alpha_pattern, names, "alpha_pattern")
+        modules = named_modules(model)
+        found: dict[str, dict[str, str]] = {}
+        for name in names:
+            module = modules.get(name)
+            if module is None:
+                host, _, weight = name.rpartition(".")
+                found.setdefault(host, {})[weight] = name
+            else:
+                attention = attention_weights(module) if isinstance(module, nn.MultiheadAttention) else ()
+                found[name] = dict.fromkeys(attention, name)
+        return found
 
     def rank_and_alpha(self, name: str) -> tuple[int, float]:
         """Return the rank and alpha of the module ``name``."""
@@ -103,11 +160,19 @@ class LoRA(PEFTMethod):
 
     def lr_ratio(self, parameter: str) -> float:
         """Return LoRA+'s ratio for B."""
-        return self.loraplus_lr_ratio if parameter == "lora_B" else 1.0
+        return self.loraplus_lr_ratio if parameter.rpartition(".")[2] == "lora_B" else 1.0
 
     def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
         """Make the adapters of ``hosts``; those of layers with one input share its product with their A."""
-        made = super().adapters(model, hosts, seed)
+        targets, fused = self.targets(model), self.parts(model, hosts)
+        made: dict[str, Adapter] = {}
+        for host, module in hosts.items():
+            if targets[host]:
+                made[host] = self._of_weights(host, module, targets[host], seed)
+            elif host in fused:
+                made[host] = self._of_parts(host, module, fused[host], seed)
+            else:
+                made[host] = self.adapter(host, module, seed)
         for names in shared_inputs(model):
             members = [adapter for name in names if isinstance(adapter := made.get(name), LoRAAdapter)]
             shared = SharedInput(*members)
@@ -115,32 +180,80 @@ class LoRA(PEFTMethod):
                 adapter.shared_input = shared
         return made
 
+    def parts(self, model: nn.Module, hosts: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """Return the hosts of which parts are adapted, each with the rows of its ``fused_parts``.
+
+        Raises:
+            PEFTError: The rows of one are not known, or there is none.
+        """
+        if self.fused_parts is None:
+            return {}
+        modules = named_modules(model)
+        rows = {host: part_rows(model, host) for host in hosts if is_fused(host, modules[host])}
+        if not rows:
+            raise PEFTError(
+                f"{type(self).__name__}: fused_parts={self.fused_parts!r} was given, but no adapted layer computes "
+                "query, key and value in one. Leave it out, and name the projections in target_modules."
+            )
+        return {host: {part: of[part] for part in self.fused_parts} for host, of in rows.items()}
+
     def adapter(self, name: str, module: nn.Module, seed: int) -> LoRAAdapter:
-        """Make the adapter of the linear layer or embedding ``module``."""
-        me, (r, alpha) = type(self).__name__, self.rank_and_alpha(name)
-        d_in, d_out = features(module)
-        if r > min(d_in, d_out):
-            raise PEFTError(
-                f"{me}: r={r} was given, but {name!r} is {d_in} → {d_out}: the rank of an update of it is at most "
-                f"{min(d_in, d_out)}. Take a smaller r, set rank_pattern={{{name!r}: …}}, or exclude the module."
-            )
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
-            raise PEFTError(
-                f"{me}: {name!r} is an embedding with max_norm={module.max_norm}, which rewrites its weight while it "
-                "is read. Exclude it."
-            )
-        scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-        if isinstance(module, nn.Embedding) and self.freeze_A:
-            raise PEFTError(f"{me}: freeze_A was given, but A of the embedding {name!r} starts at zero. Exclude it.")
+        """Make the adapter that stands beside ``module``."""
+        r, scale = self._rank_and_scale(name)
         kind = next(kind for kind in self._kinds if kind.serves(module))
+        shapes = kind.shapes(module, r)
+        self._refuse_rank(name, r, math.prod(shapes["lora_A"][1:]), shapes["lora_B"][0])
+        if refusal := kind.refusal(module, r, self.dropout, self.freeze_A):
+            raise PEFTError(f"{type(self).__name__}: {name!r} cannot be adapted: {refusal}. Exclude it.")
         adapter = kind(module, r, scale, self.dropout, self.init, seed, name)
         if self.freeze_A:
             adapter.freeze_A()
         return adapter
 
+    def _of_parts(self, host: str, module: nn.Module, rows: Mapping[str, Tensor], seed: int) -> LoRAAdapter:
+        r, scale = self._rank_and_scale(host)
+        self._refuse_rank(host, r, features(module)[0], min(map(len, rows.values())))
+        adapter = FusedLoRAAdapter(module, rows, r, scale, self.dropout, self.init, seed, host)
+        if self.freeze_A:
+            adapter.freeze_A()
+        return adapter
+
+    def _of_weights(self, host: str, module: nn.Module, weights: Mapping[str, str], seed: int) -> Adapter:
+        """Make the adapter of weights that ``module`` reads itself."""
+        if self.dropout:
+            raise PEFTError(
+                f"{type(self).__name__}: dropout={self.dropout} was given, but {host!r} (a {type(module).__name__}) "
+                "reads its weights itself: there is no low-rank term to drop inputs of. Set dropout=0, or exclude it."
+            )
+        ranks, scales = {}, {}
+        for weight, name in weights.items():
+            ranks[weight], scales[weight] = self._rank_and_scale(name)
+            (_, d_in), (d_out, _) = factor_shapes(module, weight, ranks[weight])
+            self._refuse_rank(name, ranks[weight], d_in, d_out)
+        adapter = OwnWeightsLoRAAdapter(module, ranks, scales, self.init, seed, host)
+        if self.freeze_A:
+            adapter.freeze_A()
+        return adapter
+
+    def _rank_and_scale(self, name: str) -> tuple[int, float]:
+        r, alpha = self.rank_and_alpha(name)
+        return r, alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    def _refuse_rank(self, name: str, r: int, d_in: int, d_out: int) -> None:
+        if r > min(d_in, d_out):
+            raise PEFTError(
+                f"{type(self).__name__}: r={r} was given, but {name!r} is {d_in} → {d_out}: the rank of an update of "
+                f"it is at most {min(d_in, d_out)}. Take a smaller r, set rank_pattern={{{name!r}: …}}, or exclude it."
+            )
+
     def _adaptable(self, module: nn.Module) -> bool:
-        return any(kind.serves(module) for kind in self._kinds)
+        changed = self._changes_weights and isinstance(module, nn.MultiheadAttention)
+        return changed or any(kind.serves(module) for kind in self._kinds)
 
     @property
     def _kinds(self) -> tuple[type[LoRAAdapter], ...]:
         return (PrincipalAdapter,) if is_principal(self.init) else self.kinds
+
+    @property
+    def _changes_weights(self) -> bool:
+        return self.changes_weights and not is_principal(self.init)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from lightning_peft.adapter import CHILD
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import (
     PREFIX,
@@ -20,11 +21,13 @@ from lightning_peft.formats.counterpart import (
     targets_for_hf,
     targets_from,
 )
+from lightning_peft.formats.own_weights import ENDINGS, parameter_targets, tensors_of, weights_in
+from lightning_peft.low_rank.own_weights import factor_shapes, key_of
 from lightning_peft.low_rank.principal import is_principal
 from lightning_peft.method import PEFTMethod
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.select import fullmatch, named_modules
-from lightning_peft.weights import features, is_conv1d, is_linear
+from lightning_peft.select import as_list, fullmatch, named_modules
+from lightning_peft.weights import is_conv1d
 
 _LINEAR = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
 _EMBEDDING = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
@@ -35,7 +38,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     **dict.fromkeys(
         (
-            *("lora_bias", "layer_replication", "target_parameters", "trainable_token_indices"),
+            *("lora_bias", "layer_replication", "trainable_token_indices"),
             *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config"),
             *("monteclora_config", "megatron_config"),
         ),
@@ -63,7 +66,7 @@ class LoRAInHF(Counterpart):
 
     method: ClassVar[type[LoRA]] = LoRA
     peft_type = "LORA"
-    parameters: ClassVar[Mapping[str, str]] = {**_LINEAR, **_EMBEDDING}
+    parameters: ClassVar[Mapping[str, str]] = {**ENDINGS, **_EMBEDDING}
 
     def writes(self, method: PEFTMethod) -> bool:
         """Whether ``method`` starts from zero."""
@@ -77,60 +80,113 @@ class LoRAInHF(Counterpart):
         """Return other names for embeddings."""
         return _EMBEDDING if isinstance(module, nn.Embedding) else _LINEAR
 
+    def names(self, root: nn.Module, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
+        """Return the name in the model of every tensor, by its name in the file."""
+        modules, targets = named_modules(root), method.targets(root)
+        return {
+            f"{PREFIX}{host}.{suffix}": f"{host}.{CHILD}.{parameter}"
+            for host in hosts
+            for suffix, parameter in self._tensors_of(modules[host], method, targets[host]).items()
+        }
+
     def config(self, root: nn.Module, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
         """Return the most common rank and alpha, and the others as patterns."""
-        modules = named_modules(root)
-        pairs = {host: method.rank_and_alpha(host) for host in hosts}
+        modules, targets, hosts = named_modules(root), method.targets(root), list(hosts)
+        names = dict.fromkeys(name for host in hosts for name in targets[host].values() or [host])
+        fused = method.parts(root, hosts)
+        pairs = {name: method.rank_and_alpha(name) for name in names}
+        for host in fused:  # to other readers one LoRA with the ranks of its parts together
+            (r, alpha), count = pairs[host], len(fused[host])
+            pairs[host] = r * count, alpha * (math.sqrt(count) if method.use_rslora else count)
         r = Counter(rank for rank, _ in pairs.values()).most_common(1)[0][0]
         alpha = Counter(alpha for _, alpha in pairs.values()).most_common(1)[0][0]
+        whole = [name for name in names if name in modules]
         return {
             "r": r,
             "lora_alpha": alpha,
             "lora_dropout": method.dropout,
-            "target_modules": targets_for_hf(pairs, root),
+            "target_modules": targets_for_hf(whole, root) if whole else [],
+            "target_parameters": parameter_targets(names.keys() - set(whole), root) or None,
             "rank_pattern": {host: rank for host, (rank, _) in pairs.items() if rank != r},
             "alpha_pattern": {host: value for host, (_, value) in pairs.items() if value != alpha},
             "use_rslora": method.use_rslora,
             "use_dora": self.use_dora,
             "bias": "none",
-            "fan_in_fan_out": all(is_conv1d(modules[host]) for host in pairs),
+            "fan_in_fan_out": bool(whole) and all(is_conv1d(modules[host]) for host in whole),
             "init_lora_weights": "gaussian" if method.init == "gaussian" else True,
         }
 
     def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the LoRA; refuse what is not plain."""
         _refuse_unknown(config, source)
-        modules = named_modules(root)
-        hosts = self.hosts(root, shapes, source)
-        ranks, alphas = {}, {}
-        for host in hosts:
-            ranks[host] = _pattern(config, "rank_pattern", "r", host, source)
-            alphas[host] = _pattern(config, "alpha_pattern", "lora_alpha", host, source)
-            self._check_shapes(host, modules[host], ranks[host], shapes, source)
+        targets = self._targets(root, config, shapes, source)
+        modules, ranks, alphas = named_modules(root), {}, {}
+        for host, weights in targets.items():
+            for name in dict.fromkeys(weights.values() or [host]):
+                ranks[name] = _pattern(config, "rank_pattern", "r", name, source)
+                alphas[name] = _pattern(config, "alpha_pattern", "lora_alpha", name, source)
+            self._check_shapes(host, modules[host], weights, ranks, shapes, source)
+        whole = [name for name in ranks if name in modules]
+        inside = parameter_targets(ranks.keys() - set(whole), root)
+        among = targets_from(whole, root) if whole else []
         return self.method(
             r=config["r"],
             alpha=config["lora_alpha"],
-            dropout=config.get("lora_dropout", 0.0),
-            target_modules=targets_from(hosts, root),
-            rank_pattern={host: rank for host, rank in ranks.items() if rank != config["r"]},
-            alpha_pattern={host: alpha for host, alpha in alphas.items() if alpha != config["lora_alpha"]},
+            # HF PEFT drops nothing in front of weights that a module reads itself.
+            dropout=0.0 if any(targets.values()) else config.get("lora_dropout", 0.0),
+            target_modules=[*as_list(among), *inside] if inside else among,
+            rank_pattern={name: rank for name, rank in ranks.items() if rank != config["r"]},
+            alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != config["lora_alpha"]},
             use_rslora=bool(config.get("use_rslora", False)),
         )
 
-    def _check_shapes(self, host: str, module: nn.Module, r: int, shapes: Shapes, source: str) -> None:
-        if not (is_linear(module) or isinstance(module, nn.Embedding)):
-            raise PEFTError(
-                f"{source} adapts {host!r}, which is a {type(module).__name__} here. Load its own base model."
-            )
-        d_in, d_out = features(module)
-        expected_of = {"lora_A": (r, d_in), "lora_B": (d_out, r), "lora_magnitude_vector": (d_out,)}
-        for suffix, parameter in self.parameters_of(module, None).items():
-            expected = expected_of[parameter]
+    def _tensors_of(self, module: nn.Module, method: Any, weights: Mapping[str, str]) -> Mapping[str, str]:
+        return tensors_of(module, weights) if weights else self.parameters_of(module, method)
+
+    def _targets(
+        self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str
+    ) -> dict[str, dict[str, str]]:
+        """Return the adapted modules, each with those of its weights that are changed where they are read."""
+        found = self.grouped(shapes, source)
+        modules = self.modules(root, found, source)
+        listed = [str(name) for name in config.get("target_parameters") or ()]
+        targets = {}
+        for host, suffixes in found.items():
+            module = modules[host]
+            targets[host] = weights_in(host, module, listed) if self.method.changes_weights else {}
+            if not targets[host] and not any(kind.serves(module) for kind in self.method.kinds):
+                raise PEFTError(
+                    f"{source} adapts {host!r}, which is a {type(module).__name__} here. Load its own base model."
+                )
+            if suffixes != set(expected := self._tensors_of(module, None, targets[host])):
+                raise PEFTError(
+                    f"{source}: {host!r} has {', '.join(sorted(suffixes))} alone; {', '.join(expected)} were expected. "
+                    "It is damaged."
+                )
+        return dict(sorted(targets.items()))
+
+    def _check_shapes(
+        self,
+        host: str,
+        module: nn.Module,
+        weights: Mapping[str, str],
+        ranks: Mapping[str, int],
+        shapes: Shapes,
+        source: str,
+    ) -> None:
+        for suffix, parameter in self._tensors_of(module, None, weights).items():
+            if weights:
+                weight = next(w for w in weights if parameter.startswith(f"factors.{key_of(w)}."))
+                r = ranks[weights[weight]]
+                expected: tuple[int, ...] = factor_shapes(module, weight, r)[parameter.endswith("B")]
+            else:
+                r = ranks[host]
+                expected = next(kind for kind in self.method.kinds if kind.serves(module)).shapes(module, r)[parameter]
             given = shapes.get(f"{PREFIX}{host}.{suffix}")
             if given != expected:
                 raise PEFTError(
                     f"{source}: {host}.{suffix} has the shape {given}; rank {r} of its configuration and this model's "
-                    f"{d_in} → {d_out} layer make {expected}. It belongs to another base model, or is damaged."
+                    f"{type(module).__name__} make {expected}. It belongs to another base model, or is damaged."
                 )
 
 
@@ -154,11 +210,15 @@ def read_low_rank(
     grouped = reader.grouped(shapes, source)
     found = {}
     for host, kinds in sorted(grouped.items()):
+        if not kinds <= {*_LINEAR, *_EMBEDDING} or config.get("target_parameters"):
+            raise PEFTError(f"{source} adapts weights that {host!r} reads itself: servers take linear layers only.")
         if kinds not in ({*_LINEAR}, {*_EMBEDDING}):
             raise PEFTError(f"{source}: {host!r} has {', '.join(sorted(kinds))} alone; A and B were expected.")
         r = _pattern(config, "rank_pattern", "r", host, source)
         alpha = _pattern(config, "alpha_pattern", "lora_alpha", host, source)
         a, b = (f"{PREFIX}{host}.{kind}" for kind in (_LINEAR if kinds == {*_LINEAR} else _EMBEDDING))
+        if len(shapes[a]) > 2:
+            raise PEFTError(f"{source} adapts {host!r}, a convolution: servers for LoRA take linear layers only.")
         if len(shapes[a]) != 2 or len(shapes[b]) != 2 or not shapes[a][0] == shapes[b][1] == r or r < 1:
             raise PEFTError(
                 f"{source}: A and B of {host!r} have the shapes {shapes[a]} and {shapes[b]}; the rank {r} of "
