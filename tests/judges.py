@@ -33,7 +33,9 @@ def of_peft() -> dict[str, list[tuple[str, PEFTMethod]]]:
     """Every method that HF PEFT has, with the families on which the tests compare it."""
     targets = test_deltas.TARGETS
     found: dict[str, list[tuple[str, PEFTMethod]]] = {
-        "lora": [(family, LoRA(r=4, alpha=12, target_modules=targets[family])) for family in targets],
+        "lora": [
+            (family, LoRA(r=4, alpha=12, target_modules=targets[family])) for family in targets if targets[family]
+        ],
         "ia3": [(family, IA3()) for family in test_hf_parity.IA3_TARGETS],
         "layer_norm_tuning": [(family, LayerNormTuning()) for family in ("llama", "gpt2", "bert")],
     }
