@@ -1,6 +1,5 @@
 """What prompts and prefixes start as, against HF PEFT and against the base model with the text before its input."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from lightning_peft import (
+    DoRA,
     LoRA,
     PEFTError,
     PEFTMethod,
@@ -205,14 +205,22 @@ def test_a_model_without_weights_is_refused(method: PEFTMethod) -> None:
         materialise(model, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("method", [PromptTuning(), PrefixTuning(init_ids=[3])], ids=["prompt", "prefix"])
-def test_weights_that_come_later_are_no_start(method: PEFTMethod, tmp_path: Path) -> None:
+READING: dict[str, tuple[PEFTMethod, PEFTMethod]] = {
+    "prompt": (PromptTuning(), PromptTuning(init="random")),
+    "prefix": (PrefixTuning(init_ids=[3]), PrefixTuning()),
+    "dora": (DoRA(r=2), LoRA(r=2)),
+    "pissa": (LoRA(r=2, init="pissa"), LoRA(r=2)),
+}
+
+
+@pytest.mark.parametrize("name", READING)
+def test_weights_that_come_later_are_no_start(name: str, tmp_path: Path) -> None:
+    reading, other = READING[name]
     module = Llama()
     module.model.save_pretrained(tmp_path)
     with pytest.raises(PEFTError, match="base_weights are loaded after the injection"):
-        trainer(tmp_path, PEFTStrategy(method, base_weights=str(tmp_path))).fit(module, loader())
-    start = dataclasses.replace(method, init="random") if isinstance(method, PromptTuning) else PrefixTuning()
-    trainer(tmp_path, PEFTStrategy(start, base_weights=str(tmp_path))).fit(Llama(), loader())
+        trainer(tmp_path, PEFTStrategy(reading, base_weights=str(tmp_path))).fit(module, loader())
+    trainer(tmp_path, PEFTStrategy(other, base_weights=str(tmp_path))).fit(Llama(), loader())
 
 
 def test_a_sliding_window_keeps_too_little() -> None:

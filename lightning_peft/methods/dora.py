@@ -109,3 +109,8 @@ class DoRA(LoRA):
     kinds: ClassVar[tuple[type[LoRAAdapter], ...]] = (DoRAAdapter, EmbeddingDoRAAdapter)
     changes_weights: ClassVar[bool] = False
     adapts_parts: ClassVar[bool] = False
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether adapters start from the weight: the magnitudes are its norms."""
+        return True

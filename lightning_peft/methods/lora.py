@@ -118,6 +118,11 @@ class LoRA(PEFTMethod):
             raise PEFTError(f"{me}: init={self.init!r} starts from whole layers; it does not go with fused_parts.")
         object.__setattr__(self, "fused_parts", parts)
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether A and B start in the weight."""
+        return is_principal(self.init)
+
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the modules that ``target_modules`` names, and those whose weights it names."""
         modules = named_modules(model)
