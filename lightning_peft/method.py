@@ -85,6 +85,14 @@ class PEFTMethod:
         """
         raise TypeError(f"{type(self).__name__} selects modules but makes no adapters")
 
+    def within(self, adapters: Mapping[str, Adapter]) -> PEFTMethod:
+        """Return this method as one for a part of the model: what depends on modules by their names there.
+
+        Args:
+            adapters: What the method made in that part, by the host's name in it.
+        """
+        return self
+
     def lr_ratio(self, parameter: str) -> float:
         """Return what the learning rate of an adapter's parameter is multiplied by.
 

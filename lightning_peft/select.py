@@ -147,7 +147,9 @@ def match_names(pattern: str, modules: Mapping[str, object]) -> set[str]:
 
 
 def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
-    """Return the value of the first pattern that matches ``name``, or ``default``."""
+    """Return the value of ``name`` itself or else of the first pattern that matches it, or ``default``."""
+    if name in patterns:
+        return patterns[name]
     return next((value for pattern, value in patterns.items() if matches(pattern, name)), default)
 
 

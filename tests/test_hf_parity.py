@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import peft
 import pytest
 import torch
 from families import FAMILIES, build, outputs, randomise
+from modules import Llama
 from torch import nn
 
-from lightning_peft import IA3, LayerNormTuning, LoRA, PEFTMethod, inject, load_adapter, merge, save_adapter
+from lightning_peft import IA3, AdaLoRA, LayerNormTuning, LoRA, PEFTMethod, inject, load_adapter, merge, save_adapter
 
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
@@ -225,3 +227,49 @@ def test_other_methods_with_modules_trained_whole(method: PEFTMethod, tmp_path: 
     loaded = build("bert")[0]
     load_adapter(loaded, tmp_path / "ours")
     assert torch.equal(outputs(loaded, inputs), outputs(model, inputs))
+
+
+LAYER = "model.model.layers.0"
+NAMED: dict[str, PEFTMethod] = {
+    "lora": LoRA(
+        r=2,
+        target_modules=[f"{LAYER}.self_attn.q_proj", "v_proj"],
+        rank_pattern={f"{LAYER}.self_attn.q_proj": 1},
+        alpha_pattern={r"re:model\.model\..*v_proj": 7},
+    ),
+    "lora by layers": LoRA(r=2, target_modules="attention", layers=[1], rank_pattern={"model.**.o_proj": 1}),
+    "ia3": IA3(target_modules=[f"{LAYER}.mlp.down_proj", "k_proj"], feedforward_modules=[f"{LAYER}.mlp.down_proj"]),
+    "adalora": AdaLoRA(init_r=3, target_r=1, target_modules=["q_proj"], rank_pattern={f"{LAYER}.self_attn.q_proj": 2}),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_names_in_a_lightning_module_are_none_of_the_file(name: str, tmp_path: Path) -> None:
+    """Patterns name modules as the user's module does; the file is for the model inside it."""
+    module, ids = Llama(), torch.arange(6)[None]
+    inject(module, NAMED[name])
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    save_adapter(module, tmp_path / "adapter")
+    expected = module.model(input_ids=ids).logits
+    judge = peft.PeftModel.from_pretrained(Llama().model, tmp_path / "adapter").eval()
+    assert (judge(input_ids=ids).logits - expected).abs().max() < 1e-5
+    assert (expected - Llama().model(input_ids=ids).logits).abs().max() > 1e-3
+    for whole in (True, False):
+        fresh = Llama()
+        load_adapter(fresh if whole else fresh.model, tmp_path / "adapter")
+        assert torch.equal(fresh.model(input_ids=ids).logits, expected)
+
+
+def test_patterns_for_one_of_several_models(tmp_path: Path) -> None:
+    module = nn.ModuleDict({"a": Llama().model, "b": Llama().model})
+    inject(module, LoRA(r=2, target_modules=["a.**.q_proj", "b.**.v_proj"], rank_pattern={"a.**.q_proj": 1}))
+    randomise(module)
+    holder = pl.LightningModule()
+    holder.models = module
+    save_adapter(holder, tmp_path / "adapter")
+    ids = torch.arange(6)[None]
+    for name in "ab":
+        judge = peft.PeftModel.from_pretrained(Llama().model, tmp_path / "adapter" / f"models.{name}").eval()
+        assert (judge(input_ids=ids).logits - module[name](input_ids=ids).logits).abs().max() < 1e-5

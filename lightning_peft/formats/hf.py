@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
+from lightning_peft.adapter import Adapter, slots
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats import counterparts as _counterparts  # noqa: F401 (importing it registers them)
 from lightning_peft.formats.content import Content, Part
 from lightning_peft.formats.counterpart import PREFIX, Counterpart, for_config
+from lightning_peft.method import PEFTMethod
 from lightning_peft.select import named_modules
 
 
 def config_of(root: nn.Module, part: Part, counterpart: Counterpart) -> dict[str, Any]:
     """Return ``adapter_config.json`` for the adapters of ``part`` on modules of ``root``."""
     name_or_path = getattr(getattr(root, "config", None), "_name_or_path", None)
+    method = _method_of(root, part)
     return {
         "peft_type": counterpart.peft_type,
         "task_type": _task_type(root),
         "base_model_name_or_path": name_or_path or None,
         "inference_mode": True,
         "modules_to_save": part.train_also or None,
-        **counterpart.config(root, part.methods[0], part.hosts, part.chosen),
+        **counterpart.config(root, method, part.hosts, part.chosen),
     }
 
 
 def tensor_names(root: nn.Module, part: Part, counterpart: Counterpart) -> dict[str, str]:
     """Return the name in the model, without the adapter's, by the name in the file."""
     return {
-        **counterpart.names(root, part.methods[0], part.hosts, part.chosen),
+        **counterpart.names(root, _method_of(root, part), part.hosts, part.chosen),
         **{f"{PREFIX}{parameter}": parameter for parameter in part.whole},
     }
 
@@ -57,6 +60,12 @@ def read_content(
     again = {name: first for name, first in counterpart.repeats(root, method, hosts).items() if name in shapes}
     names = {**again, **counterpart.names(root, method, hosts, chosen), **whole}
     return Content((method,), train_also, names, copies)
+
+
+def _method_of(root: nn.Module, part: Part) -> PEFTMethod:
+    """Return the method with names that are relative to ``root``, as those of the file are."""
+    slots_of = {name: slot for name, _, slot in slots(root)}
+    return part.methods[0].within({host: cast(Adapter, slots_of[host][part.adapter]) for host in part.hosts})
 
 
 def _task_type(root: nn.Module) -> str | None:

@@ -77,6 +77,7 @@ class OwnWeightsLoRAAdapter(Adapter):
     ) -> None:
         super().__init__()
         self.replaces = tuple(ranks)
+        self._is_one = isinstance(host, nn.MultiheadAttention)
         self.factors = nn.ModuleDict(
             {key_of(weight): Factors(host, weight, r, scales[weight], init) for weight, r in ranks.items()}
         )
@@ -99,6 +100,11 @@ class OwnWeightsLoRAAdapter(Adapter):
         """Return the changed weights."""
         factors = dict(self._items())
         return {name: factors[key_of(name)].added_to(weight) for name, weight in weights.items()}
+
+    def changed(self, host: str) -> list[tuple[str, Factors]]:
+        """Return the factors with what ``target_modules`` calls their weight: of attention, all of it by one name."""
+        names = [host if self._is_one else f"{host}.{weight}".lstrip(".") for weight in self.replaces]
+        return [(name, factors) for name, (_, factors) in zip(names, self._items(), strict=True)]
 
     def extra_repr(self) -> str:
         """Show what parameters do not."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,7 +17,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.method import PEFTMethod
 from lightning_peft.seeding import fill
 from lightning_peft.select import first_match, require_matches, select
-from lightning_peft.sharding import like, whole, write
+from lightning_peft.sharding import full_shape, like, whole, write
 from lightning_peft.weights import features, is_linear, tensor_options
 
 _PARTS = ("lora_A", "lora_E", "lora_B")
@@ -184,6 +184,11 @@ class AdaLoRA(PEFTMethod):
         )
         require_matches(self.rank_pattern, hosts, "rank_pattern")
         return hosts
+
+    def within(self, adapters: Mapping[str, Adapter]) -> AdaLoRA:
+        """Return the method with the ranks of its modules by their names."""
+        ranks = {host: full_shape(adapter.get_parameter("lora_E"))[0] for host, adapter in adapters.items()}
+        return replace(self, rank_pattern={host: r for host, r in ranks.items() if r != self.init_r})
 
     def rank(self, name: str) -> int:
         """Return the rank with which the module ``name`` starts."""

@@ -6,7 +6,7 @@ arXiv:2205.05638, section 3.3: learned vectors rescale keys, values, and the act
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -113,6 +113,12 @@ class IA3(PEFTMethod):
             d_in, d_out = features(module)
             made[name] = RescaleInput((1, d_in), module) if name in inputs else Rescale((d_out, 1), module)
         return made
+
+    def within(self, adapters: Mapping[str, Adapter]) -> IA3:
+        """Return the method with the names of its modules instead of patterns."""
+        inputs = [host for host, adapter in adapters.items() if isinstance(adapter, RescaleInput)]
+        modules = {"target_modules": list(adapters), "feedforward_modules": inputs}
+        return replace(self, **modules, exclude_modules=None, layers=None)
 
     def inputs(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> set[str]:
         """Return those of ``hosts`` whose input is rescaled."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from lightning_peft.low_rank.principal import PrincipalAdapter, is_principal
 from lightning_peft.low_rank.shared_input import SharedInput
 from lightning_peft.method import PEFTMethod
 from lightning_peft.select import first_match, named_modules, require_matches, select
+from lightning_peft.sharding import full_shape
 from lightning_peft.weights import features
 
 
@@ -159,6 +160,24 @@ class LoRA(PEFTMethod):
                 found[name] = dict.fromkeys(attention, name)
         return found
 
+    def within(self, adapters: Mapping[str, Adapter]) -> LoRA:
+        """Return the method with the ranks, the alphas and the names of its modules instead of patterns."""
+        pairs = [pair for host, adapter in adapters.items() for pair in _ranks_and_scales(host, adapter)]
+        ranks = {name: r for name, r, _ in pairs}
+        alphas = {name: self._alpha_of(r, scale) for name, r, scale in pairs}
+        return replace(
+            self,
+            target_modules=list(ranks),
+            exclude_modules=None,
+            layers=None,
+            rank_pattern={name: r for name, r in ranks.items() if r != self.r},
+            alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != self.alpha},
+        )
+
+    def _alpha_of(self, r: int, scale: float) -> float:
+        given = (self.alpha, *self.alpha_pattern.values())
+        return next((alpha for alpha in given if self._scale(r, alpha) == scale), scale / self._scale(r, 1))
+
     def rank_and_alpha(self, name: str) -> tuple[int, float]:
         """Return the rank and alpha of the module ``name``."""
         return first_match(self.rank_pattern, name, self.r), first_match(self.alpha_pattern, name, self.alpha)
@@ -242,7 +261,10 @@ class LoRA(PEFTMethod):
 
     def _rank_and_scale(self, name: str) -> tuple[int, float]:
         r, alpha = self.rank_and_alpha(name)
-        return r, alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        return r, self._scale(r, alpha)
+
+    def _scale(self, r: int, alpha: float) -> float:
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def _refuse_rank(self, name: str, r: int, d_in: int, d_out: int) -> None:
         if r > min(d_in, d_out):
@@ -262,3 +284,12 @@ class LoRA(PEFTMethod):
     @property
     def _changes_weights(self) -> bool:
         return self.changes_weights and not is_principal(self.init)
+
+
+def _ranks_and_scales(host: str, adapter: Adapter) -> list[tuple[str, int, float]]:
+    """Return ``(name, rank, scale)`` of what an adapter changes: its host, or weights of it by names of their own."""
+    if isinstance(adapter, OwnWeightsLoRAAdapter):
+        return [(name, factors.r, factors.scale) for name, factors in adapter.changed(host)]
+    assert isinstance(adapter, LoRAAdapter)
+    parts = len(adapter.sizes) if isinstance(adapter, FusedLoRAAdapter) else 1
+    return [(host, full_shape(adapter.lora_A)[0] // parts, adapter.scale)]
