@@ -165,8 +165,9 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         cleaned = clean_name(name)
-        if CHILD not in cleaned.split("."):
-            found.setdefault(cleaned, module)
+        # Of a wrapper and what it wraps, which have one clean name, it is the latter that is the user's.
+        if CHILD not in cleaned.split(".") and (cleaned not in found or cleaned != name):
+            found[cleaned] = module
     return found
 
 
