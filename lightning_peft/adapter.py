@@ -231,18 +231,19 @@ def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:
             yield clean_name(name), module, slot
 
 
-def base_modules(
-    model: nn.Module, prefix: str = "", seen: set[nn.Module] | None = None
-) -> Iterator[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield what ``model.named_modules()`` does, but for adapters, in a time that does not grow with their number."""
-    seen = set() if seen is None else seen
-    if model in seen:
-        return
-    seen.add(model)
-    yield prefix, model
-    for name, child in model._modules.items():
-        if child is not None and not isinstance(child, Slot):
-            yield from base_modules(child, f"{prefix}.{name}" if prefix else name, seen)
+    seen: set[nn.Module] = set()
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        lead = f"{name}." if name else ""
+        children = [(f"{lead}{key}", m) for key, m in module._modules.items() if not (m is None or isinstance(m, Slot))]
+        waiting += reversed(children)
 
 
 def clean_name(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import regex
 from torch import nn
 
-from lightning_peft.adapter import CHILD, clean_name
+from lightning_peft.adapter import base_modules, clean_name
 from lightning_peft.errors import PEFTError
 from lightning_peft.weights import is_linear
 
@@ -163,10 +163,10 @@ def require_matches(patterns: Iterable[str], names: Mapping[str, object], what: 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return every module by its clean name, but for adapters; a module used in two places has its first name."""
     found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
+    for name, module in base_modules(model):
         cleaned = clean_name(name)
         # Of a wrapper and what it wraps, which have one clean name, it is the latter that is the user's.
-        if CHILD not in cleaned.split(".") and (cleaned not in found or cleaned != name):
+        if cleaned not in found or cleaned != name:
             found[cleaned] = module
     return found
 

@@ -160,6 +160,13 @@ class LoRA(PEFTMethod):
                 found[name] = dict.fromkeys(attention, name)
         return found
 
+    def targets_of(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
+        """Return those of :meth:`targets` that are ``hosts``; patterns are left alone where all terms stand beside."""
+        if all(any(kind.serves(module) for kind in self._kinds) for module in hosts.values()):
+            return {host: {} for host in hosts}
+        targets = self.targets(model)
+        return {host: targets[host] for host in hosts}
+
     def within(self, adapters: Mapping[str, Adapter]) -> LoRA:
         """Return the method with the ranks, the alphas and the names of its modules instead of patterns."""
         pairs = [pair for host, adapter in adapters.items() for pair in _ranks_and_scales(host, adapter)]
@@ -188,7 +195,7 @@ class LoRA(PEFTMethod):
 
     def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
         """Make the adapters of ``hosts``; those of layers with one input share its product with their A."""
-        targets, fused = self.targets(model), self.parts(model, hosts)
+        targets, fused = self.targets_of(model, hosts), self.parts(model, hosts)
         made: dict[str, Adapter] = {}
         for host, module in hosts.items():
             if targets[host]:

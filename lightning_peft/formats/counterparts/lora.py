@@ -82,16 +82,18 @@ class LoRAInHF(Counterpart):
 
     def names(self, root: nn.Module, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
         """Return the name in the model of every tensor, by its name in the file."""
-        modules, targets = named_modules(root), method.targets(root)
+        modules = named_modules(root)
+        targets = method.targets_of(root, {host: modules[host] for host in hosts})
         return {
             f"{PREFIX}{host}.{suffix}": f"{host}.{CHILD}.{parameter}"
-            for host in hosts
-            for suffix, parameter in self._tensors_of(modules[host], method, targets[host]).items()
+            for host, weights in targets.items()
+            for suffix, parameter in self._tensors_of(modules[host], method, weights).items()
         }
 
     def config(self, root: nn.Module, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
         """Return the most common rank and alpha, and the others as patterns."""
-        modules, targets, hosts = named_modules(root), method.targets(root), list(hosts)
+        modules, hosts = named_modules(root), list(hosts)
+        targets = method.targets_of(root, {host: modules[host] for host in hosts})
         names = dict.fromkeys(name for host in hosts for name in targets[host].values() or [host])
         fused = method.parts(root, hosts)
         pairs = {name: method.rank_and_alpha(name) for name in names}
