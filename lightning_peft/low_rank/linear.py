@@ -83,10 +83,11 @@ class LoRAAdapter(Adapter):
         self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Compute A x, and have the layer's dX come back through it."""
-        x = input_of(args, kwargs)
         # In training also without gradients: reentrant checkpointing runs once so, and has to see the same dropout.
-        wanted = torch.is_grad_enabled() or (self.training and not torch.is_inference_mode_enabled())
-        if not (wanted and applies(base, x, self.lora_A, self.lora_B)):
+        if not (torch.is_grad_enabled() or (self.training and not torch.is_inference_mode_enabled())):
+            return args, kwargs
+        x = input_of(args, kwargs)
+        if not applies(base, x, self.lora_A, self.lora_B):
             return args, kwargs
         handed_on, self._reduced = self.shared_input.reduce(self, x)
         return with_input(args, kwargs, handed_on)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.nn import functional
 
 from lightning_peft.weights import is_conv1d
 
@@ -28,7 +29,7 @@ _NARROW = (torch.float16, torch.bfloat16)
 _WHOLE = (Tensor, nn.Parameter, FakeTensor)
 
 
-def applies(base: nn.Module, x: Tensor, *matrices: Tensor) -> bool:
+def applies(base: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> bool:
     """Whether the products here are right for ``base``; where they are not, the plain expression is used.
 
     They need a layer that returns a new tensor, and tensors that are whole: no pieces on several processes, no
@@ -38,17 +39,21 @@ def applies(base: nn.Module, x: Tensor, *matrices: Tensor) -> bool:
     Args:
         base: The adapted module.
         x: Its input.
-        matrices: A and B.
+        a: A, or several.
+        b: B, or several.
     """
     if torch.compiler.is_compiling():
         return False
-    dtype, own = compute_dtype(x), matrices[0].dtype
+    dtype, own = compute_dtype(x), a.dtype
     return (
         (type(base) is nn.Linear or is_conv1d(base))
         and "forward" not in base.__dict__
         and not base._backward_hooks
         and type(x) in _WHOLE
-        and all(type(m) in _WHOLE and m.dtype == own and not hasattr(m, "ds_id") for m in matrices)
+        and type(a) in _WHOLE
+        and type(b) in _WHOLE
+        and b.dtype == own
+        and not hasattr(a, "ds_id")
         and (x.dtype == own == dtype or (dtype in _NARROW and {x.dtype, own} <= {dtype, torch.float32}))
         and forward_ad._current_level < 0
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -142,13 +147,15 @@ class Expand(torch.autograd.Function):
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return y + s · (x Aᵀ) Bᵀ, in place, without a graph; x ``[..., in]``, y ``[..., out]``."""
-    h = a.to(y.dtype) @ _rows(x).to(y.dtype).T
-    _rows(y).addmm_(h.T, b.to(y.dtype).T, alpha=scale)
+    # For one token at a time, where calls cost more than what they compute.
+    if not (x.dtype == a.dtype == y.dtype):
+        x, a, b = x.to(y.dtype), a.to(y.dtype), b.to(y.dtype)
+    _rows(y).addmm_(_rows(functional.linear(x, a)), b.t(), alpha=scale)
     return y
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
