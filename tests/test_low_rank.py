@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import LoRA, inject
 from lightning_peft.low_rank import products
+from lightning_peft.low_rank.dropout import drop, kept_fraction
 from lightning_peft.low_rank.linear import LoRAAdapter
 
 IN, OUT, SCALE = 6, 5, 2.0
@@ -283,6 +284,23 @@ def test_dropout_zeroes_elements_of_a_shared_input_for_all_its_layers(calls: lis
     torch.testing.assert_close(gradient, torch.where(kept, 3 / (1 - p), 0.0))
 
 
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.9])
+def test_the_draws_of_dropout(p: float) -> None:
+    torch.manual_seed(3)
+    x = torch.rand(1003, 257) + 1
+    values, mask, scale = drop(x, p)
+    assert abs(kept_fraction(p, x.device) - (1 - p)) < 2**-17
+    assert torch.equal(values, torch.where(mask, x, 0.0))
+    assert scale == 1 / kept_fraction(p, x.device)
+    deviation = (p * (1 - p)) ** 0.5
+    # Each of the four elements that share a draw, and pairs of them.
+    lanes = mask.flatten()[: 4 * (mask.numel() // 4)].view(-1, 4).double()
+    assert ((lanes.mean(dim=0) - (1 - p)).abs() < 5 * deviation / len(lanes) ** 0.5).all()
+    correlations = torch.corrcoef(lanes.T) - torch.eye(4, dtype=torch.float64)
+    assert (correlations.abs() < 5 / len(lanes) ** 0.5).all()
+    assert not torch.equal(drop(x, p)[1], mask)
+
+
 def test_gradients_under_dropout(calls: list[int]) -> None:
     """The mask is read off by an input of ones; the same seed draws it again."""
     host = layer().train()
@@ -290,7 +308,7 @@ def test_gradients_under_dropout(calls: list[int]) -> None:
     adapter.dropout = 0.4
     x = torch.randn(4, 3, IN, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(7)
-    mask = torch.native_dropout(torch.ones(12, IN, dtype=torch.float64), 0.4, True)[0].view(4, 3, IN)
+    mask = drop(torch.ones(12, IN, dtype=torch.float64), 0.4)[1].view(4, 3, IN) / kept_fraction(0.4, x.device)
     torch.manual_seed(7)
     result = host(x)
     a, b = adapter.lora_A, adapter.lora_B

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
+from lightning_peft.low_rank.dropout import drop, kept_fraction
 from lightning_peft.weights import is_conv1d
 
 _NARROW = (torch.float16, torch.bfloat16)
@@ -82,13 +83,13 @@ class Reduce(torch.autograd.Function):
         dtype, count = compute_dtype(x), len(matrices) // 2
         every_a = matrices[:count]
         ctx.ranks, ctx.own, ctx.x_dtype = [a.shape[0] for a in every_a], matrices[0].dtype, x.dtype
-        ctx.shape, ctx.kept, ctx.casts = x.shape, 1 - dropout, matrices[0].dtype != dtype
+        ctx.shape, ctx.kept, ctx.casts = x.shape, kept_fraction(dropout, x.device), matrices[0].dtype != dtype
         ctx.set_materialize_grads(False)
         read = x.to(dtype)
         reducing, every_b = _cast(matrices, dtype) if ctx.casts else (_joined(every_a), (None,) * count)
         rows = _rows(read)
-        rows, mask = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
-        products = reducing @ rows.T
+        rows, mask, scale = drop(rows, dropout) if dropout else (rows, None, 1.0)
+        products = _scaled_product(reducing, rows.T, scale)
         trains_a = any(ctx.needs_input_grad[2 : 2 + count])
         # Joining A again is cheaper than keeping a copy; casting it is not.
         ctx.save_for_backward(read if trains_a else None, mask, reducing if ctx.casts else None, *every_a)
@@ -110,8 +111,8 @@ class Reduce(torch.autograd.Function):
         of_a: Sequence[Tensor | None] = (None,) * count
         if read is not None:
             rows = _rows(read)
-            rows = rows if mask is None else torch.ops.aten.native_dropout_backward(rows, mask, 1 / ctx.kept)
-            of_every_a = (dh @ rows).to(ctx.own).split(ctx.ranks)
+            rows = rows if mask is None else rows * mask
+            of_every_a = _scaled_product(dh, rows, 1 / ctx.kept).to(ctx.own).split(ctx.ranks)
             of_a = [None if g is None else of for g, of in zip(grads, of_every_a, strict=False)]
         if ctx.needs_input_grad[0]:
             # The joined copy has no graph, which the second derivative needs.
@@ -192,7 +193,7 @@ def _add_product(dx: Tensor | None, dh: Tensor, a: Tensor, mask: Tensor | None, 
     """Return dx + dhᵀ A, where ``mask`` kept it; in place if nobody differentiates the backward pass."""
     if dx is None:
         product = dh.T @ a
-        return product if mask is None else torch.ops.aten.native_dropout_backward(product, mask, 1 / kept)
+        return product if mask is None else product * mask / kept
     if torch.is_grad_enabled() or not dx.is_contiguous():
         return dx + _add_product(None, dh, a, mask, kept).view(dx.shape)
     if mask is None:
