@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_peft.sharding import write
+
+_left_empty = ContextVar("_left_empty", default=False)
+
+
+@contextmanager
+def parameters_left_empty() -> Iterator[None]:
+    """Within it :func:`fill` leaves parameters alone: all of them are about to get values from a file."""
+    token = _left_empty.set(True)
+    try:
+        yield
+    finally:
+        _left_empty.reset(token)
 
 
 def fill(parameter: Tensor, seed: int, name: str, init: Callable[[Tensor, torch.Generator], object]) -> None:
@@ -17,7 +31,7 @@ def fill(parameter: Tensor, seed: int, name: str, init: Callable[[Tensor, torch.
     Values are drawn on the CPU in float32 and then copied, so that they do not depend on device or dtype. A meta
     tensor is left alone: it is filled by ``reset_parameters`` once it is materialised.
     """
-    if parameter.is_meta:
+    if parameter.is_meta or (_left_empty.get() and isinstance(parameter, nn.Parameter)):
         return
     generator = generator_of(seed, name)
     values = torch.empty(parameter.shape, dtype=torch.float32)

@@ -34,6 +34,7 @@ from lightning_peft.method import PEFTMethod
 from lightning_peft.parts import parts_of
 from lightning_peft.prepare import Prepared, prepared_shapes
 from lightning_peft.registry import registries, required
+from lightning_peft.seeding import parameters_left_empty
 from lightning_peft.select import transformers_models
 from lightning_peft.sharding import write
 from lightning_peft.state import (
@@ -200,7 +201,8 @@ class _Load:
             expected = {key: t.shape for key, t in held.items()}
             buffers = {key for key in held.keys() & adapter_tensors(model) if not isinstance(held[key], nn.Parameter)}
         else:
-            prepared = prepare_injection(root, content.methods, name, content.train_also)
+            with parameters_left_empty():
+                prepared = prepare_injection(root, content.methods, name, content.train_also)
             planned, names = prepared_shapes(root, prepared, name)
             expected, buffers = {f"{lead}{key}": s for key, s in planned.items()}, {f"{lead}{key}" for key in names}
         # Formats of others have no place for some buffers, which start anew.

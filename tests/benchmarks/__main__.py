@@ -18,6 +18,7 @@ QUESTIONS = (
     "inference",
     "per_sample",
     "strategy",
+    "ideas",
     "step_time",
 )
 
