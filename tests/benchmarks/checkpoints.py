@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,6 @@ from transformers import LlamaForCausalLM
 from benchmarks import measure, subjects
 from benchmarks.report import MB, Options, Table, answer
 from lightning_peft import LoRA, PEFTStrategy, inject, save_adapter
-
-for _name in ("lightning.pytorch", "lightning.fabric"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -58,6 +59,8 @@ def answer(question: Callable[[Options], list[Table]]) -> None:
     rounds = given.rounds or (2 if given.quick else 5)
     options = Options(given.quick, rounds, given.device, given.out)
     options.out.mkdir(parents=True, exist_ok=True)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for table in question(options):
         print(table.markdown(), flush=True)
         content = {**asdict(table), "quick": given.quick, "machine": machine(given.device)}
