@@ -257,6 +257,9 @@ def main() -> None:
             whole_checkpoints(out, base, devices)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    # Now and then a thread of torch's outlives FSDP1, and aborts the process when the interpreter ends.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
