@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -108,7 +109,8 @@ def check_tensors(shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor],
                 f"{source}: {name} has shape {list(state[name].shape)}, this model's adapter has {list(shape)}. "
                 "Use the rank and the base model that it was written with."
             )
-        if not torch.isfinite(state[name]).all():
+        # One pass instead of three: files have hundreds of small tensors.
+        if not math.isfinite(state[name].sum(dtype=torch.float64)):
             raise PEFTError(f"{source}: {name} holds NaN or infinity. Take an earlier checkpoint.")
 
 
