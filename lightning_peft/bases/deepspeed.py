@@ -80,10 +80,10 @@ class OnDeepSpeed(_Strategy):
         self.optimizers, self.lr_scheduler_configs = [], []
         super().setup(trainer)
 
-    def inject(self) -> None:
+    def _inject(self) -> None:
         """Inject, also into a model that was built in pieces."""
         new = not any(registries(self._module))
-        super().inject()
+        super()._inject()
         for _, root, registry in registries(self._module) if new else ():
             base = base_parameters(root)
             registry.whole.update({name: whole(base[name]).clone() for name in registry.whole})
