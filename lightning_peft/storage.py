@@ -228,10 +228,7 @@ def _present(model: nn.Module, prefix: str, adapter: str) -> tuple[PEFTMethod, .
 
 
 def _read_beside(model: nn.Module, directory: Path) -> dict[str, Tensor]:
-    """Read the modules trained whole that belong to no adapted model.
-
-    Buffers of adapters that stand there too are for a run that goes on.
-    """
+    """Read the modules trained whole that belong to no adapted model."""
     file = directory / _BESIDE_FILE
     if not is_lightning_module(model) or not file.is_file():
         return {}

@@ -174,6 +174,7 @@ class PEFTStrategy(Strategy):
         self._inject()
 
     def _inject(self) -> None:
+        """Do so, on both ways: :meth:`inject` is what the module calls, ``setup`` comes here. Bases extend either."""
         module = self._module
         present = [methods for _, _, registry in registries(module) for methods in registry.methods.values()]
         for methods in present:

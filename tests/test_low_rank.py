@@ -222,6 +222,22 @@ def test_nothing_of_a_step_outlives_it() -> None:
     assert watched() is None
 
 
+def test_a_call_that_failed_leaves_nothing_behind() -> None:
+    """Its input's products would be added to the output of the next call that computes none."""
+    host = layer()
+
+    def fail(module: nn.Module, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = host.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        host(torch.randn(3, IN, dtype=torch.float64))
+    handle.remove()
+    x = torch.randn(3, IN, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(host.eval()(x), formula(host, x, lora(host).lora_A, lora(host).lora_B))
+
+
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_shares_its_own_products(twin_of: Callable[[nn.Module], Any], calls: list[int]) -> None:
     model, x = block(), torch.randn(3, IN, dtype=torch.float64)

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from families import build, outputs
+from test_combine import judge_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -107,15 +107,8 @@ def test_lora_is_pefts(family: str, targets: list[str], tmp_path: Path) -> None:
             "c": LoRA(r=3, target_modules=targets[1:]),
         },
     )
-    judge: Any = None
-    for name in "abc":
-        save_adapter(model, tmp_path / name, name=name)
-        if judge is None:
-            judge = peft.PeftModel.from_pretrained(build(family)[0], tmp_path / name, adapter_name=name)
-        else:
-            judge.load_adapter(tmp_path / name, adapter_name=name)
-    inputs = batch(family, len(ROWS))
-    expected = judge.eval()(**inputs, adapter_names=[name or "__base__" for name in ROWS]).logits
+    judge, inputs = judge_of(model, family, tmp_path), batch(family, len(ROWS))
+    expected = judge(**inputs, adapter_names=[name or "__base__" for name in ROWS]).logits
     with torch.no_grad(), adapter_names(model, ROWS):
         first, again = outputs(model, inputs), outputs(model, inputs)
     assert close(first, expected)

@@ -83,6 +83,7 @@ class LoRAAdapter(Adapter):
         self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Compute A x, and have the layer's dX come back through it."""
+        self._reduced = None  # of a call that failed half-way
         # In training also without gradients: reentrant checkpointing runs once so, and has to see the same dropout.
         if not (torch.is_grad_enabled() or (self.training and not torch.is_inference_mode_enabled())):
             return args, kwargs
