@@ -53,7 +53,8 @@ class Rows(Adapter):
         """Return what ``stack`` makes of ``parameters``, in ``dtype``; again only with gradients or other values."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return [made.to(dtype) for made in stack()]
-        state = (dtype, [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters])
+        versions = [0 if p.is_inference() else p._version for p in parameters]
+        state = (dtype, versions, [p.data_ptr() for p in parameters])
         if self._kept is None or self._kept[0] != state:
             self._kept = (state, [made.to(dtype) for made in stack()])
         return self._kept[1]

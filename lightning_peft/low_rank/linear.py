@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from lightning_peft.adapter import Adapter
 from lightning_peft.calls import input_of, with_input
-from lightning_peft.low_rank.products import Expand, add_low_rank, applies
-from lightning_peft.low_rank.shared_input import Reduced, SharedInput
+from lightning_peft.low_rank.products import add_low_rank, frozen_matrix, product_dtype
+from lightning_peft.low_rank.shared_input import SharedInput
 from lightning_peft.seeding import fill
 from lightning_peft.weights import adapter_dtype, features, is_linear, weight_of
 
@@ -31,7 +31,6 @@ class LoRAAdapter(Adapter):
         self.lora_B = nn.Parameter(torch.empty(shapes["lora_B"], **options))
         self.scale, self.dropout = scale, dropout
         self.shared_input = SharedInput(self)
-        self._reduced: Reduced | None = None
         self._init, self._seed, self._name = init, seed, name
         self.reset_parameters()
 
@@ -82,30 +81,32 @@ class LoRAAdapter(Adapter):
     def before(
         self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Compute A x, and have the layer's dX come back through it."""
-        self._reduced = None  # of a call that failed half-way
+        """Have a frozen layer run without a graph: :meth:`forward` computes its dX as well."""
+        shared = self.shared_input
+        shared.call = None  # of a call that failed half-way
         # In training also without gradients: reentrant checkpointing runs once so, and has to see the same dropout.
         if not (torch.is_grad_enabled() or (self.training and not torch.is_inference_mode_enabled())):
             return args, kwargs
         x = input_of(args, kwargs)
-        if not applies(base, x, self.lora_A, self.lora_B):
+        dtype = product_dtype(base, x, self.lora_A, self.lora_B)
+        if dtype is None:
             return args, kwargs
-        handed_on, self._reduced = self.shared_input.reduce(self, x)
-        return with_input(args, kwargs, handed_on)
+        weight = frozen_matrix(base)
+        read = shared.read(x, dtype, weight)
+        return (args, kwargs) if weight is None else with_input(args, kwargs, read)
 
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Add the low-rank term to ``output`` ``[..., out]``."""
-        reduced, self._reduced = self._reduced, None
-        if reduced is not None:
-            added: Tensor = Expand.apply(output, *reduced, self.scale)
-            return added
-        x = input_of(args, kwargs)
-        if not (self.training or torch.is_grad_enabled()) and applies(base, x, self.lora_A, self.lora_B):
-            return add_low_rank(output, x, self.lora_A, self.lora_B, self.scale)
+        shared = self.shared_input
+        if shared.call is not None:
+            return shared.add(self, output)
+        x, a, b = input_of(args, kwargs), self.lora_A, self.lora_B
+        if not (self.training or torch.is_grad_enabled()) and product_dtype(base, x, a, b) is not None:
+            return add_low_rank(output, x, a, b, self.scale)
         x = functional.dropout(x, self.dropout, self.training)
         # The small matrices follow the activations: casting x instead would cost a float32 copy of it.
-        hidden = functional.linear(x, self.lora_A.to(x.dtype))  # [..., r]
-        delta = functional.linear(hidden, self.lora_B.to(hidden.dtype))  # [..., out]
+        hidden = functional.linear(x, a.to(x.dtype))  # [..., r]
+        delta = functional.linear(hidden, b.to(hidden.dtype))  # [..., out]
         return torch.add(output, delta, alpha=self.scale).to(output.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

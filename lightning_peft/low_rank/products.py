@@ -1,4 +1,4 @@
-"""The two products of a low-rank change with backward passes written by hand, and the rule for when they are used.
+"""The two products of a low-rank change with a backward pass written by hand, and the rule for when they are used.
 
 Beside a layer they launch six kernels and keep, for the backward pass, its input and ``[r, tokens]`` numbers:
 
@@ -7,8 +7,9 @@ Beside a layer they launch six kernels and keep, for the backward pass, its inpu
 
 H has its long side last: on CPUs the other way round takes up to four times as long.
 
-:class:`Reduce` also hands the input on to the layer. What comes back through that is the layer's own dX, a tensor of
-nobody else's, to which it adds in place. Layers that share an input share X, and one product with all their A.
+A frozen layer is called without a graph, and its dX = dY W computed here as well: it is a tensor of nobody else's, to
+which can be added in place, and one node of autograd's graph serves a layer. Layers that share an input share X; the
+first of them, :class:`First`, computes one product with all their A, :class:`Following` adds the others'.
 """
 
 from __future__ import annotations
@@ -21,21 +22,22 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook
 
-from lightning_peft.low_rank.dropout import drop, kept_fraction
-from lightning_peft.weights import is_conv1d
+from lightning_peft.low_rank.dropout import drop, drop_again, kept_fraction
+from lightning_peft.weights import is_conv1d, weight_of
 
 _NARROW = (torch.float16, torch.bfloat16)
 # Fake tensors stand for whole ones where memory is planned.
 _WHOLE = (Tensor, nn.Parameter, FakeTensor)
 
 
-def applies(base: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether the products here are right for ``base``; where they are not, the plain expression is used.
+def product_dtype(base: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> torch.dtype | None:
+    """Return the dtype in which to compute the products here beside ``base``; ``None`` where they are not right.
 
-    They need a layer that returns a new tensor, and tensors that are whole: no pieces on several processes, no
-    wrappers. ``torch.compile`` fuses the plain expression by itself, and forward-mode differentiation and
-    ``torch.func`` take it apart.
+    Then the plain expression is used. The products need a layer that returns a new tensor, and tensors that are whole:
+    no pieces on several processes, no wrappers. ``torch.compile`` fuses the plain expression by itself, and
+    forward-mode differentiation and ``torch.func`` take it apart.
 
     Args:
         base: The adapted module.
@@ -43,22 +45,35 @@ def applies(base: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> bool:
         a: A, or several.
         b: B, or several.
     """
-    if torch.compiler.is_compiling():
-        return False
-    dtype, own = compute_dtype(x), a.dtype
-    return (
+    if torch.compiler.is_compiling() or not (
         (type(base) is nn.Linear or is_conv1d(base))
         and "forward" not in base.__dict__
+        # Nobody else may look at what goes in: it has no graph.
+        and len(base._forward_pre_hooks) == len(base._forward_hooks) == 1
         and not base._backward_hooks
+        and not _has_any_global_hook()
         and type(x) in _WHOLE
         and type(a) in _WHOLE
         and type(b) in _WHOLE
-        and b.dtype == own
-        and not hasattr(a, "ds_id")
-        and (x.dtype == own == dtype or (dtype in _NARROW and {x.dtype, own} <= {dtype, torch.float32}))
+        and "ds_id" not in a.__dict__
         and forward_ad._current_level < 0
         and torch._C._functorch.peek_interpreter_stack() is None
-    )
+    ):
+        return None
+    dtype, given, own = compute_dtype(x), x.dtype, a.dtype
+    if b.dtype != own:
+        return None
+    if given == own == dtype or (dtype in _NARROW and {given, own} <= {dtype, torch.float32}):
+        return dtype
+    return None
+
+
+def frozen_matrix(base: nn.Module) -> Tensor | None:
+    """Return the weight of a layer that :func:`product_dtype` allows as ``[out, in]``, if the layer is frozen."""
+    weight, bias = weight_of(base), base.bias
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    return weight if type(base) is nn.Linear else weight.t()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -69,81 +84,117 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-class Reduce(torch.autograd.Function):
-    """x, A_1 … A_n, B_1 … B_n ↦ x, A_1 xᵀ, …, A_n xᵀ, B_1, …, B_n, all in the dtype in which the layers compute.
+class First(torch.autograd.Function):
+    """y, x, A_1 … A_n, B_1 … B_n ↦ y + s · H_1ᵀ B_1ᵀ, H_1, …, H_n, B_2, …, B_n, x, where H_i = A_i xᵀ.
 
-    x ``[..., in]``, A_i ``[r_i, in]``, B_i ``[out_i, r_i]``, A_i xᵀ ``[r_i, tokens]``. The B_i pass through to be cast
-    together with the A_i; where there is nothing to cast ``None`` is returned for them, and for x if it needs no
-    gradient. Dropout zeroes elements of x for all A_i alike.
+    y ``[..., out]``, x ``[..., in]``, A_i ``[r_i, in]``, B_i ``[out_i, r_i]``, H_i ``[r_i, tokens]``. y is changed in
+    place unless it is a view. Where the layers compute in another dtype than that of the matrices, these are cast by
+    one kernel and B_2 … B_n returned; otherwise the latter neither come nor go. x returns only if it was cast. Dropout
+    zeroes elements of x for all A_i alike.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropout: float, *matrices: Tensor) -> tuple[Tensor | None, ...]:
-        """Return x for the layers, the products, and the B_i."""
-        dtype, count = compute_dtype(x), len(matrices) // 2
-        every_a = matrices[:count]
-        ctx.ranks, ctx.own, ctx.x_dtype = [a.shape[0] for a in every_a], matrices[0].dtype, x.dtype
-        ctx.shape, ctx.kept, ctx.casts = x.shape, kept_fraction(dropout, x.device), matrices[0].dtype != dtype
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        fixed: tuple[Tensor, Tensor | None, float, float, int],
+        *matrices: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Return the sum, the products, and what was cast.
+
+        Args:
+            ctx: Autograd's.
+            y: What the layer returned.
+            x: What it was to be called with.
+            fixed: What has no gradient (autograd takes time for every argument): x without its graph in the dtype in
+                which the layer computes; the weight ``[out, in]`` if it is frozen, for dX; s; the probability of an
+                element to be zeroed; n.
+            matrices: A_1 … A_n, then B_1, then B_2 … B_n if they are to be cast.
+        """
         ctx.set_materialize_grads(False)
-        read = x.to(dtype)
-        reducing, every_b = _cast(matrices, dtype) if ctx.casts else (_joined(every_a), (None,) * count)
-        rows = _rows(read)
-        rows, mask, scale = drop(rows, dropout) if dropout else (rows, None, 1.0)
-        products = _scaled_product(reducing, rows.T, scale)
-        trains_a = any(ctx.needs_input_grad[2 : 2 + count])
-        # Joining A again is cheaper than keeping a copy; casting it is not.
-        ctx.save_for_backward(read if trains_a else None, mask, reducing if ctx.casts else None, *every_a)
-        handed_on = read if ctx.needs_input_grad[0] or read is not x else None
-        if handed_on is not None and not ctx.needs_input_grad[0]:
-            ctx.mark_non_differentiable(handed_on)
-        return handed_on, *products.split(ctx.ranks), *every_b
+        read, weight, scale, dropout, count = fixed
+        every_a, own_b, dtype, needs = matrices[:count], matrices[count], read.dtype, ctx.needs_input_grad
+        ctx.scale, ctx.dropout, ctx.shape, ctx.x_dtype = scale, dropout, x.shape, x.dtype
+        casts = own_b.dtype != dtype
+        reducing, (b, *others) = _cast(matrices, count, dtype) if casts else (_joined(every_a), (own_b,))
+        rows, mask, left = drop(_rows(read), dropout) if dropout else (_rows(read), None, 1.0)
+        product = _scaled_product(reducing, rows.t(), left)
+        products = (product,) if count == 1 else product.split_with_sizes([len(a) for a in every_a])
+        result = _add(ctx, y, products[0], b, scale)
+        cast_x = () if ctx.x_dtype == dtype else (read.detach(),)
+        ctx.save_for_backward(
+            (cast_x[0] if cast_x else x) if any(needs[3 : 3 + count]) else None,
+            mask,
+            # Joining A again is cheaper than keeping a copy; casting it is not.
+            reducing if casts else None,
+            b if casts else None,
+            weight if needs[1] else None,
+            products[0],
+            own_b,
+            *every_a,
+        )
+        return result, *products, *others, *cast_x
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return dX, the dA_i and the dB_i, in the dtypes that came in."""
-        read, mask, reducing, *every_a = ctx.saved_tensors
-        count = len(every_a)
-        of_b = [None if g is None else g.to(ctx.own, memory_format=torch.contiguous_format) for g in grads[count:]]
-        given = next((g for g in grads[:count] if g is not None), None)
-        if given is None:
-            return None if dx is None else dx.to(ctx.x_dtype), None, *(None,) * count, *of_b
-        dh = _joined([_or_zeros(g, given, r) for g, r in zip(grads, ctx.ranks, strict=False)])
+    def backward(ctx: Any, dy: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return dY as it is where the layer has a graph of its own, dX, the dA_i and the dB_i."""
+        x, mask, reducing, b, weight, h, own_b, *every_a = ctx.saved_tensors
+        count, needs = len(every_a), ctx.needs_input_grad
+        casts_x = ctx.x_dtype != h.dtype
+        every_dh, of_cast_b = [*grads[:count]], grads[count : len(grads) - casts_x]
+        kept = kept_fraction(ctx.dropout, h.device) if ctx.dropout else 1.0
+        dx = of_own_b = None
+        # What was cast or joined has no graph, which the second derivative needs.
+        again = torch.is_grad_enabled()
+        if dy is not None:
+            of_y, dtype = _rows(dy), h.dtype
+            b = own_b.to(dtype) if b is None or again else b
+            dh = _scaled_product(b.t(), of_y.t(), ctx.scale)
+            every_dh[0] = dh if every_dh[0] is None else every_dh[0] + dh
+            of_own_b = _of_b(of_y, h, ctx.scale).to(own_b.dtype) if needs[3 + count] else None
+            dx = None if weight is None else of_y @ weight.to(dtype)
+        given = next((dh for dh in every_dh if dh is not None), None)
         of_a: Sequence[Tensor | None] = (None,) * count
-        if read is not None:
-            rows = _rows(read)
-            rows = rows if mask is None else rows * mask
-            of_every_a = _scaled_product(dh, rows, 1 / ctx.kept).to(ctx.own).split(ctx.ranks)
-            of_a = [None if g is None else of for g, of in zip(grads, of_every_a, strict=False)]
-        if ctx.needs_input_grad[0]:
-            # The joined copy has no graph, which the second derivative needs.
-            if reducing is None or torch.is_grad_enabled():
-                reducing = _joined(every_a).to(dh.dtype)
-            dx = _add_product(dx, dh, reducing, mask, ctx.kept).view(ctx.shape).to(ctx.x_dtype)
-        return dx, None, *of_a, *of_b
+        if given is not None:
+            dh = (
+                given
+                if count == 1
+                else _joined([_or_zeros(*pair, given) for pair in zip(every_dh, every_a, strict=True)])
+            )
+            if x is not None:
+                rows, left = (_rows(x), 1.0) if mask is None else drop_again(_rows(x), mask, kept)
+                of_every_a = _scaled_product(dh, rows, left).to(own_b.dtype)
+                of_a = (of_every_a,) if count == 1 else of_every_a.split_with_sizes([len(a) for a in every_a])
+                of_a = [None if g is None else of for g, of in zip(every_dh, of_a, strict=True)]
+            if needs[1]:
+                reducing = _joined(every_a).to(dh.dtype) if reducing is None or again else reducing
+                dx = _add_product(dx, dh, reducing, mask, kept)
+        if casts_x and grads[-1] is not None:
+            dx = _rows(grads[-1]) if dx is None else dx + _rows(grads[-1])
+        of_b = [None if g is None else g.to(own_b.dtype, memory_format=torch.contiguous_format) for g in of_cast_b]
+        return dy if needs[0] else None, _like(dx, ctx.shape, ctx.x_dtype), None, *of_a, of_own_b, *of_b
 
 
-class Expand(torch.autograd.Function):
-    """y, h, B ↦ y + s · hᵀ Bᵀ, in place unless y is a view; y ``[..., out]``, h ``[r, tokens]``, B ``[out, r]``."""
+class Following(torch.autograd.Function):
+    """y, H, B ↦ y + s · Hᵀ Bᵀ; y ``[..., out]``, H ``[r, tokens]``, B ``[out, r]``, all as for :class:`First`."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor | None, h: Tensor, b: Tensor, scale: float) -> Tensor:
         """Return the sum."""
-        ctx.save_for_backward(h, b)
-        ctx.scale = scale
-        if y._is_view():
-            # Autograd would answer a change of a view with copies of its gradient.
-            return torch.addmm(_rows(y), h.T, b.T, alpha=scale).view(y.shape)
-        ctx.mark_dirty(y)
-        _rows(y).addmm_(h.T, b.T, alpha=scale)
-        return y
+        ctx.scale, ctx.shape, ctx.x_dtype, needs = scale, x.shape, x.dtype, ctx.needs_input_grad
+        ctx.save_for_backward(weight if needs[1] else None, h, b)
+        return _add(ctx, y, h, b, scale)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Return dY as it is, dh and dB."""
-        h, b = ctx.saved_tensors
-        rows = _rows(dy)
-        dh = _scaled_product(b.T, rows.T, ctx.scale)
-        return dy, dh, _of_b(rows, h, ctx.scale) if ctx.needs_input_grad[2] else None, None
+        """Return dY as it is where the layer has a graph of its own, dX without what comes from H, dH and dB."""
+        weight, h, b = ctx.saved_tensors
+        rows, needs = _rows(dy), ctx.needs_input_grad
+        dx = None if weight is None else rows @ weight.to(h.dtype)
+        dh = _scaled_product(b.t(), rows.t(), ctx.scale)
+        db = _of_b(rows, h, ctx.scale) if needs[4] else None
+        return dy if needs[0] else None, _like(dx, ctx.shape, ctx.x_dtype), None, dh, db, None
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -159,6 +210,19 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
+def _like(dx: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    return None if dx is None else dx.view(shape).to(dtype)
+
+
+def _add(ctx: Any, y: Tensor, h: Tensor, b: Tensor, scale: float) -> Tensor:
+    if y._is_view() or not y.is_contiguous():
+        # Autograd would answer a change of a view with copies of its gradient.
+        return torch.addmm(_rows(y), h.t(), b.t(), alpha=scale).view(y.shape)
+    ctx.mark_dirty(y)
+    _rows(y).addmm_(h.t(), b.t(), alpha=scale)
+    return y
+
+
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
@@ -170,34 +234,28 @@ def _of_b(dy: Tensor, h: Tensor, scale: float) -> Tensor:
     return _scaled_product(h, dy, scale).T
 
 
-def _cast(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """Return all A, joined, and every B, cast to ``dtype`` by one kernel."""
+def _cast(matrices: Sequence[Tensor], count: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Return the ``count`` A, joined, and every B, cast to ``dtype`` by one kernel."""
     sizes = [m.numel() for m in matrices]
     flat = torch.empty(sum(sizes), dtype=dtype, device=matrices[0].device)
     torch.cat([m.reshape(-1) for m in matrices], out=flat)
-    count = len(matrices) // 2
     of_a, *of_b = flat.split([sum(sizes[:count]), *sizes[count:]])
     return of_a.view(-1, matrices[0].shape[1]), [f.view_as(m) for f, m in zip(of_b, matrices[count:], strict=True)]
 
 
-def _or_zeros(grad: Tensor | None, other: Tensor, rank: int) -> Tensor:
-    return other.new_zeros(rank, other.shape[1]) if grad is None else grad
+def _or_zeros(grad: Tensor | None, a: Tensor, other: Tensor) -> Tensor:
+    return other.new_zeros(len(a), other.shape[1]) if grad is None else grad
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """Return scale · left right; with beta = 0 the first argument is not read."""
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+    return torch.mm(left, right) if scale == 1 else torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
 def _add_product(dx: Tensor | None, dh: Tensor, a: Tensor, mask: Tensor | None, kept: float) -> Tensor:
     """Return dx + dhᵀ A, where ``mask`` kept it; in place if nobody differentiates the backward pass."""
-    if dx is None:
-        product = dh.T @ a
-        return product if mask is None else product * mask / kept
-    if torch.is_grad_enabled() or not dx.is_contiguous():
-        return dx + _add_product(None, dh, a, mask, kept).view(dx.shape)
-    if mask is None:
-        _rows(dx).addmm_(dh.T, a)
-    else:
-        _rows(dx).addcmul_(dh.T @ a, mask, value=1 / kept)
-    return dx
+    if dx is None or torch.is_grad_enabled():
+        product = dh.t() @ a
+        product = product if mask is None else product * mask / kept
+        return product if dx is None else dx + product
+    return dx.addmm_(dh.t(), a) if mask is None else dx.addcmul_(dh.t() @ a, mask, value=1 / kept)

@@ -23,7 +23,7 @@ QUESTIONS = (
 )
 
 # What is counted is the same on every device.
-ON_GPU = ("peak_memory", "step_time")
+ON_GPU = ("peak_memory", "inference", "per_sample", "step_time")
 
 
 def main() -> int:

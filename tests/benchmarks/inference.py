@@ -25,10 +25,10 @@ def decode(model: nn.Module, prompt: Tensor, tokens: int) -> Tensor:
     return torch.cat(written, 1)
 
 
-def models(layers: int) -> dict[str, nn.Module]:
+def models(layers: int, device: str, dtype: torch.dtype) -> dict[str, nn.Module]:
     """Return the base, and ours and HF peft's with an adapter, merged and not, by name."""
     torch.manual_seed(0)
-    base = LlamaForCausalLM(subjects.smollm2_config(layers)).eval()
+    base = LlamaForCausalLM(subjects.smollm2_config(layers)).eval().to(device, dtype)
     mine, theirs, merged = (copy.deepcopy(base) for _ in range(3))
     inject(mine, LoRA(r=8))
     # Without the wrapper around the model, which would be in the way of what is measured: the layers.
@@ -42,10 +42,11 @@ def models(layers: int) -> dict[str, nn.Module]:
 def main(options: Options) -> list[Table]:
     """Time greedy decoding with a cache, batch 1."""
     layers, tokens = (2, 4) if options.quick else (8, 32)
-    prompt, found = torch.arange(16)[None], models(layers)
+    prompt = torch.arange(16, device=options.device)[None]
+    found = models(layers, options.device, options.dtype)
 
     def case(model: nn.Module) -> Mapping[str, float]:
-        return {"decode": measure.seconds(lambda: decode(model, prompt, tokens))}
+        return {"decode": measure.seconds(lambda: decode(model, prompt, tokens), options.device)}
 
     rounds = measure.in_turns({name: lambda m=model: case(m) for name, model in found.items()}, 2 * options.rounds)
     table = Table(

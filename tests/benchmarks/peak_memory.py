@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks import measure, subjects, variants
@@ -36,8 +35,7 @@ def main(options: Options) -> list[Table]:
     columns = ["model", "variant", *parts_named, "/ full", "/ full by formula"]
     table = Table("peak_memory", "Peak memory of a training step in MB", columns)
     for name, shape in _shapes(options).items():
-        dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
-        subject, hidden = shape.build(options.device, dtype), shape.inputs(options.device, dtype)
+        subject, hidden = shape.build(options.device, options.dtype), shape.inputs(options.device, options.dtype)
         full = None
         for variant in sorted(variants.present(), key=lambda v: v.name != variants.FULL):
             model = variant.build(subject)
@@ -57,7 +55,8 @@ def main(options: Options) -> list[Table]:
 
 def _shapes(options: Options) -> dict[str, subjects.Shape]:
     if options.device != "cpu":
-        return {"Llama-7B, 2 layers, 4096 tokens, bfloat16": subjects.Shape(subjects.llama_config("7B", 2), 1, 4096)}
+        llama = subjects.llama_config("7B", 2)
+        return {f"Llama-7B, 2 layers, {tokens:,} tokens": subjects.Shape(llama, 1, tokens) for tokens in (4096, 128)}
     if options.quick:
         return subjects.shapes(quick=True)
     smollm2, llama = subjects.smollm2_config(8), subjects.llama_config("7B", 1)

@@ -24,8 +24,8 @@ def main(options: Options) -> list[Table]:
     layers, tokens = (2, 16) if options.quick else (8, 64)
     names = [f"a{number}" for number in range(ROWS)]
     torch.manual_seed(0)
-    base = LlamaForCausalLM(subjects.smollm2_config(layers)).eval()
-    ids = torch.randint(0, 1000, (ROWS, tokens))
+    base = LlamaForCausalLM(subjects.smollm2_config(layers)).eval().to(options.device, options.dtype)
+    ids = torch.randint(0, 1000, (ROWS, tokens), device=options.device)
     mine, theirs = copy.deepcopy(base), copy.deepcopy(base)
     config = peft.LoraConfig(r=8, target_modules=list(subjects.LLAMA_TARGETS))
     theirs = peft.get_peft_model(theirs, config, adapter_name=names[0]).eval()
@@ -44,7 +44,7 @@ def main(options: Options) -> list[Table]:
         table.notes.append("lightning_peft is skipped: it has no adapter_names.")
 
     def timed(run: Callable[[], object]) -> Callable[[], Mapping[str, float]]:
-        return lambda: {"forward": measure.seconds(torch.inference_mode()(run))}
+        return lambda: {"forward": measure.seconds(torch.inference_mode()(run), options.device)}
 
     rounds = measure.in_turns({name: timed(run) for name, run in runs.items()}, 2 * options.rounds)
     for name in runs.keys() & {variants.OURS, variants.PEFT}:

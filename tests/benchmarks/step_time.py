@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks import measure, subjects, variants
@@ -21,24 +20,27 @@ class Case:
         self.optimizer = measure.adamw(model)
 
     def __call__(self) -> Mapping[str, float]:
-        outputs: list[Tensor] = []
-        forward = measure.seconds(lambda: outputs.append(self.model(self.hidden)), self.device)
-        backward = measure.seconds(lambda: measure.backward(outputs.pop()), self.device)
-        update = 0.0
+        clock = measure.Clock(self.device)
+        output = self.model(self.hidden)
+        clock.mark()
+        measure.backward(output)
+        clock.mark()
         if self.optimizer is not None:
-            update = measure.seconds(self.optimizer.step, self.device)
+            self.optimizer.step()
+        clock.mark()
+        if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
         self.hidden.grad = None
-        return {"forward": forward, "backward": backward, "step": forward + backward + update}
+        parts = clock.parts()
+        return {"forward": parts[0], "backward": parts[1], "step": sum(parts)}
 
 
 def main(options: Options) -> list[Table]:
     """Time training steps."""
     columns = ["model", "dropout", "variant", *(f"{part} / bound" for part in PARTS), "step / HF peft"]
     table = Table("step_time", "Training step: medians (and quartiles) of ratios within a round", columns)
-    for name, shape in _shapes(options).items():
-        dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
-        subject, hidden = shape.build(options.device, dtype), shape.inputs(options.device, dtype)
+    for name, shape in subjects.shapes(options.quick, options.device).items():
+        subject, hidden = shape.build(options.device, options.dtype), shape.inputs(options.device, options.dtype)
         large = options.device == "cpu" and "Llama" in name
         wanted = (variants.BOUND, variants.OURS, variants.PEFT) if large and "70B" in name else ()
         cases = {
@@ -56,12 +58,6 @@ def main(options: Options) -> list[Table]:
         del cases, subject
     table.notes += variants.skipped()
     return [table]
-
-
-def _shapes(options: Options) -> dict[str, subjects.Shape]:
-    if options.device == "cpu":
-        return subjects.shapes(options.quick)
-    return {"Llama-7B, 4 layers, 4096 tokens, bfloat16": subjects.Shape(subjects.llama_config("7B", 4), 1, 4096)}
 
 
 if __name__ == "__main__":

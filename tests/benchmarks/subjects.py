@@ -113,8 +113,16 @@ def _kind(config: PretrainedConfig) -> tuple[Callable[[Any], nn.Module], tuple[s
     return (LlamaForCausalLM if config.tie_word_embeddings else LlamaModel), LLAMA_TARGETS
 
 
-def shapes(quick: bool) -> dict[str, Shape]:
+def shapes(quick: bool, device: str = "cpu") -> dict[str, Shape]:
     """The models of the tables by name; small cuts and few tokens with ``quick``."""
+    if device != "cpu":
+        layers, tokens = (1, 512) if quick else (4, 4096)
+        return {
+            f"Llama-7B, {layers} layers, {tokens:,} tokens": Shape(llama_config("7B", layers), 1, tokens),
+            "SmolLM2-135M, 8 layers, 4 x 2,048 tokens": Shape(smollm2_config(8), 4, 2048),
+            "SmolLM2-135M, 8 layers, 4 x 128 tokens": Shape(smollm2_config(8), 4, 128),
+            "MiniLM encoder, 4 x 128 tokens": Shape(minilm_config(), 4, 128),
+        }
     if quick:
         return {
             "SmolLM2-135M, 2 layers": Shape(smollm2_config(2), 1, 64),
