@@ -23,6 +23,11 @@ from lightning_peft.low_rank.linear import LoRAAdapter
 IN, OUT, SCALE = 6, 5, 2.0
 
 
+@pytest.fixture(autouse=True)
+def every_input_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_MANY_ON_CPU", 0)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many matrices each call of the hand-written product got."""
@@ -84,7 +89,11 @@ SHAPES_OF = [(k, s) for k in KINDS for s in SHAPES if k != "conv1d" or s not in 
 
 @pytest.mark.parametrize("frozen", ["nothing", "x", "lora_A", "lora_B"])
 @pytest.mark.parametrize(("kind", "shape"), SHAPES_OF)
-def test_outputs_and_gradients(kind: str, shape: str, frozen: str, calls: list[int]) -> None:
+@pytest.mark.parametrize("large", [True, False])
+def test_outputs_and_gradients(
+    kind: str, shape: str, frozen: str, large: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_MANY_ON_CPU", 0 if large else 2**20)
     host = layer(kind)
     torch.manual_seed(1)
     x = SHAPES[shape]().double().requires_grad_(frozen != "x")
@@ -100,11 +109,23 @@ def test_outputs_and_gradients(kind: str, shape: str, frozen: str, calls: list[i
         torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
     with torch.no_grad():
         torch.testing.assert_close(host.eval()(x), expected, rtol=1e-12, atol=1e-12)
+    assert calls == [1] * large
+
+
+def test_dropout_of_a_small_input_keeps_no_copy(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_MANY_ON_CPU", 2**20)
+    host, x = layer().train(), torch.randn(3, IN, dtype=torch.float64)
+    lora(host).dropout = 0.4
+    host(x)
     assert calls == [1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_first_and_second_derivatives(kind: str, calls: list[int]) -> None:
+@pytest.mark.parametrize("large", [True, False])
+def test_first_and_second_derivatives(
+    kind: str, large: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_MANY_ON_CPU", 0 if large else 2**20)
     host = layer(kind)
     names = ["peft.default.lora_A", "peft.default.lora_B"]
     inputs = [torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)]
@@ -115,7 +136,7 @@ def test_first_and_second_derivatives(kind: str, calls: list[int]) -> None:
 
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
-    assert calls
+    assert bool(calls) is large
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
@@ -128,7 +149,7 @@ def test_second_derivatives_of_layers_with_one_input(narrow: bool, p: float, mon
         mask = drop(torch.ones(8, 2 * IN), p)[1]
         kept = kept_fraction(p, values.device)
         monkeypatch.setattr(products, "drop", lambda x, p: (x * mask[:, : x.shape[1]], mask[:, : x.shape[1]], 1 / kept))
-        monkeypatch.setattr(nn.functional, "dropout", lambda x, p, training: x * mask[:, : x.shape[-1]] / kept)
+        monkeypatch.setattr(nn.functional, "dropout", lambda x, p: x * mask[:, : x.shape[-1]] / kept)
 
     def second(dtype: torch.dtype, narrow: bool) -> list[Tensor]:
         model.to(dtype)

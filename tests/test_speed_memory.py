@@ -25,8 +25,8 @@ MOST = {
     "the same with dropout 0.05": 8.9,
 }
 SHAPES = {
-    "llama": subjects.Shape(LlamaConfig(**launches.SMALL), 2, 24),
-    "encoder": subjects.Shape(subjects.BertConfig(**launches.SMALL, **subjects.NO_DROPOUT), 2, 24),
+    "llama": subjects.Shape(LlamaConfig(**launches.SMALL), 2, 512),
+    "encoder": subjects.Shape(subjects.BertConfig(**launches.SMALL, **subjects.NO_DROPOUT), 2, 512),
 }
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lightning_peft.adapter import Adapter
 from lightning_peft.calls import input_of, with_input
-from lightning_peft.low_rank.products import add_low_rank, frozen_matrix, product_dtype
+from lightning_peft.low_rank.products import add_low_rank, frozen_matrix, is_large, product_dtype
 from lightning_peft.low_rank.shared_input import SharedInput
 from lightning_peft.seeding import fill
 from lightning_peft.weights import adapter_dtype, features, is_linear, weight_of
@@ -88,6 +88,9 @@ class LoRAAdapter(Adapter):
         if not (torch.is_grad_enabled() or (self.training and not torch.is_inference_mode_enabled())):
             return args, kwargs
         x = input_of(args, kwargs)
+        # A dropped copy of a small input takes memory all the same.
+        if not (is_large(x) or (self.dropout and self.training)):
+            return args, kwargs
         dtype = product_dtype(base, x, self.lora_A, self.lora_B)
         if dtype is None:
             return args, kwargs
@@ -101,9 +104,10 @@ class LoRAAdapter(Adapter):
         if shared.call is not None:
             return shared.add(self, output)
         x, a, b = input_of(args, kwargs), self.lora_A, self.lora_B
-        if not (self.training or torch.is_grad_enabled()) and product_dtype(base, x, a, b) is not None:
+        drops = self.dropout and self.training
+        if not drops and product_dtype(base, x, a, b) is not None:
             return add_low_rank(output, x, a, b, self.scale)
-        x = functional.dropout(x, self.dropout, self.training)
+        x = functional.dropout(x, self.dropout) if drops else x
         # The small matrices follow the activations: casting x instead would cost a float32 copy of it.
         hidden = functional.linear(x, a.to(x.dtype))  # [..., r]
         delta = functional.linear(hidden, b.to(hidden.dtype))  # [..., out]

@@ -21,15 +21,24 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
 from lightning_peft.low_rank.dropout import drop, drop_again, kept_fraction
 from lightning_peft.weights import is_conv1d, weight_of
 
+# Elements of an input from which on writing the backward pass by hand spares time: measured in stacks of projections.
+_MANY_ON_CPU, _MANY = 2**16, 2**23
 _NARROW = (torch.float16, torch.bfloat16)
 # Fake tensors stand for whole ones where memory is planned.
 _WHOLE = (Tensor, nn.Parameter, FakeTensor)
+
+
+def is_large(x: Tensor) -> bool:
+    """Whether the kernels that read ``x`` take longer than Python needs to launch them.
+
+    Where they do not, autograd's own functions are faster: they launch more kernels, but from C++.
+    """
+    return x.numel() >= (_MANY_ON_CPU if x.device.type == "cpu" else _MANY)
 
 
 def product_dtype(base: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> torch.dtype | None:
@@ -198,11 +207,13 @@ class Following(torch.autograd.Function):
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return y + s · (x Aᵀ) Bᵀ, in place, without a graph; x ``[..., in]``, y ``[..., out]``."""
-    # For one token at a time, where calls cost more than what they compute.
+    """Return y + s · (x Aᵀ) Bᵀ by autograd's own functions, without a graph in place; x ``[..., in]``, y ``[..., out]``."""
     if not (x.dtype == a.dtype == y.dtype):
         x, a, b = x.to(y.dtype), a.to(y.dtype), b.to(y.dtype)
-    _rows(y).addmm_(_rows(functional.linear(x, a)), b.t(), alpha=scale)
+    rows, hidden = _rows(y), torch.mm(_rows(x), a.t())
+    if torch.is_grad_enabled():
+        return torch.addmm(rows, hidden, b.t(), alpha=scale).view(y.shape)
+    rows.addmm_(hidden, b.t(), alpha=scale)
     return y
 
 

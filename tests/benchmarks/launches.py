@@ -1,6 +1,7 @@
 """How many operators does an adapter launch beside its layer? Deterministic; the proxy for GPU kernel launches.
 
-Counted on the meta device, which takes a GPU's way. On CPUs dB is computed in another layout, and copied (float32).
+Counted on the meta device, which takes a GPU's way, for an input that is large there. On CPUs dB is computed in another
+layout, and copied (float32).
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ def per_layer(
 
 def cases() -> dict[str, tuple[nn.Module, Tensor, int, float]]:
     """Return subject, input, number of adapted layers and dropout, by name."""
-    stack, wide = subjects.Stack(), torch.randn(2, 8, 64, requires_grad=True)
+    stack, wide = subjects.Stack(), torch.zeros(8, TOKENS, 64, requires_grad=True)
     narrow = subjects.Stack().to(torch.bfloat16)
-    shape = subjects.Shape(subjects.LlamaConfig(**SMALL), 1, 16)
+    shape = subjects.Shape(subjects.LlamaConfig(**SMALL), 8, TOKENS)
     block = shape.build()
     return {
         "a layer with its own input": (stack, wide, 4, 0.0),
@@ -38,6 +39,9 @@ def cases() -> dict[str, tuple[nn.Module, Tensor, int, float]]:
         "the same with dropout 0.05": (block, shape.inputs(), len(targets_of(block)), 0.05),
     }
 
+
+# On the meta device they cost nothing; of a batch this large on a GPU, kernels take longer than launching them.
+TOKENS = 2**14
 
 SMALL = {
     "hidden_size": 64,
