@@ -207,7 +207,7 @@ class Following(torch.autograd.Function):
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return y + s · (x Aᵀ) Bᵀ by autograd's own functions, without a graph in place; x ``[..., in]``, y ``[..., out]``."""
+    """Return y + s · (x Aᵀ) Bᵀ by autograd's own functions; y ``[..., out]`` is changed in place without a graph."""
     if not (x.dtype == a.dtype == y.dtype):
         x, a, b = x.to(y.dtype), a.to(y.dtype), b.to(y.dtype)
     rows, hidden = _rows(y), torch.mm(_rows(x), a.t())

@@ -64,7 +64,7 @@ def main(options: Options) -> list[Table]:
                 table.rows.append([name, variant.name, f"{dropout:g}", count / MB, count / bound, above])
         small = reduced_bytes(hidden, len(targets)) / MB
         table.notes.append(f"{name}: x Aᵀ of all layers together is {small:.2f} MB.")
-    table.notes += variants.skipped()
+    table.notes += variants.notes(options.device)
     return [table]
 
 

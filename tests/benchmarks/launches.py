@@ -67,7 +67,7 @@ def main(options: Options) -> list[Table]:
             forward, backward = per_layer(variant.name, subject, hidden, count, dropout)
             table.rows.append([name, variant.name, forward, backward, forward + backward])
     table.notes.append("Counted as on a GPU. On a CPU ours copies dB into another layout besides: one more in float32.")
-    table.notes += variants.skipped()
+    table.notes += variants.notes(options.device)
     return [table]
 
 

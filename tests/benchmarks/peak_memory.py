@@ -49,7 +49,7 @@ def main(options: Options) -> list[Table]:
             table.rows.append([name, variant.name, *megabytes, peak / full, formula])
             del model
     table.notes.append("By formula: without activations and without temporaries of the optimizer.")
-    table.notes += variants.skipped()
+    table.notes += variants.notes(options.device)
     return [table]
 
 

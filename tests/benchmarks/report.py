@@ -61,7 +61,7 @@ def answer(question: Callable[[Options], list[Table]]) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=OUT, help="folder for JSON")
     given = parser.parse_args()
-    rounds = given.rounds or (2 if given.quick else 5 if given.device == "cpu" else 20)
+    rounds = given.rounds or (2 if given.quick else 5 if given.device == "cpu" else 15)
     options = Options(given.quick, rounds, given.device, given.out)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in ("lightning.pytorch", "lightning.fabric"):

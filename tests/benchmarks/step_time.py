@@ -56,7 +56,7 @@ def main(options: Options) -> list[Table]:
             beside = measure.ratios(rounds, (variant, dropout), peer, "step") if peer in cases else "-"
             table.rows.append([name, f"{dropout:g}", variant, *against, beside])
         del cases, subject
-    table.notes += variants.skipped()
+    table.notes += variants.notes(options.device)
     return [table]
 
 

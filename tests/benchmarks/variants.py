@@ -60,10 +60,13 @@ def hf_peft(model: Any, dropout: float) -> nn.Module:
 
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=list(model.targets))
     # Injected in place, without the wrapper around the model: the layers are what is compared.
-    model = peft.inject_adapter_in_model(config, model)
+    return in_float32(peft.inject_adapter_in_model(config, model))
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """Cast adapters of HF peft, as its `get_peft_model` does."""
     for parameter in model.parameters():
         if parameter.requires_grad:
-            # As `get_peft_model` does.
             parameter.data = parameter.data.float()
     return model
 
@@ -77,7 +80,7 @@ def _loralib(model: Any, dropout: float) -> nn.Module:
         layer = loralib.Linear(*size, RANK, ALPHA, dropout, merge_weights=False, bias=bias, device="meta")
         layer = layer.to_empty(device=linear.weight.device)
         layer.weight, layer.bias = linear.weight, linear.bias
-        return _start(layer)
+        return _start(layer, linear.weight.dtype)
 
     return _with_replaced(model, made)
 
@@ -91,16 +94,18 @@ def _litgpt(model: Any, dropout: float) -> nn.Module:
             layer = LoRALinear(*size, RANK, ALPHA, dropout)
         layer = layer.to_empty(device=linear.weight.device)
         layer.linear = linear
-        return _start(layer)
+        return _start(layer, linear.weight.dtype)
 
     return _with_replaced(model, made)
 
 
-def _start(layer: Any) -> nn.Module:
+def _start(layer: Any, dtype: torch.dtype) -> nn.Module:
     nn.init.kaiming_uniform_(layer.lora_A)
     nn.init.zeros_(layer.lora_B)
-    layer.lora_A.requires_grad_()
-    layer.lora_B.requires_grad_()
+    for parameter in (layer.lora_A, layer.lora_B):
+        # These do not compute in two dtypes.
+        parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_()
     return layer
 
 
@@ -132,6 +137,8 @@ def present(*names: str) -> list[Variant]:
     return [v for v in VARIANTS if not v.missing and (not names or v.name in names)]
 
 
-def skipped() -> list[str]:
-    """Say which variants are missing."""
-    return [f"{v.name} is skipped: `{v.package}` is not installed." for v in VARIANTS if v.missing] + [ADAPTERHUB]
+def notes(device: str = "cpu") -> list[str]:
+    """Say which variants are missing, and what is not alike."""
+    narrow = "The base is in bfloat16; adapters are in float32, as users have them, but those of loralib and LitGPT."
+    missing = [f"{v.name} is skipped: `{v.package}` is not installed." for v in VARIANTS if v.missing]
+    return ([] if device == "cpu" else [narrow]) + missing + [ADAPTERHUB]
