@@ -485,6 +485,25 @@ def test_layers_that_share_an_input_share_its_cast(calls: list[int], monkeypatch
     assert not any(read.requires_grad for read in given)
 
 
+def test_no_cast_copy_of_a_frozen_weight_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def copies() -> int:
+        model, kept = block().float(), []
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(9, IN, requires_grad=True))
+        shapes = {
+            shape for m in model.modules() if isinstance(m, nn.Linear) for shape in (m.weight.shape, m.weight.T.shape)
+        }
+        return sum(tensor.dtype == torch.bfloat16 and tensor.shape in shapes for tensor in kept)
+
+    assert copies() == 0
+    assert plain(monkeypatch, copies) == 7
+
+
 def nodes(tensor: Tensor) -> set[str]:
     found, waiting = set(), [tensor.grad_fn]
     while waiting:
