@@ -1,4 +1,4 @@
-"""LightningModules and data that tests train: small, deterministic, and free of this package."""
+"""LightningModules and data that tests train: small and deterministic."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_peft import LoRA, PEFTStrategy
+from lightning_peft.low_rank import products
+
+# What tests train is small; it is to go the way of what is large, on one process and on several.
+products._MANY_ON_CPU = 0
 
 SAMPLES, BATCH = 16, 4
 QUIET: dict[str, Any] = {

@@ -23,11 +23,6 @@ from lightning_peft.low_rank.linear import LoRAAdapter
 IN, OUT, SCALE = 6, 5, 2.0
 
 
-@pytest.fixture(autouse=True)
-def every_input_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_MANY_ON_CPU", 0)
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many matrices each call of the hand-written product got."""
