@@ -192,18 +192,20 @@ class Slot(nn.ModuleDict):
             handle.remove()
 
 
-def attach(host: nn.Module, name: str, adapter: Adapter) -> None:
-    """Hang ``adapter`` on ``host`` under ``name``; the first one becomes active."""
+def attach(host: nn.Module, name: str, adapter: Adapter, active: str) -> None:
+    """Hang ``adapter`` on ``host`` under ``name``, and have the one called ``active`` run."""
     slot = host._modules.get(CHILD)
     if not isinstance(slot, Slot):
         slot = Slot(host)
         host.add_module(CHILD, slot)
-    slot[name] = adapter.requires_grad_(False)
+    slot[name] = adapter
     # A model in eval mode stays in it: dropout and what else depends on the mode follow the host.
     slot.train(host.training)
     slot.hook_before(host)
     slot.hook_replace(host)
-    slot.activate(slot.active or name)
+    slot.activate(active)
+    if slot.running is not adapter:
+        adapter.requires_grad_(False)
 
 
 def detach(host: nn.Module) -> None:
@@ -241,6 +243,8 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(module)
         yield name, module
+        if not module._modules:
+            continue
         lead = f"{name}." if name else ""
         children = [(f"{lead}{key}", m) for key, m in module._modules.items() if not (m is None or isinstance(m, Slot))]
         waiting += reversed(children)
@@ -248,8 +252,9 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def clean_name(name: str) -> str:
     """Drop what wrappers (``torch.compile``, FSDP, activation checkpointing) put into a module's name."""
-    parts = name.split(".")
-    return name if _WRAPPER_SEGMENTS.isdisjoint(parts) else ".".join(p for p in parts if p not in _WRAPPER_SEGMENTS)
+    if not any(map(name.__contains__, _WRAPPER_SEGMENTS)):
+        return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_SEGMENTS)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

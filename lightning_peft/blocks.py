@@ -163,8 +163,9 @@ def _attention_roots(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     roots: dict[str, nn.Module] = {}
     for name, module in modules.items():
         named = is_attention_name(name.rsplit(".", 1)[-1]) or isinstance(module, nn.MultiheadAttention)
-        has_weights = any(True for _ in module.parameters())
-        if name and named and has_weights and not any(around in roots for around in _surrounding(name)):
+        if not (name and named) or any(around in roots for around in _surrounding(name)):
+            continue
+        if any(True for _ in module.parameters()):
             roots[name] = module
     return roots
 

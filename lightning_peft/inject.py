@@ -101,8 +101,7 @@ def inject_prepared(model: nn.Module, prepared: Prepared, name: str) -> list[str
     registry.methods[name] = prepared.methods
     registry.hosts[name] = prepared.hosts
     for host, adapter in prepared.adapters.items():
-        attach(prepared.modules[host], name, adapter)
-    set_adapter(model, registry.active)
+        attach(prepared.modules[host], name, adapter, registry.active)
     _forget_compiled()
     return [*prepared.hosts, *registry.chosen]
 

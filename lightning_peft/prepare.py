@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapter import CHILD, Adapter, base_parameters, base_tensors, clean_name
 from lightning_peft.errors import PEFTError
 from lightning_peft.method import PEFTMethod
-from lightning_peft.select import match_names, named_modules, require_matches
+from lightning_peft.select import as_list, match_names, named_modules, require_matches
 
 
 @dataclass(frozen=True)
@@ -55,25 +54,23 @@ def prepare(model: nn.Module, methods: tuple[PEFTMethod, ...], whole: dict[str, 
         adapters.update(method.adapters(model, hosts, seed) if hosts else {})
         chosen.update(trained)
     order = [host for host in named_modules(model) if host in owners]
-    names = [n for n in base_parameters(model) if n in chosen - parameter_names(whole)]
+    chosen -= parameter_names(whole)
+    names = [n for n in base_parameters(model) if n in chosen] if chosen else []
     by_host = {h: adapters[h] for h in order}
     return Prepared(modules, by_host, {h: owners[h] for h in order}, tuple(names), methods, whole)
 
 
-def prepared_shapes(model: nn.Module, prepared: Prepared, name: str) -> tuple[dict[str, torch.Size], set[str]]:
-    """Return the shapes of the tensors that an adapter will have in ``model``, by name, and which are buffers."""
-    shapes: dict[str, torch.Size] = {}
-    buffers: set[str] = set()
+def prepared_tensors(model: nn.Module, prepared: Prepared, name: str) -> dict[str, Tensor]:
+    """Return the tensors that an adapter will have in ``model``, by name, and those of the model trained with it."""
+    found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for host, adapter in prepared.adapters.items():
         for key, tensor in adapter.state_dict(keep_vars=True).items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                full = ".".join(part for part in (host, CHILD, name, key) if part)
-                shapes[full] = tensor.shape
-                buffers |= set() if isinstance(tensor, nn.Parameter) else {full}
+                found[f"{host}.{CHILD}.{name}.{key}".lstrip(".")] = tensor
     trained = {*prepared.chosen, *parameter_names(prepared.whole)}
-    return {**shapes, **{key: tensor.shape for key, tensor in changing_tensors(model, trained).items()}}, buffers
+    return {**found, **changing_tensors(model, trained)}
 
 
 def changing_tensors(model: nn.Module, trained: set[str]) -> dict[str, Tensor]:
@@ -96,8 +93,10 @@ def whole_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Mod
     Raises:
         PEFTError: A pattern matches nothing, or a module has no parameters, or shares one with a module outside.
     """
+    patterns = as_list(patterns)
+    if not patterns:
+        return {}
     modules = named_modules(model)
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     require_matches(patterns, modules, "train_also")
     names = set().union(*(match_names(pattern, modules) for pattern in patterns))
     outermost = {n: modules[n] for n in modules if n in names and not any(n.startswith(f"{o}.") for o in names)}

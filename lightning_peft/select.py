@@ -62,11 +62,10 @@ def select(
         for weight in (() if weights is None or name in candidates else weights(module))
     }
     modules, candidates = modules | parameters, candidates | parameters
-    blocks = _blocks(model, modules)
     chosen: set[str] = set()
     for pattern in as_list(targets):
         if pattern in PRESETS:
-            found = _preset(model, candidates, blocks, pattern) - uncalled
+            found = _preset(model, candidates, modules, pattern) - uncalled
         else:
             found = match_names(pattern, candidates)
             found |= {name for alias, name in aliases.items() if name in candidates and matches(pattern, alias)}
@@ -79,7 +78,7 @@ def select(
             raise PEFTError(_nothing_matched(pattern, modules, candidates, what="exclude_modules"))
         chosen -= found
     if layers is not None:
-        chosen &= _in_layers(blocks, layers)
+        chosen &= _in_layers(_blocks(model, modules), layers)
     if refused := sorted(chosen & uncalled):
         raise PEFTError(
             f"{refused[0]!r} cannot be adapted: nn.MultiheadAttention reads its weight and never calls it, so an "
@@ -174,10 +173,14 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 def transformers_models(model: nn.Module) -> dict[str, nn.Module]:
     """Return the outermost transformers models in ``model``, by name; known by what they offer, not by import."""
     found: dict[str, nn.Module] = {}
+    lead: str | None = None
     for name, module in named_modules(model).items():
-        inside = any(name == outer or outer == "" or name.startswith(f"{outer}.") for outer in found)
-        if not inside and hasattr(module, "save_pretrained") and hasattr(module, "get_output_embeddings"):
+        # What is inside a module follows it.
+        if lead is not None and name.startswith(lead):
+            continue
+        if hasattr(module, "save_pretrained") and hasattr(module, "get_output_embeddings"):
             found[name] = module
+            lead = f"{name}." if name else ""
     return found
 
 
@@ -187,17 +190,17 @@ def as_list(names: Names) -> list[str]:
 
 
 def _preset(
-    model: nn.Module, modules: Mapping[str, nn.Module], blocks: Mapping[str, tuple[str, int]], preset: str
+    model: nn.Module, candidates: Mapping[str, nn.Module], modules: Mapping[str, nn.Module], preset: str
 ) -> set[str]:
     heads = head_modules(model)
     linears = {
         name
-        for name, m in modules.items()
+        for name, m in candidates.items()
         if isinstance(m, nn.MultiheadAttention) or (is_linear(m) and id(m) not in heads)
     }
     if preset == ALL_LINEAR:
         return linears
-    in_blocks = linears & blocks.keys()
+    in_blocks = linears & _blocks(model, modules).keys()
     attention = {name for name in in_blocks if any(is_attention_name(part) for part in name.split("."))}
     return attention if preset == "attention" else in_blocks - attention
 

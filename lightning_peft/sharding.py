@@ -81,7 +81,7 @@ def local_slices(tensor: Tensor) -> tuple[slice, ...]:
 def write(target: Tensor, value: Tensor) -> None:
     """Copy ``value``, a whole tensor that every process has, into ``target``."""
     with torch.no_grad():
-        local_part(target).copy_(value[local_slices(target)])
+        local_part(target).copy_(value[local_slices(target)] if isinstance(target, DTensor) else value)
 
 
 def replace(target: Tensor, value: Tensor) -> None:

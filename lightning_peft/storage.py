@@ -21,7 +21,6 @@ from lightning_peft.formats.files import (
     MARKER,
     atomic_directory,
     read_json,
-    read_shapes,
     read_tensors,
     restore_interrupted,
     write_json,
@@ -32,7 +31,7 @@ from lightning_peft.inject import inject_prepared, prepare_injection, refuse_mer
 from lightning_peft.inner_models import is_lightning_module
 from lightning_peft.method import PEFTMethod
 from lightning_peft.parts import parts_of
-from lightning_peft.prepare import Prepared, prepared_shapes
+from lightning_peft.prepare import Prepared, prepared_tensors
 from lightning_peft.registry import registries, required
 from lightning_peft.seeding import parameters_left_empty
 from lightning_peft.select import transformers_models
@@ -162,6 +161,8 @@ class _Load:
     prefix: str
     tensors: dict[str, Tensor]
     """By name in the model as a whole."""
+    targets: dict[str, Tensor]
+    """What they are copied to, likewise."""
     name: str
     prepared: Prepared | None
     """The adapter to inject, if the model has none of this name."""
@@ -173,7 +174,8 @@ class _Load:
         marker = read_json(directory / MARKER) if (directory / MARKER).is_file() else {}
         config.pop(UNSAID, None)
         config.update({UNSAID: marker[UNSAID]} if UNSAID in marker else {})
-        shapes, source = read_shapes(file), str(directory)
+        stored, source = read_tensors(file), str(directory)
+        shapes = {key: tuple(tensor.shape) for key, tensor in stored.items()}
         if config.get("peft_type") == own.PEFT_TYPE:
             content = own.read_content(config, shapes, source)
         else:
@@ -182,7 +184,6 @@ class _Load:
             base = marker.get("base")
             refuse_other_base(model, base if isinstance(base, dict) else {}, source, prefix)
         lead = f"{prefix}." if prefix else ""
-        stored = read_tensors(file)
         _refuse_changed_base(root, {name: stored.pop(key) for key, name in content.copies.items()}, source)
         if extra := sorted(stored.keys() - {whole_of(key) for key in content.names}):
             raise PEFTError(f"{source} holds {extra[0]!r}, which its configuration does not explain. It is damaged.")
@@ -196,26 +197,22 @@ class _Load:
             refuse_other_methods(present, [method.config() for method in content.methods], source, names_only=True)
             adapters = _adapters_of(model, lead, name)
             tensors = {key: _converted(adapters, key, tensor, back=True) for key, tensor in tensors.items()}
-            held = {key: t for key, t in adapter_parameters_and_whole(model).items() if key.startswith(lead)}
-            held = {key: t for key, t in held.items() if with_adapter(without_adapter(key), name) == key}
-            expected = {key: t.shape for key, t in held.items()}
-            buffers = {key for key in held.keys() & adapter_tensors(model) if not isinstance(held[key], nn.Parameter)}
+            targets = {key: t for key, t in adapter_parameters_and_whole(model).items() if key.startswith(lead)}
+            targets = {key: t for key, t in targets.items() if with_adapter(without_adapter(key), name) == key}
         else:
             with parameters_left_empty():
                 prepared = prepare_injection(root, content.methods, name, content.train_also)
-            planned, names = prepared_shapes(root, prepared, name)
-            expected, buffers = {f"{lead}{key}": s for key, s in planned.items()}, {f"{lead}{key}" for key in names}
-        # Formats of others have no place for some buffers, which start anew.
-        check_tensors({k: s for k, s in expected.items() if k in tensors or k not in buffers}, tensors, source)
-        return cls(model, prefix, tensors, name, prepared)
+            targets = {f"{lead}{key}": t for key, t in prepared_tensors(root, prepared, name).items()}
+        # Formats of others have no place for some buffers of adapters, which start anew.
+        expected = {k: t.shape for k, t in targets.items() if k in tensors or not _is_adapter_buffer(k, t)}
+        check_tensors(expected, tensors, source)
+        return cls(model, prefix, tensors, targets, name, prepared)
 
     def run(self) -> None:
         if self.prepared is not None:
             inject_prepared(self.model.get_submodule(self.prefix), self.prepared, self.name)
-        parameters = adapter_parameters_and_whole(self.model)
-        with torch.no_grad():
-            for key, tensor in self.tensors.items():
-                write(parameters[key], tensor)
+        for key, tensor in self.tensors.items():
+            write(self.targets[key], tensor)
 
 
 def _present(model: nn.Module, prefix: str, adapter: str) -> tuple[PEFTMethod, ...] | None:
@@ -225,6 +222,10 @@ def _present(model: nn.Module, prefix: str, adapter: str) -> tuple[PEFTMethod, .
         if adapter in registry.methods and any(not prefix or name.startswith(f"{prefix}.") for name in names):
             return registry.methods[adapter]
     return None
+
+
+def _is_adapter_buffer(name: str, tensor: Tensor) -> bool:
+    return not isinstance(tensor, nn.Parameter) and CHILD in name.split(".")
 
 
 def _read_beside(model: nn.Module, directory: Path) -> dict[str, Tensor]:

@@ -37,9 +37,12 @@ class Counterpart(ABC):
     """HF PEFT's name of the method."""
     parameters: ClassVar[Mapping[str, str]] = {}
     """What follows the module's name in the file, with the name of that parameter in the adapter."""
+    _endings: ClassVar[tuple[str, ...]] = ()
+    """The same with a dot in front."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls._endings = tuple(f".{suffix}" for suffix in cls.parameters)
         if "method" in cls.__dict__:
             _COUNTERPARTS.append(cls())
 
@@ -98,7 +101,7 @@ class Counterpart(ABC):
 
     def owns(self, name: str) -> bool:
         """Whether a tensor in the file is the method's; others belong to modules trained whole."""
-        return any(name.endswith(f".{suffix}") for suffix in self.parameters)
+        return name.endswith(self._endings)
 
     def hosts(self, root: nn.Module, shapes: Shapes, source: str, method: PEFTMethod | None = None) -> list[str]:
         """Return the names of the modules that the tensors of a file adapt.
@@ -145,11 +148,11 @@ class Counterpart(ABC):
         """
         found: dict[str, set[str]] = {}
         for name in shapes:
-            suffix = next((s for s in self.parameters if name.endswith(f".{s}")), None)
+            ending = next((ending for ending in self._endings if name.endswith(ending)), None)
             if not (name.startswith(PREFIX) or self.owns(name)):
                 raise PEFTError(f"{source}: the tensor {name!r} does not start with {PREFIX!r}; it is no HF PEFT file.")
-            if suffix is not None:
-                found.setdefault(name[len(PREFIX) : -len(suffix) - 1], set()).add(suffix)
+            if ending is not None:
+                found.setdefault(name[len(PREFIX) : -len(ending)], set()).add(ending[1:])
         if not found:
             raise PEFTError(f"{source} holds no {self.peft_type} tensors.")
         return found
@@ -220,5 +223,7 @@ def targets_from(hosts: Iterable[str], root: nn.Module) -> list[str] | str:
 
 
 def _ends_in(name: str, endings: set[str]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[start:]) in endings for start in range(1, len(parts)))
+    while name := name.partition(".")[2]:
+        if name in endings:
+            return True
+    return False

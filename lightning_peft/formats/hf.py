@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import nn
@@ -49,7 +49,7 @@ def read_content(
     """
     counterpart = for_config(config, source)
     for name in shapes:
-        if not (counterpart.owns(name) or name.startswith(PREFIX)):
+        if not (name.startswith(PREFIX) or counterpart.owns(name)):
             raise PEFTError(f"{source}: the tensor {name!r} does not start with {PREFIX!r}; it is no HF PEFT file.")
     method = counterpart.read(root, config, shapes, source)
     rest = [name for name in shapes if not counterpart.owns(name)]
@@ -77,9 +77,11 @@ def _task_type(root: nn.Module) -> str | None:
 
 
 def _whole(
-    root: nn.Module, config: Mapping[str, Any], rest: Iterable[str], source: str
+    root: nn.Module, config: Mapping[str, Any], rest: Sequence[str], source: str
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the modules trained whole, from ``modules_to_save`` and the tensors, and the copies of base parameters."""
+    if not rest:
+        return (), {}
     listed = [str(ending) for ending in config.get("modules_to_save") or ()]
     parameters = dict(root.named_parameters())
     wanted, copies = set(), {}
