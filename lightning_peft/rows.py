@@ -12,6 +12,7 @@ from torch.nn import functional
 from lightning_peft.adapter import Adapter
 from lightning_peft.calls import hidden_of, input_of, on_hidden, with_input
 from lightning_peft.errors import PEFTError
+from lightning_peft.kept import Kept
 
 
 class Rows(Adapter):
@@ -27,7 +28,7 @@ class Rows(Adapter):
         super().__init__()
         # In a tuple they are no children: their hosts' slots have them already.
         self.adapters, self.rows, self._name = tuple(adapters), rows, name
-        self._kept: tuple[Any, list[Tensor]] | None = None
+        self._kept = Kept()
 
     def checked(self, tensor: Tensor) -> Tensor:
         """Return ``tensor``.
@@ -53,11 +54,7 @@ class Rows(Adapter):
         """Return what ``stack`` makes of ``parameters``, in ``dtype``; again only with gradients or other values."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return [made.to(dtype) for made in stack()]
-        versions = [0 if p.is_inference() else p._version for p in parameters]
-        state = (dtype, versions, [p.data_ptr() for p in parameters])
-        if self._kept is None or self._kept[0] != state:
-            self._kept = (state, [made.to(dtype) for made in stack()])
-        return self._kept[1]
+        return self._kept.get(dtype, parameters, lambda: [made.to(dtype) for made in stack()])
 
     def dropped(self, x: Tensor, rates: Sequence[float]) -> Tensor:
         """Return x ``[rows, tokens, features]`` with dropout at each row's own rate; ``rates`` are the adapters'."""

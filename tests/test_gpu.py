@@ -16,6 +16,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+
+@pytest.fixture(autouse=True)
+def every_input_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_MANY", 0)
+
+
 CONFIG = subjects.LlamaConfig(
     hidden_size=256,
     intermediate_size=512,

@@ -107,11 +107,22 @@ def test_outputs_and_gradients(
     assert calls == [1] * large
 
 
-def test_dropout_of_a_small_input_keeps_no_copy(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_MANY_ON_CPU", 2**20)
-    host, x = layer().train(), torch.randn(3, IN, dtype=torch.float64)
-    lora(host).dropout = 0.4
+def test_what_is_large(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
+    """On a GPU more; with dropout, of which the plain expression keeps copies, as little as on a CPU."""
+    monkeypatch.setattr(products, "_MANY_ON_CPU", 4)
+    monkeypatch.setattr(products, "_MANY", 6)
+    cases = [("cpu", False, 4), ("cpu", True, 4), ("meta", False, 6), ("meta", True, 4)]
+    for device, drops, least in cases:
+        assert [products.is_large(torch.empty(n, device=device), drops) for n in (least - 1, least)] == [False, True]
+    host = layer().to("meta").train()
+    x = torch.empty(5, 1, IN, device="meta", dtype=torch.float64)
+    monkeypatch.setattr(products, "_MANY", x.numel() + 1)
     host(x)
+    assert not calls
+    lora(host).dropout = 0.1
+    host(x)
+    assert calls == [1]
+    host.eval()(x)
     assert calls == [1]
 
 
@@ -144,7 +155,7 @@ def test_second_derivatives_of_layers_with_one_input(narrow: bool, p: float, mon
         mask = drop(torch.ones(8, 2 * IN), p)[1]
         kept = kept_fraction(p, values.device)
         monkeypatch.setattr(products, "drop", lambda x, p: (x * mask[:, : x.shape[1]], mask[:, : x.shape[1]], 1 / kept))
-        monkeypatch.setattr(nn.functional, "dropout", lambda x, p: x * mask[:, : x.shape[-1]] / kept)
+        monkeypatch.setattr(nn.functional, "dropout", lambda x, p, training: x * mask[:, : x.shape[-1]] / kept)
 
     def second(dtype: torch.dtype, narrow: bool) -> list[Tensor]:
         model.to(dtype)
@@ -426,6 +437,52 @@ def test_float32_adapters_of_a_narrow_computation(
     assert calls == [3, 1, 2, 1]
     theirs = plain(monkeypatch, run)
     assert error(ours) < 1.5 * error(theirs) < 0.1
+
+
+def test_cast_matrices_are_kept_while_they_are_the_same() -> None:
+    """For a decoder; any way to other values is seen."""
+    host, x = layer().eval(), torch.randn(1, IN).bfloat16()
+    host.weight.data = host.weight.detach().bfloat16()
+    adapter = lora(host).float()
+    casts: list[int] = []
+
+    class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            casts.append(1) if func.overloadpacket.__name__ == "_to_copy" else None
+            return func(*args, **(kwargs or {}))
+
+    def output() -> Tensor:
+        with torch.no_grad(), Counted():
+            return host(x)
+
+    def right() -> Tensor:
+        return formula(host, x.double(), adapter.lora_A.double(), adapter.lora_B.double()).detach()
+
+    host.weight.data, weight = host.weight.detach().double(), host.weight.detach()
+    expected = right()
+    host.weight.data = weight
+    torch.testing.assert_close(output().double(), expected, rtol=0.05, atol=0.1)
+    assert len(casts) == 2
+    output()
+    assert len(casts) == 2
+    before = output()
+    with torch.no_grad():
+        adapter.lora_B.mul_(2)
+    changed = output()
+    assert len(casts) == 4
+    assert not torch.equal(changed, before)
+    address = adapter.lora_B.data_ptr()
+    for _ in range(50):
+        adapter.lora_B.data = adapter.lora_B.detach() * 0.99
+        # Or it would be taken for what it was.
+        assert adapter.lora_B.data_ptr() != address
+    for _ in range(3):
+        adapter.lora_B.data = adapter.lora_B.detach() / 2
+        halved = output()
+        assert not torch.equal(halved, changed)
+        changed = halved
+    adapter.lora_B.data = torch.zeros_like(adapter.lora_B)
+    assert torch.equal(output(), nn.functional.linear(x, host.weight))
 
 
 @pytest.mark.parametrize("kind", KINDS)

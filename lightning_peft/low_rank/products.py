@@ -33,12 +33,13 @@ _NARROW = (torch.float16, torch.bfloat16)
 _WHOLE = (Tensor, nn.Parameter, FakeTensor)
 
 
-def is_large(x: Tensor) -> bool:
+def is_large(x: Tensor, drops: bool) -> bool:
     """Whether the kernels that read ``x`` take longer than Python needs to launch them.
 
-    Where they do not, autograd's own functions are faster: they launch more kernels, but from C++.
+    Where they do not, the plain expression is faster: autograd's own functions launch more kernels, but from C++. With
+    dropout they keep a copy of ``x`` for each layer, and are left to what is small on any device.
     """
-    return x.numel() >= (_MANY_ON_CPU if x.device.type == "cpu" else _MANY)
+    return x.numel() >= (_MANY_ON_CPU if drops or x.device.type == "cpu" else _MANY)
 
 
 def product_dtype(base: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> torch.dtype | None:
@@ -207,13 +208,9 @@ class Following(torch.autograd.Function):
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return y + s · (x Aᵀ) Bᵀ by autograd's own functions; y ``[..., out]`` is changed in place without a graph."""
-    if not (x.dtype == a.dtype == y.dtype):
-        x, a, b = x.to(y.dtype), a.to(y.dtype), b.to(y.dtype)
-    rows, hidden = _rows(y), torch.mm(_rows(x), a.t())
-    if torch.is_grad_enabled():
-        return torch.addmm(rows, hidden, b.t(), alpha=scale).view(y.shape)
-    rows.addmm_(hidden, b.t(), alpha=scale)
+    """Return y + s · (x Aᵀ) Bᵀ, in place, without a graph; x ``[..., in]``, y ``[..., out]``, all of one dtype."""
+    # For one token at a time, where calls cost more than what they compute.
+    _rows(y).addmm_(torch.mm(_rows(x), a.t()), b.t(), alpha=scale)
     return y
 
 
