@@ -13,6 +13,8 @@ PANELS = {
     "kept_bytes": ("/ frozen bound", "bytes kept for backward / frozen bound"),
     "peak_memory": ("/ full", "peak memory / full fine-tuning"),
     "launches": ("together", "operators launched per layer"),
+    "step_time_cuda": ("step / bound", "time of a step / frozen bound, on a GPU"),
+    "peak_memory_cuda": ("/ full", "peak memory / full fine-tuning, on a GPU"),
 }
 
 

@@ -67,6 +67,10 @@ def answer(question: Callable[[Options], list[Table]]) -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for table in question(options):
+        if given.device != "cpu":
+            # Beside the CPU's table, not in its place.
+            table.name += f"_{given.device}"
+            table.notes.insert(0, f"On {machine(given.device)}.")
         print(table.markdown(), flush=True)
         content = {**asdict(table), "quick": given.quick, "machine": machine(given.device)}
         (options.out / f"{table.name}.json").write_text(json.dumps(content, indent=1) + "\n")
