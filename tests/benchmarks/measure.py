@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -37,8 +38,13 @@ class Spread:
 
 
 def in_turns(cases: Mapping[Any, Timed], rounds: int, warmup: int = 1) -> list[dict[Any, Mapping[str, float]]]:
-    """Run every case once in every round (A B C A B C …) and return the rounds after the first ``warmup``."""
-    return [{name: case() for name, case in cases.items()} for _ in range(warmup + rounds)][warmup:]
+    """Run every case once in every round and return the rounds after the first ``warmup``.
+
+    The order is another in every round: a case that always followed the same would always find the caches as it leaves
+    them.
+    """
+    orders = [random.Random(turn).sample(list(cases), len(cases)) for turn in range(warmup + rounds)]
+    return [{name: cases[name]() for name in order} for order in orders][warmup:]
 
 
 def ratios(rounds: list[dict[Any, Mapping[str, float]]], case: Any, reference: Any, what: str) -> Spread:
