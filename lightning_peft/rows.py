@@ -12,7 +12,6 @@ from torch.nn import functional
 from lightning_peft.adapter import Adapter
 from lightning_peft.calls import hidden_of, input_of, on_hidden, with_input
 from lightning_peft.errors import PEFTError
-from lightning_peft.kept import Kept
 
 
 class Rows(Adapter):
@@ -28,7 +27,7 @@ class Rows(Adapter):
         super().__init__()
         # In a tuple they are no children: their hosts' slots have them already.
         self.adapters, self.rows, self._name = tuple(adapters), rows, name
-        self._kept = Kept()
+        self._kept: tuple[Any, list[Tensor], list[Tensor]] | None = None
 
     def checked(self, tensor: Tensor) -> Tensor:
         """Return ``tensor``.
@@ -52,9 +51,14 @@ class Rows(Adapter):
 
     def kept(self, dtype: torch.dtype, parameters: Sequence[Tensor], stack: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Return what ``stack`` makes of ``parameters``, in ``dtype``; again only with gradients or other values."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # Tensors made in inference mode do not tell when they are changed.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
             return [made.to(dtype) for made in stack()]
-        return self._kept.get(dtype, parameters, lambda: [made.to(dtype) for made in stack()])
+        state = (dtype, [p._version for p in parameters], [p.data_ptr() for p in parameters])
+        if self._kept is None or self._kept[0] != state:
+            # Their old memory is held, or other values might come to stand there and be taken for these.
+            self._kept = (state, [made.to(dtype) for made in stack()], [p.detach() for p in parameters])
+        return self._kept[1]
 
     def dropped(self, x: Tensor, rates: Sequence[float]) -> Tensor:
         """Return x ``[rows, tokens, features]`` with dropout at each row's own rate; ``rates`` are the adapters'."""

@@ -439,50 +439,15 @@ def test_float32_adapters_of_a_narrow_computation(
     assert error(ours) < 1.5 * error(theirs) < 0.1
 
 
-def test_cast_matrices_are_kept_while_they_are_the_same() -> None:
-    """For a decoder; any way to other values is seen."""
+def test_values_written_past_autograd_are_seen() -> None:
+    """As averages of weights are: through ``.data``, which leaves no trace."""
     host, x = layer().eval(), torch.randn(1, IN).bfloat16()
     host.weight.data = host.weight.detach().bfloat16()
     adapter = lora(host).float()
-    casts: list[int] = []
-
-    class Counted(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            casts.append(1) if func.overloadpacket.__name__ == "_to_copy" else None
-            return func(*args, **(kwargs or {}))
-
-    def output() -> Tensor:
-        with torch.no_grad(), Counted():
-            return host(x)
-
-    def right() -> Tensor:
-        return formula(host, x.double(), adapter.lora_A.double(), adapter.lora_B.double()).detach()
-
-    host.weight.data, weight = host.weight.detach().double(), host.weight.detach()
-    expected = right()
-    host.weight.data = weight
-    torch.testing.assert_close(output().double(), expected, rtol=0.05, atol=0.1)
-    assert len(casts) == 2
-    output()
-    assert len(casts) == 2
-    before = output()
     with torch.no_grad():
-        adapter.lora_B.mul_(2)
-    changed = output()
-    assert len(casts) == 4
-    assert not torch.equal(changed, before)
-    address = adapter.lora_B.data_ptr()
-    for _ in range(50):
-        adapter.lora_B.data = adapter.lora_B.detach() * 0.99
-        # Or it would be taken for what it was.
-        assert adapter.lora_B.data_ptr() != address
-    for _ in range(3):
-        adapter.lora_B.data = adapter.lora_B.detach() / 2
-        halved = output()
-        assert not torch.equal(halved, changed)
-        changed = halved
-    adapter.lora_B.data = torch.zeros_like(adapter.lora_B)
-    assert torch.equal(output(), nn.functional.linear(x, host.weight))
+        assert not torch.equal(host(x), nn.functional.linear(x, host.weight))
+        adapter.lora_B.data.zero_()
+        assert torch.equal(host(x), nn.functional.linear(x, host.weight))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,6 @@ from torch.nn import functional
 
 from lightning_peft.adapter import Adapter
 from lightning_peft.calls import input_of, with_input
-from lightning_peft.kept import Kept
 from lightning_peft.low_rank.products import add_low_rank, frozen_matrix, is_large, product_dtype
 from lightning_peft.low_rank.shared_input import SharedInput
 from lightning_peft.seeding import fill
@@ -32,7 +30,7 @@ class LoRAAdapter(Adapter):
         self.lora_A = nn.Parameter(torch.empty(shapes["lora_A"], **options))
         self.lora_B = nn.Parameter(torch.empty(shapes["lora_B"], **options))
         self.scale, self.dropout = scale, dropout
-        self.shared_input, self._cast = SharedInput(self), Kept()
+        self.shared_input = SharedInput(self)
         self._init, self._seed, self._name = init, seed, name
         self.reset_parameters()
 
@@ -104,24 +102,14 @@ class LoRAAdapter(Adapter):
         shared = self.shared_input
         if shared.call is not None:
             return shared.add(self, output)
-        x = input_of(args, kwargs)
-        a: Tensor = self.lora_A
-        b: Tensor = self.lora_B
+        x, a, b = input_of(args, kwargs), self.lora_A, self.lora_B
         if not (self.training or torch.is_grad_enabled()) and product_dtype(base, x, a, b) is not None:
-            a, b = self._cast_to(output.dtype)
-            return add_low_rank(output, x.to(output.dtype), a, b, self.scale)
+            return add_low_rank(output, x, a, b, self.scale)
         x = functional.dropout(x, self.dropout, self.training)
         # The small matrices follow the activations: casting x instead would cost a float32 copy of it.
         hidden = functional.linear(x, a.to(x.dtype))  # [..., r]
         delta = functional.linear(hidden, b.to(hidden.dtype))  # [..., out]
         return torch.add(output, delta, alpha=self.scale).to(output.dtype)
-
-    def _cast_to(self, dtype: torch.dtype) -> Sequence[Tensor]:
-        """Return A and B in ``dtype``, without a graph; a decoder would cast them for every token."""
-        matrices = self.lora_A, self.lora_B
-        if matrices[0].dtype == dtype:
-            return matrices
-        return self._cast.get(dtype, matrices, lambda: [matrix.to(dtype) for matrix in matrices])
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return W0 + scale · B A (section 4.1, "No Additional Inference Latency")."""

@@ -26,7 +26,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from lightning_peft.low_rank.dropout import drop, drop_again, kept_fraction
 from lightning_peft.weights import is_conv1d, weight_of
 
-# Elements of an input from which on writing the backward pass by hand spares time: measured in stacks of projections.
+# From so many elements of an input on, the backward pass by hand spares time: measured in stacks of projections.
 _MANY_ON_CPU, _MANY = 2**16, 2**23
 _NARROW = (torch.float16, torch.bfloat16)
 # Fake tensors stand for whole ones where memory is planned.
@@ -167,11 +167,7 @@ class First(torch.autograd.Function):
         given = next((dh for dh in every_dh if dh is not None), None)
         of_a: Sequence[Tensor | None] = (None,) * count
         if given is not None:
-            dh = (
-                given
-                if count == 1
-                else _joined([_or_zeros(*pair, given) for pair in zip(every_dh, every_a, strict=True)])
-            )
+            dh = _joined([_or_zeros(g, a, given) for g, a in zip(every_dh, every_a, strict=True)])
             if x is not None:
                 rows, left = (_rows(x), 1.0) if mask is None else drop_again(_rows(x), mask, kept)
                 of_every_a = _scaled_product(dh, rows, left).to(own_b.dtype)
@@ -208,8 +204,11 @@ class Following(torch.autograd.Function):
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return y + s · (x Aᵀ) Bᵀ, in place, without a graph; x ``[..., in]``, y ``[..., out]``, all of one dtype."""
-    # For one token at a time, where calls cost more than what they compute.
+    """Return y + s · (x Aᵀ) Bᵀ, in place, without a graph; x ``[..., in]``, y ``[..., out]``."""
+    # For one token at a time, where calls cost more than what they compute. Casts are not kept for the next token: that
+    # the values are others, autograd's counter does not tell if they were written through ``.data``.
+    if not (x.dtype == a.dtype == y.dtype):
+        x, a, b = x.to(y.dtype), a.to(y.dtype), b.to(y.dtype)
     _rows(y).addmm_(torch.mm(_rows(x), a.t()), b.t(), alpha=scale)
     return y
 
