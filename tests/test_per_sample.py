@@ -224,18 +224,26 @@ def test_in_bfloat16(narrow: str, grad: bool) -> None:
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_values_that_change_within_the_context_count() -> None:
-    model = adapted("llama", {"a": LoRA(r=2), "b": LoRA(r=2)})
-    inputs = batch("llama", 2)
-    with adapter_names(model, ["a", "b"]):
-        with torch.no_grad():
+def replace(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if ".b." in name:
+            parameter.data = parameter.detach() * 3
+
+
+@pytest.mark.parametrize("change", [lambda model: fill(model, "b", 7), replace])
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_values_that_change_within_the_context_count(change: Any, without_gradients: Any) -> None:
+    """Also of adapters made in inference mode, which do not tell."""
+    with without_gradients():
+        model = adapted("llama", {"a": LoRA(r=2), "b": LoRA(r=2)})
+        inputs = batch("llama", 2)
+        with adapter_names(model, ["a", "b"]):
             before = outputs(model, inputs)
-        fill(model, "b", 7)
-        with torch.no_grad():
+            change(model)
             after = outputs(model, inputs)
-    assert torch.equal(before[0], after[0])
-    assert close(after, alone(model, inputs, ["a", "b"]))
-    assert not close(after, before)
+        assert torch.equal(before[0], after[0])
+        assert close(after, alone(model, inputs, ["a", "b"]))
+        assert not close(after, before)
 
 
 NO_KERNELS = {"view", "_unsafe_view", "t", "transpose", "expand", "unsqueeze", "slice", "select", "detach", "alias"}

@@ -45,6 +45,13 @@ def without_a_tensor(directory: Path) -> None:
     save_file(state, directory / TENSORS)
 
 
+def of_another_width(directory: Path) -> None:
+    state = load_file(directory / TENSORS)
+    name = next(name for name in state if "lora_B" in name)
+    state[name] = torch.cat([state[name], state[name]])
+    save_file(state, directory / TENSORS)
+
+
 def truncated(directory: Path) -> None:
     data = (directory / TENSORS).read_bytes()
     (directory / TENSORS).write_bytes(data[: len(data) // 2])
@@ -66,6 +73,7 @@ def changed_config(**changes: Any) -> Any:
 DAMAGE = {
     "NaN": (with_nan, "NaN or infinity"),
     "missing tensor": (without_a_tensor, "alone; lora_A.weight, lora_B.weight were expected"),
+    "tensor of another width": (of_another_width, "shape"),
     "truncated": (truncated, "damaged or truncated"),
     "absurd header": (absurd_header, "damaged or truncated"),
     "no tensors": (lambda d: (d / TENSORS).unlink(), "does not exist"),
