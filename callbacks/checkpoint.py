@@ -8,9 +8,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed import all_gather_object
 
-from lightning_peft.checkpoint import AdapterDirectory
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.files import restore_all_interrupted
+from lightning_peft.storage.checkpoint import AdapterDirectory
 from lightning_peft.strategy import PEFTStrategy
 
 

@@ -10,10 +10,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_peft.adapter import adapter_parameters
-from lightning_peft.optim import state_elements
-from lightning_peft.registry import registries
-from lightning_peft.sharding import full_shape
+from lightning_peft.core.adapter import adapter_parameters
+from lightning_peft.core.registry import registries
+from lightning_peft.core.sharding import full_shape
+from lightning_peft.strategy.optim import state_elements
 
 
 class PEFTSummary(Callback):

@@ -1,20 +1,21 @@
 """Parameter-efficient fine-tuning for any LightningModule, as one Trainer flag."""
 
-from lightning_peft.base_weights import load_base_weights
-from lightning_peft.combine import combine
-from lightning_peft.disable import disable
-from lightning_peft.eject import eject
+from lightning_peft.core.disable import disable
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.moved import keep_old_names
 from lightning_peft.errors import PEFTError
-from lightning_peft.inject import inject, set_adapter
-from lightning_peft.merge import MergeReport, merge, unmerge
-from lightning_peft.method import PEFTMethod
 from lightning_peft.methods import *  # noqa: F403 (one export line per method, in that package)
 from lightning_peft.methods import __all__ as _methods
-from lightning_peft.per_sample import adapter_names
-from lightning_peft.restore import install
-from lightning_peft.state import adapter_state_dict
-from lightning_peft.storage import load_adapter, save_adapter
+from lightning_peft.operations.combine import combine
+from lightning_peft.operations.eject import eject
+from lightning_peft.operations.inject import inject, set_adapter
+from lightning_peft.operations.merge import MergeReport, merge, unmerge
+from lightning_peft.operations.per_sample import adapter_names
+from lightning_peft.storage.base_weights import load_base_weights
+from lightning_peft.storage.directories import load_adapter, save_adapter
+from lightning_peft.storage.state import adapter_state_dict
 from lightning_peft.strategy import PEFTStrategy, register_strategies
+from lightning_peft.strategy.restore import install
 
 __all__ = [
     "MergeReport",
@@ -38,3 +39,4 @@ __all__ += _methods
 
 register_strategies()
 install()
+keep_old_names()

@@ -3,6 +3,10 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+# Scripts import what tests share, and one another.
+PATH = os.pathsep.join(str(Path(__file__).parent / folder) for folder in (".", "scripts"))
 
 # What an earlier launch in this process may have set.
 _LEFT_OVER = ("LOCAL_RANK", "NODE_RANK", "MASTER_PORT", "WORLD_SIZE", "PL_GLOBAL_SEED")
@@ -17,7 +21,13 @@ def run_script(script: str, *args: object, timeout: int = 300, **environment: st
         stderr=subprocess.STDOUT,
         text=True,
         timeout=timeout,
-        env={**inherited, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", **environment},
+        env={
+            **inherited,
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [PATH, os.environ.get("PYTHONPATH")])),
+            **environment,
+        },
     )
     assert result.returncode == 0, result.stdout[-6000:]
     return result.stdout

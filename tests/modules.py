@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_peft import LoRA, PEFTStrategy
-from lightning_peft.low_rank import products
+from lightning_peft.adapters.low_rank import products
 
 # What tests train is small; it is to go the way of what is large, on one process and on several.
 products._MANY_ON_CPU = 0

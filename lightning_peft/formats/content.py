@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lightning_peft.adapter import CHILD
-from lightning_peft.method import PEFTMethod
+from lightning_peft.core.adapter import CHILD
+from lightning_peft.core.method import PEFTMethod
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"

@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 import regex
 from torch import nn
 
-from lightning_peft.adapter import CHILD
+from lightning_peft.core.adapter import CHILD
+from lightning_peft.core.method import PEFTMethod
 from lightning_peft.errors import PEFTError
-from lightning_peft.method import PEFTMethod
-from lightning_peft.select import named_modules
+from lightning_peft.targets.naming import suffixes
+from lightning_peft.targets.select import named_modules
 
 PREFIX = "base_model.model."
 UNSAID = "lightning_peft"
@@ -117,10 +118,10 @@ class Counterpart(ABC):
         """
         found = self.grouped(shapes, source)
         modules = self.modules(root, found, source)
-        for host, suffixes in found.items():
-            if suffixes != set(expected := self.parameters_of(modules[host], method)):
+        for host, endings in found.items():
+            if endings != set(expected := self.parameters_of(modules[host], method)):
                 raise PEFTError(
-                    f"{source}: {host!r} has {', '.join(sorted(suffixes))} alone; {', '.join(expected)} were expected. "
+                    f"{source}: {host!r} has {', '.join(sorted(endings))} alone; {', '.join(expected)} were expected. "
                     "It is damaged."
                 )
         return sorted(found)
@@ -196,34 +197,7 @@ def refuse_keys(config: Mapping[str, Any], keys: Iterable[str], method: type[PEF
             )
 
 
-def suffixes(hosts: Iterable[str], modules: Iterable[str]) -> list[str] | None:
-    """Return the shortest list of name endings that names exactly ``hosts`` among ``modules``.
-
-    Last segments if they do, else whole names, else ``None``. Readers that match by the last segment only (vLLM)
-    need the first form.
-    """
-    hosts, modules = set(hosts), list(modules)
-    for endings in ({host.rsplit(".", 1)[-1] for host in hosts}, hosts):
-        named = {name for name in modules if name in endings or _ends_in(name, endings)}
-        if named == hosts:
-            return sorted(endings)
-    return None
-
-
 def targets_for_hf(hosts: Iterable[str], root: nn.Module) -> list[str] | str:
     """Return ``target_modules`` as HF PEFT reads it."""
     hosts = list(hosts)
     return suffixes(hosts, named_modules(root)) or "|".join(map(regex.escape, hosts))
-
-
-def targets_from(hosts: Iterable[str], root: nn.Module) -> list[str] | str:
-    """Return ``target_modules`` as this package reads it."""
-    hosts = sorted(hosts)
-    return suffixes(hosts, named_modules(root)) or "re:" + "|".join(map(regex.escape, hosts))
-
-
-def _ends_in(name: str, endings: set[str]) -> bool:
-    while name := name.partition(".")[2]:
-        if name in endings:
-            return True
-    return False

@@ -7,13 +7,13 @@ from typing import Any, cast
 
 from torch import nn
 
-from lightning_peft.adapter import Adapter, slots
+from lightning_peft.core.adapter import Adapter, slots
+from lightning_peft.core.method import PEFTMethod
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats import counterparts as _counterparts  # noqa: F401 (importing it registers them)
 from lightning_peft.formats.content import Content, Part
 from lightning_peft.formats.counterpart import PREFIX, Counterpart, for_config
-from lightning_peft.method import PEFTMethod
-from lightning_peft.select import named_modules
+from lightning_peft.targets.select import named_modules
 
 
 def config_of(root: nn.Module, part: Part, counterpart: Counterpart) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.adapter import CHILD
+from lightning_peft.core.adapter import CHILD
+from lightning_peft.core.method import method_from_config
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.content import Content, Part, without_adapter
-from lightning_peft.method import method_from_config
 
 PEFT_TYPE = "LIGHTNING_PEFT"
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from lightning_peft.formats.counterpart import suffixes
-from lightning_peft.low_rank.own_weights import attention_weights, key_of, own_weights
+from lightning_peft.adapters.low_rank.own_weights import attention_weights, key_of, own_weights
+from lightning_peft.targets.naming import suffixes
 
 _OUT, _IN = "base_layer.out_proj.", ("q_proj_weight.", "k_proj_weight.", "v_proj_weight.")
 # HF PEFT nests one wrapper a weight, the last weight's outermost. The longest ending comes first.

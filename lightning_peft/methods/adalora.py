@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_peft.adapter import Adapter
-from lightning_peft.calls import input_of
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.calls import input_of
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.seeding import fill
+from lightning_peft.core.sharding import full_shape, like, whole, write
+from lightning_peft.core.weights import features, is_linear, tensor_options
 from lightning_peft.errors import PEFTError
-from lightning_peft.method import PEFTMethod
-from lightning_peft.seeding import fill
-from lightning_peft.select import first_match, require_matches, select
-from lightning_peft.sharding import full_shape, like, whole, write
-from lightning_peft.weights import features, is_linear, tensor_options
+from lightning_peft.targets.select import first_match, require_matches, select
 
 _PARTS = ("lora_A", "lora_E", "lora_B")
 

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapter import Adapter, base_parameters
+from lightning_peft.core.adapter import Adapter, base_parameters
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.weights import features, is_linear, tensor_options
 from lightning_peft.errors import PEFTError
-from lightning_peft.method import PEFTMethod
-from lightning_peft.select import as_list, head_modules, match_names, named_modules, require_matches
-from lightning_peft.weights import features, is_linear, tensor_options
+from lightning_peft.targets.select import as_list, head_modules, match_names, named_modules, require_matches
 
 
 class AddedBias(Adapter):

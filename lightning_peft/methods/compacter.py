@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_peft.adapter import Adapter
-from lightning_peft.blocks import find_blocks, widths
-from lightning_peft.bottleneck import ACTIVATIONS, Shape
-from lightning_peft.calls import on_hidden
+from lightning_peft.adapters.bottleneck.bottleneck import ACTIVATIONS, Shape
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.calls import on_hidden
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.seeding import fill
+from lightning_peft.core.weights import tensor_options
 from lightning_peft.errors import PEFTError
-from lightning_peft.method import PEFTMethod
 from lightning_peft.methods.series_adapter import SeriesAdapter
-from lightning_peft.seeding import fill
-from lightning_peft.weights import tensor_options
+from lightning_peft.targets.blocks import find_blocks, widths
 
 
 class SlowWeights(nn.Module):

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.adapters.low_rank.embedding import EmbeddingLoRAAdapter
+from lightning_peft.adapters.low_rank.linear import LoRAAdapter
+from lightning_peft.core.weights import is_packed, read_matrix
 from lightning_peft.errors import PEFTError
-from lightning_peft.low_rank.embedding import EmbeddingLoRAAdapter
-from lightning_peft.low_rank.linear import LoRAAdapter
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.weights import is_packed, read_matrix
 
 
 class DoRAAdapter(LoRAAdapter):

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from lightning_peft.adapter import base_parameters
+from lightning_peft.core.adapter import base_parameters
+from lightning_peft.core.method import PEFTMethod
 from lightning_peft.errors import PEFTError
-from lightning_peft.method import PEFTMethod
 
 
 @dataclass(frozen=True, kw_only=True)

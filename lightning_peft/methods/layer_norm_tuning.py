@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from lightning_peft.blocks import layer_norms
+from lightning_peft.core.method import PEFTMethod
 from lightning_peft.errors import PEFTError
-from lightning_peft.method import PEFTMethod
-from lightning_peft.select import as_list, match_names, require_matches
+from lightning_peft.targets.blocks import layer_norms
+from lightning_peft.targets.select import as_list, match_names, require_matches
 
 
 @dataclass(frozen=True, kw_only=True)

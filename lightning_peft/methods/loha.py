@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_peft.adapter import Adapter
-from lightning_peft.calls import input_of
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.calls import input_of
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.seeding import fill
+from lightning_peft.core.weights import features, is_linear, tensor_options
 from lightning_peft.errors import PEFTError
-from lightning_peft.method import PEFTMethod
-from lightning_peft.seeding import fill
-from lightning_peft.select import select
-from lightning_peft.weights import features, is_linear, tensor_options
+from lightning_peft.targets.select import select
 
 
 class LoHaAdapter(Adapter):

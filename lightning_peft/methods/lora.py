@@ -14,26 +14,26 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lightning_peft.adapter import Adapter
-from lightning_peft.blocks import shared_inputs
-from lightning_peft.errors import PEFTError
-from lightning_peft.fused_parts import is_fused, part_rows
-from lightning_peft.low_rank.conv import ConvLoRAAdapter
-from lightning_peft.low_rank.embedding import EmbeddingLoRAAdapter
-from lightning_peft.low_rank.fused import FusedLoRAAdapter
-from lightning_peft.low_rank.linear import LoRAAdapter
-from lightning_peft.low_rank.own_weights import (
+from lightning_peft.adapters.low_rank.conv import ConvLoRAAdapter
+from lightning_peft.adapters.low_rank.embedding import EmbeddingLoRAAdapter
+from lightning_peft.adapters.low_rank.fused import FusedLoRAAdapter
+from lightning_peft.adapters.low_rank.linear import LoRAAdapter
+from lightning_peft.adapters.low_rank.own_weights import (
     OwnWeightsLoRAAdapter,
     attention_weights,
     factor_shapes,
     own_weights,
 )
-from lightning_peft.low_rank.principal import PrincipalAdapter, is_principal
-from lightning_peft.low_rank.shared_input import SharedInput
-from lightning_peft.method import PEFTMethod
-from lightning_peft.select import first_match, named_modules, require_matches, select
-from lightning_peft.sharding import full_shape
-from lightning_peft.weights import features
+from lightning_peft.adapters.low_rank.principal import PrincipalAdapter, is_principal
+from lightning_peft.adapters.low_rank.shared_input import SharedInput
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.sharding import full_shape
+from lightning_peft.core.weights import features
+from lightning_peft.errors import PEFTError
+from lightning_peft.targets.blocks import shared_inputs
+from lightning_peft.targets.fused_parts import is_fused, part_rows
+from lightning_peft.targets.select import first_match, named_modules, require_matches, select
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_peft.adapter import Adapter
-from lightning_peft.calls import input_of
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.calls import input_of
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.sharding import whole, write
+from lightning_peft.core.weights import tensor_options
 from lightning_peft.errors import PEFTError
-from lightning_peft.method import PEFTMethod
-from lightning_peft.select import named_modules, select, transformers_models
-from lightning_peft.sharding import whole, write
-from lightning_peft.weights import tensor_options
+from lightning_peft.targets.select import named_modules, select, transformers_models
 
 
 class Rows(nn.Module):

@@ -11,15 +11,15 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from lightning_peft.adapter import Adapter
-from lightning_peft.blocks import Block, find_blocks, widths
-from lightning_peft.bottleneck import Bottleneck, Shape
-from lightning_peft.calls import input_of, on_hidden
+from lightning_peft.adapters.bottleneck.bottleneck import Bottleneck, Shape
+from lightning_peft.adapters.bottleneck.tap import Tap
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.calls import input_of, on_hidden
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.weights import tensor_options
 from lightning_peft.errors import PEFTError
-from lightning_peft.method import PEFTMethod
-from lightning_peft.select import select
-from lightning_peft.tap import Tap
-from lightning_peft.weights import tensor_options
+from lightning_peft.targets.blocks import Block, find_blocks, widths
+from lightning_peft.targets.select import select
 
 Place = Literal["attention", "mlp"]
 

@@ -12,12 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapter import Adapter
-from lightning_peft.errors import PEFTError
-from lightning_peft.initial_tokens import initial_ids, observed, require_one_start, without_start
-from lightning_peft.method import PEFTMethod
-from lightning_peft.prefixes import Prefixes, ProjectedPrefixes
-from lightning_peft.virtual_tokens import (
+from lightning_peft.adapters.virtual_tokens.initial_tokens import (
+    initial_ids,
+    observed,
+    require_one_start,
+    without_start,
+)
+from lightning_peft.adapters.virtual_tokens.prefixes import Prefixes, ProjectedPrefixes
+from lightning_peft.adapters.virtual_tokens.virtual_tokens import (
     Decoder,
     by_name,
     cache_of,
@@ -30,7 +32,10 @@ from lightning_peft.virtual_tokens import (
     require_tokens,
     widened,
 )
-from lightning_peft.weights import tensor_options
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.weights import tensor_options
+from lightning_peft.errors import PEFTError
 
 
 class PrefixRoom(Adapter):
@@ -53,7 +58,7 @@ class PrefixRoom(Adapter):
         """Widen the mask, shift the positions, and give a cache that shows the prefix as taken positions."""
         from transformers import DynamicCache
 
-        from lightning_peft.prefix_cache import ShiftedCache
+        from lightning_peft.adapters.virtual_tokens.prefix_cache import ShiftedCache
 
         refuse_pieces("PrefixTuning", next(self.prefixes.parameters()))
         named, cache = by_name(base, args, kwargs)
@@ -97,7 +102,7 @@ class Prefix(Adapter):
         self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Give a cache that puts the prefix before keys and values."""
-        from lightning_peft.prefix_cache import PrefixedCache
+        from lightning_peft.adapters.virtual_tokens.prefix_cache import PrefixedCache
 
         named, cache = by_name(base, args, kwargs)
         prefix = self._prefixes[0](self._layer)

@@ -13,15 +13,21 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapter import Adapter
-from lightning_peft.calls import recorded_inputs
+from lightning_peft.adapters.virtual_tokens.infix import PromptEnd
+from lightning_peft.adapters.virtual_tokens.initial_tokens import (
+    embedded,
+    initial_ids,
+    observed,
+    require_one_start,
+    without_start,
+)
+from lightning_peft.adapters.virtual_tokens.prompt import Activations, Prompt
+from lightning_peft.adapters.virtual_tokens.virtual_tokens import Decoder, find_decoder, require_room, require_tokens
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.calls import recorded_inputs
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.seeding import generator_of
 from lightning_peft.errors import PEFTError
-from lightning_peft.infix import PromptEnd
-from lightning_peft.initial_tokens import embedded, initial_ids, observed, require_one_start, without_start
-from lightning_peft.method import PEFTMethod
-from lightning_peft.prompt import Activations, Prompt
-from lightning_peft.seeding import generator_of
-from lightning_peft.virtual_tokens import Decoder, find_decoder, require_room, require_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +37,8 @@ class PromptTuning(PEFTMethod):
     Outputs are those of the text. A loss over them does not count the text's first token as predicted by the prompt.
 
     Infix tokens stand after the prompt of each row: before its first label other than -100 if the model is called with
-    ``labels`` (or within :func:`lightning_peft.infix.answers`), else after its last token that is not padding. The
-    answer's first token is predicted from the last of them.
+    ``labels`` (or within :func:`lightning_peft.adapters.virtual_tokens.infix.answers`), else after its last token that
+    is not padding. The answer's first token is predicted from the last of them.
 
     Args:
         num_virtual_tokens: Number of trainable embeddings before the text.

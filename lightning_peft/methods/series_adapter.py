@@ -13,16 +13,16 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
 
-from lightning_peft.adapter import Adapter
-from lightning_peft.blocks import Block, find_blocks, layer_norms, widths
-from lightning_peft.bottleneck import Bottleneck, Shape
-from lightning_peft.calls import input_of, on_hidden, with_input
+from lightning_peft.adapters.bottleneck.bottleneck import Bottleneck, Shape
+from lightning_peft.adapters.bottleneck.residual import ResidualBottleneck
+from lightning_peft.adapters.bottleneck.tap import Tap
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.calls import input_of, on_hidden, with_input
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.weights import tensor_options
 from lightning_peft.errors import PEFTError
-from lightning_peft.method import PEFTMethod
-from lightning_peft.residual import ResidualBottleneck
-from lightning_peft.select import select
-from lightning_peft.tap import Tap
-from lightning_peft.weights import tensor_options
+from lightning_peft.targets.blocks import Block, find_blocks, layer_norms, widths
+from lightning_peft.targets.select import select
 
 Place = Literal["attention", "mlp", "mlp_input", "layer", "residual"]
 PLACES: set[Place] = set(get_args(Place))

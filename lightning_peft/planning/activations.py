@@ -22,8 +22,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_peft.adapters.virtual_tokens.infix import IGNORED, answers
 from lightning_peft.errors import PEFTError
-from lightning_peft.infix import IGNORED, answers
 
 
 def step_bytes(

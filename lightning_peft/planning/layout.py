@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapter import CHILD
+from lightning_peft.core.adapter import CHILD
 from lightning_peft.errors import PEFTError
 
 Kind = Literal["single_device", "ddp", "fsdp", "model_parallel", "deepspeed"]

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.core.registry import registries
 from lightning_peft.planning.layout import Layout, Precision
-from lightning_peft.registry import registries
 
 ROOM = 0.9
 """The part of a device's memory that is planned with. The rest is for CUDA itself, kernels, and fragmentation."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from lightning_peft.core.registry import registries
 from lightning_peft.errors import PEFTError
 from lightning_peft.planning.activations import step_bytes
 from lightning_peft.planning.layout import Layout, Precision
 from lightning_peft.planning.memory import ROOM, Memory, alternatives, plan
-from lightning_peft.registry import registries
-from lightning_peft.select import transformers_models
+from lightning_peft.targets.select import transformers_models
 
 GIB = 2**30
 _UNITS = {GIB: "GiB", 2**20: "MiB", 2**10: "KiB"}

@@ -7,7 +7,7 @@ import inspect
 import torch
 from transformers import PreTrainedModel
 
-from lightning_peft.infix import IGNORED, answers
+from lightning_peft.adapters.virtual_tokens.infix import IGNORED, answers
 
 
 def answer_logits(

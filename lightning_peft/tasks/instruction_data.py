@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lightning_peft.adapters.virtual_tokens.infix import IGNORED
 from lightning_peft.errors import PEFTError
-from lightning_peft.infix import IGNORED
 from lightning_peft.tasks.pretrained import load_tokenizer
 from lightning_peft.tasks.records import Record, read_records
 from lightning_peft.tasks.resumable import ResumableLoader

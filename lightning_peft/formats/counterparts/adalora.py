@@ -11,19 +11,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.weights import is_conv1d
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats.counterpart import (
-    PREFIX,
-    Counterpart,
-    Shapes,
-    require_numbers,
-    targets_for_hf,
-    targets_from,
-)
-from lightning_peft.method import PEFTMethod
+from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, require_numbers, targets_for_hf
 from lightning_peft.methods.adalora import AdaLoRA
-from lightning_peft.select import named_modules
-from lightning_peft.weights import is_conv1d
+from lightning_peft.targets.naming import targets_from
+from lightning_peft.targets.select import named_modules
 
 _SAME = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
 

@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, suffixes, targets_for_hf, targets_from
-from lightning_peft.method import PEFTMethod
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.weights import is_conv1d
+from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, targets_for_hf
 from lightning_peft.methods.ia3 import IA3
-from lightning_peft.select import matches, named_modules
-from lightning_peft.weights import is_conv1d
+from lightning_peft.targets.naming import suffixes, targets_from
+from lightning_peft.targets.select import matches, named_modules
 
 
 class IA3InHF(Counterpart):

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, targets_for_hf, targets_from
-from lightning_peft.method import PEFTMethod
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, targets_for_hf
 from lightning_peft.methods.layer_norm_tuning import LayerNormTuning
+from lightning_peft.targets.naming import targets_from
 
 _INSIDE = "ln_tuning_layers"
 

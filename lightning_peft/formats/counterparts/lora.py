@@ -10,24 +10,17 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_peft.adapter import CHILD
+from lightning_peft.adapters.low_rank.own_weights import factor_shapes, key_of
+from lightning_peft.adapters.low_rank.principal import is_principal
+from lightning_peft.core.adapter import CHILD
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.weights import is_conv1d
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats.counterpart import (
-    PREFIX,
-    UNSAID,
-    Counterpart,
-    Shapes,
-    require_numbers,
-    targets_for_hf,
-    targets_from,
-)
+from lightning_peft.formats.counterpart import PREFIX, UNSAID, Counterpart, Shapes, require_numbers, targets_for_hf
 from lightning_peft.formats.own_weights import ENDINGS, parameter_targets, tensors_of, weights_in
-from lightning_peft.low_rank.own_weights import factor_shapes, key_of
-from lightning_peft.low_rank.principal import is_principal
-from lightning_peft.method import PEFTMethod
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.select import as_list, fullmatch, named_modules
-from lightning_peft.weights import is_conv1d
+from lightning_peft.targets.naming import targets_from
+from lightning_peft.targets.select import as_list, fullmatch, named_modules
 
 _LINEAR = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
 _EMBEDDING = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
@@ -153,16 +146,16 @@ class LoRAInHF(Counterpart):
         modules = self.modules(root, found, source)
         listed = [str(name) for name in config.get("target_parameters") or ()]
         targets = {}
-        for host, suffixes in found.items():
+        for host, endings in found.items():
             module = modules[host]
             targets[host] = weights_in(host, module, listed) if self.method.changes_weights else {}
             if not targets[host] and not any(kind.serves(module) for kind in self.method.kinds):
                 raise PEFTError(
                     f"{source} adapts {host!r}, which is a {type(module).__name__} here. Load its own base model."
                 )
-            if suffixes != set(expected := self._tensors_of(module, None, targets[host])):
+            if endings != set(expected := self._tensors_of(module, None, targets[host])):
                 raise PEFTError(
-                    f"{source}: {host!r} has {', '.join(sorted(suffixes))} alone; {', '.join(expected)} were expected. "
+                    f"{source}: {host!r} has {', '.join(sorted(endings))} alone; {', '.join(expected)} were expected. "
                     "It is damaged."
                 )
         return dict(sorted(targets.items()))

@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.adapter import CHILD
+from lightning_peft.adapters.low_rank.principal import is_principal
+from lightning_peft.core.adapter import CHILD
+from lightning_peft.core.method import PEFTMethod
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import PREFIX, UNSAID, Shapes
 from lightning_peft.formats.counterparts.lora import LoRAInHF
 from lightning_peft.formats.pieces import piece
-from lightning_peft.low_rank.principal import is_principal
-from lightning_peft.method import PEFTMethod
 from lightning_peft.methods.lora import LoRA
 
 _HALVES = {"lora_A.weight": (0, "lora_A", "start_A"), "lora_B.weight": (1, "lora_B", "minus_start_B")}

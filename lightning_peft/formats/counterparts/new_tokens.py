@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_peft.adapter import CHILD
+from lightning_peft.core.adapter import CHILD
+from lightning_peft.core.method import PEFTMethod
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, targets_for_hf, targets_from
-from lightning_peft.method import PEFTMethod
+from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, targets_for_hf
 from lightning_peft.methods.new_tokens import NewTokens
-from lightning_peft.select import named_modules
+from lightning_peft.targets.naming import targets_from
+from lightning_peft.targets.select import named_modules
 
 _ROWS = "trainable_tokens_delta"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_peft.adapters.virtual_tokens.virtual_tokens import Decoder
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import Shapes
-from lightning_peft.virtual_tokens import Decoder
 
 TENSOR = "prompt_embeddings"
 

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_peft.adapter import CHILD
+from lightning_peft.adapters.virtual_tokens.virtual_tokens import find_decoder
+from lightning_peft.core.adapter import CHILD
+from lightning_peft.core.method import PEFTMethod
 from lightning_peft.formats.counterpart import Counterpart, Shapes
 from lightning_peft.formats.counterparts.prompt_learning import common_config, tokens_in
-from lightning_peft.method import PEFTMethod
 from lightning_peft.methods.prompt_tuning import PromptTuning
-from lightning_peft.virtual_tokens import find_decoder
 
 
 class PromptTuningInHF(Counterpart):

@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_peft.adapter import CHILD, slots
+from lightning_peft.core.adapter import CHILD, slots
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.weights import is_conv1d
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats.counterpart import Counterpart, Shapes, targets_for_hf, targets_from
-from lightning_peft.method import PEFTMethod
+from lightning_peft.formats.counterpart import Counterpart, Shapes, targets_for_hf
 from lightning_peft.methods.vera import VeRA, VeRAAdapter
-from lightning_peft.select import named_modules
-from lightning_peft.weights import is_conv1d
+from lightning_peft.targets.naming import targets_from
+from lightning_peft.targets.select import named_modules
 
 _SHARED = {"base_model.vera_A": "vera_A", "base_model.vera_B": "vera_B"}
 

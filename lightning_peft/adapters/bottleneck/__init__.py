@@ -1,0 +1,1 @@
+"""Bottlenecks beside and behind modules, and where they tap a residual stream. Imports core."""

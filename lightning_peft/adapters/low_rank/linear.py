@@ -1,0 +1,121 @@
+"""The low-rank change of a linear layer: LoRA (Hu et al., 2021), arXiv:2106.09685, section 4.1."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_peft.adapters.low_rank.products import add_low_rank, frozen_matrix, is_large, product_dtype
+from lightning_peft.adapters.low_rank.shared_input import SharedInput
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.calls import input_of, with_input
+from lightning_peft.core.seeding import fill
+from lightning_peft.core.weights import adapter_dtype, features, is_linear, weight_of
+
+
+class LoRAAdapter(Adapter):
+    """h = W0 x + scale · B A x (equation 3); x ``[..., in]``, A ``[r, in]``, B ``[out, r]``."""
+
+    mergeable = True
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"lora_A": (None, "in"), "lora_B": ("out", None)}
+
+    def __init__(self, host: nn.Module, r: int, scale: float, dropout: float, init: str, seed: int, name: str):
+        super().__init__()
+        shapes = self.shapes(host, r)
+        options: dict[str, Any] = {"dtype": adapter_dtype(host), "device": weight_of(host).device}
+        self.lora_A = nn.Parameter(torch.empty(shapes["lora_A"], **options))
+        self.lora_B = nn.Parameter(torch.empty(shapes["lora_B"], **options))
+        self.scale, self.dropout = scale, dropout
+        self.shared_input = SharedInput(self)
+        self._init, self._seed, self._name = init, seed, name
+        self.reset_parameters()
+
+    @staticmethod
+    def serves(module: nn.Module) -> bool:
+        """Whether ``module`` is of the kind that this class adapts."""
+        return is_linear(module)
+
+    @staticmethod
+    def shapes(host: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every parameter beside ``host``, by name: that of HF PEFT's files."""
+        d_in, d_out = features(host)
+        return {"lora_A": (r, d_in), "lora_B": (d_out, r)}
+
+    @staticmethod
+    def refusal(host: nn.Module, r: int, dropout: float, freeze_A: bool) -> str | None:
+        """Return why ``host`` cannot be adapted with these hyper-parameters and what to do, if it cannot."""
+        return None
+
+    def reset_parameters(self) -> None:
+        """Draw A and set B to zero.
+
+        ``kaiming`` draws A from U(-1/sqrt(in), 1/sqrt(in)) as the paper's own code does, ``gaussian`` from
+        N(0, 1/r²): the paper's text says Gaussian and gives no width.
+        """
+        with torch.no_grad():
+            self.lora_B.zero_()
+        fill(self.lora_A, self._seed, self._name, self._draw)
+
+    def freeze_A(self) -> None:
+        """Make A a buffer: not trained, but saved."""
+        frozen = self.lora_A.detach()
+        del self.lora_A
+        self.register_buffer("lora_A", frozen)
+
+    def _draw(self, values: Tensor, generator: torch.Generator) -> None:
+        if self._init == "kaiming":
+            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+        else:
+            nn.init.normal_(values, std=1 / len(values), generator=generator)
+
+    def joins(self, other: LoRAAdapter) -> bool:
+        """Whether one product with the A of both can serve both, if they are given the same input."""
+        mine, others = self.lora_A, other.lora_A
+        same = (self.dropout, self.training, mine.dtype) == (other.dropout, other.training, others.dtype)
+        return same and type(mine) is type(others) and mine.shape[1:] == others.shape[1:]
+
+    def before(
+        self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Have a frozen layer run without a graph: :meth:`forward` computes its dX as well."""
+        shared = self.shared_input
+        shared.call = None  # of a call that failed half-way
+        # In training also without gradients: reentrant checkpointing runs once so, and has to see the same dropout.
+        if not (torch.is_grad_enabled() or (self.training and not torch.is_inference_mode_enabled())):
+            return args, kwargs
+        x = input_of(args, kwargs)
+        if not is_large(x, self.training and self.dropout > 0):
+            return args, kwargs
+        dtype = product_dtype(base, x, self.lora_A, self.lora_B)
+        if dtype is None:
+            return args, kwargs
+        weight = frozen_matrix(base)
+        read = shared.read(x, dtype, weight)
+        return (args, kwargs) if weight is None else with_input(args, kwargs, read)
+
+    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Add the low-rank term to ``output`` ``[..., out]``."""
+        shared = self.shared_input
+        if shared.call is not None:
+            return shared.add(self, output)
+        x, a, b = input_of(args, kwargs), self.lora_A, self.lora_B
+        if not (self.training or torch.is_grad_enabled()) and product_dtype(base, x, a, b) is not None:
+            return add_low_rank(output, x, a, b, self.scale)
+        x = functional.dropout(x, self.dropout, self.training)
+        # The small matrices follow the activations: casting x instead would cost a float32 copy of it.
+        hidden = functional.linear(x, a.to(x.dtype))  # [..., r]
+        delta = functional.linear(hidden, b.to(hidden.dtype))  # [..., out]
+        return torch.add(output, delta, alpha=self.scale).to(output.dtype)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return W0 + scale · B A (section 4.1, "No Additional Inference Latency")."""
+        a, b = (matrix.detach().to(weight.dtype) for matrix in (self.lora_A, self.lora_B))
+        return torch.addmm(weight, b, a, alpha=self.scale), bias
+
+    def extra_repr(self) -> str:
+        """Show what parameters do not."""
+        return f"scale={self.scale:g}, dropout={self.dropout:g}"

@@ -1,0 +1,84 @@
+"""Layers that are given the same input, such as the query, key and value projections: one product with all their A."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_peft.adapters.low_rank.products import First, Following
+
+if TYPE_CHECKING:
+    from lightning_peft.adapters.low_rank.linear import LoRAAdapter
+
+
+class SharedInput:
+    """Adapters that are expected to be given one tensor, in the order of their calls.
+
+    The first that gets a tensor computes the products for those behind it as well. One that is then given another
+    tensor, as the key projection in cross-attention is, starts anew: an expectation that fails costs a product.
+    """
+
+    def __init__(self, *members: LoRAAdapter) -> None:
+        self.members = members
+        self.call: tuple[Tensor, Tensor, Tensor | None] | None = None
+        """While a layer is called: what it was to be called with, the same without its graph, and the frozen weight."""
+        self._forget()
+
+    def _forget(self) -> None:
+        self._given: weakref.ref[Tensor] | None = None
+        self._version = 0
+        self._read: Tensor | None = None
+        self._waiting: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"members": self.members}
+
+    def __setstate__(self, state: dict[str, tuple[LoRAAdapter, ...]]) -> None:
+        self.__init__(*state["members"])  # type: ignore[misc]
+
+    def _knows(self, x: Tensor) -> bool:
+        return self._given is not None and self._given() is x and self._version == x._version
+
+    def read(self, x: Tensor, dtype: torch.dtype, weight: Tensor | None) -> Tensor:
+        """Return x without its graph in ``dtype``: what a layer whose ``weight`` is frozen is to be called with."""
+        read = self._read
+        if read is None or read.dtype != dtype or not self._knows(x):
+            self._forget()
+            read = x.detach() if x.requires_grad else x
+            read = read if read.dtype == dtype else read.to(dtype)
+        self.call = x, read, weight
+        return read
+
+    def add(self, member: LoRAAdapter, output: Tensor) -> Tensor:
+        """Return ``output`` of the layer of ``member``, for which :meth:`read` was called, with the term added."""
+        assert self.call is not None
+        (x, read, weight), self.call = self.call, None
+        if (found := self._waiting.pop(id(member), None)) is None:
+            return self._first(member, x, read, weight, output)
+        if not self._waiting:
+            # Nothing of a step's graph may outlive it.
+            self._forget()
+        added: Tensor = Following.apply(output, x, weight, *found, member.scale)
+        return added
+
+    def _first(self, member: LoRAAdapter, x: Tensor, read: Tensor, weight: Tensor | None, output: Tensor) -> Tensor:
+        behind: list[LoRAAdapter] = []
+        if member is not self.members[-1]:
+            behind = [m for m in self.members[self.members.index(member) + 1 :] if m.joins(member)]
+        every_a, every_b = [member.lora_A], [member.lora_B]
+        for other in behind:
+            every_a.append(other.lora_A)
+            every_b.append(other.lora_B)
+        count, cast = len(every_a), every_b[0].dtype != read.dtype
+        dropout = member.dropout if member.training else 0.0
+        fixed = (read, weight, member.scale, dropout, count)
+        added, *results = First.apply(output, x, fixed, *every_a, *(every_b if cast else every_b[:1]))
+        if behind:
+            self._given, self._version, self._read = weakref.ref(x), x._version, read
+            others = results[count:] if cast else every_b[1:]
+            pairs = zip(results[1:count], others, strict=False)
+            self._waiting = {id(m): pair for m, pair in zip(behind, pairs, strict=True)}
+        return added  # type: ignore[no-any-return]

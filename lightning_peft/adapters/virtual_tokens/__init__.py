@@ -1,0 +1,1 @@
+"""Tokens that a model is given beside its input: on the text, and on keys and values. Imports core and targets."""

@@ -1,0 +1,232 @@
+"""The command ``lightning-peft``: LightningCLI with this package's strategies, and commands of its own."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import re
+import sys
+import textwrap
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from docstring_parser import parse
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+# Imported for its classes, which then go by their short names in a config, and for the strategies' registration.
+import lightning_peft.callbacks
+import lightning_peft.tasks  # noqa: F401
+from lightning_peft.cli import commands
+from lightning_peft.cli.errors import method_error
+from lightning_peft.cli.plan import show_plan
+from lightning_peft.core.method import registered_methods
+from lightning_peft.errors import PEFTError
+from lightning_peft.strategy import PEFTStrategy
+from lightning_peft.strategy.bases import base_names
+
+PROG = "lightning-peft"
+DESCRIPTION = "Parameter-efficient fine-tuning for any LightningModule, as one Trainer flag."
+COMMANDS: dict[str, Callable[..., None]] = {
+    "inspect": commands.inspect,
+    "merge": commands.merge,
+    "export": commands.export,
+}
+"""Commands that need no Trainer."""
+RUNS = {
+    "fit": "Train: inject adapters, train them alone, save them alone, merge them at the end.",
+    "validate": "Run one epoch over the validation data.",
+    "test": "Run one epoch over the test data.",
+    "predict": "Compute predictions.",
+}
+
+
+EPILOG = f"""examples:
+  {PROG} fit --config run.yaml --trainer.strategy=peft_lora
+  {PROG} fit --config run.yaml --trainer.strategy=PEFTStrategy --trainer.strategy.method=LoRA \\
+                     --trainer.strategy.method.r=16
+  {PROG} fit --config run.yaml --print_config            everything that can be set, and its value
+  {PROG} fit --trainer.strategy.help=PEFTStrategy        the strategy's own options
+"""
+
+
+class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """jsonargparse's, but the lines of descriptions and examples stay as they are written."""
+
+
+class Escaped(BaseException):
+    """Carries a constructor's exception past jsonargparse.
+
+    Where a value may be of several types, as a strategy or a model may, jsonargparse takes any exception for "not of
+    this type" and reports a list of types, without the message and the traceback that tell what is wrong.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's, with help for one more mistake, and without hiding the exceptions of constructors."""
+
+    def add_instantiator(self, instantiator: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Add a function that makes objects; what it raises reaches the user as it is."""
+
+        @functools.wraps(instantiator)
+        def escaping(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return instantiator(*args, **kwargs)
+            except Exception as error:
+                raise Escaped(error) from None
+
+        super().add_instantiator(escaping, *args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and exit."""
+        if "Expected a dot import path string: peft" in message:
+            message = (
+                "a strategy that is given by its registered name takes no options of its own. Name the class instead:\n"
+                f"  --trainer.strategy={PEFTStrategy.__name__} --trainer.strategy.method=LoRA "
+                "--trainer.strategy.method.r=16"
+            )
+        elif re.search(r"required: \w+\.model$", message):
+            message = "no model was given: give --model CLASS, or a file with an entry `model:` by --config FILE."
+        super().error(method_error(message) or message, ex)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the run's whole config into the logger's directory.
+
+    A second run in the same directory replaces the record of the first instead of failing. A file that was given
+    as ``--config`` is never replaced, and a run without a logger, which has no directory of its own, writes none.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save the config, once."""
+        if not trainer.loggers:
+            return
+        given = {Path(path.absolute).resolve() for path in self.config.get("config") or []}
+        if Path(trainer.log_dir or ".", self.config_filename).resolve() not in given:
+            super().setup(trainer, pl_module, stage)
+
+
+class PEFTCLI(LightningCLI):
+    """LightningCLI whose model and data are given by class, with commands that need no Trainer beside its own."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            parser_class=Parser,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={
+                "prog": PROG,
+                "description": DESCRIPTION,
+                "epilog": EPILOG,
+                "formatter_class": HelpFormatter,
+            },
+            args=args,
+        )
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        # Lightning cuts its help from the first lines of docstrings, in the middle of a sentence.
+        self._subcommand_parsers = {}
+        commands = parser.add_subcommands(title="commands", description=f"Details: {PROG} COMMAND --help")
+        for name, description in RUNS.items():
+            # The usage that argparse would write fills a screen, also above every error message.
+            usage = f"{PROG} {name} [--config FILE] [--trainer.KEY VALUE] --model CLASS [--data CLASS]"
+            self._subcommand_parsers[name] = self._prepare_subcommand_parser(
+                Trainer, name, description=description, usage=usage
+            )
+            commands.add_subcommand(name, self._subcommand_parsers[name], help=description)
+        summary = parse(show_plan.__doc__ or "").short_description
+        usage = f"{PROG} plan [--config FILE] [--devices N] [--num_nodes N] [--gpu_memory GIB] --model CLASS"
+        planner = self._prepare_subcommand_parser(Trainer, "fit", description=summary, usage=usage)
+        self._plan_options = planner.add_function_arguments(show_plan, as_group=False, skip={"run"})
+        commands.add_subcommand("plan", planner, help=summary)
+        for name, function in COMMANDS.items():
+            summary = parse(function.__doc__ or "").short_description
+            command = ArgumentParser(description=summary)
+            command.add_function_arguments(function, as_group=False, as_positional=True)
+            commands.add_subcommand(name, command, help=summary)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the command line; run a command that needs no Trainer and end there.
+
+        Raises:
+            PEFTError: There is no strategy of the given name.
+        """
+        # Not super(): it warns when called with arguments from within another program.
+        assert args is None or isinstance(args, list)
+        self.config = parser.parse_args(args)
+        command = self.config.subcommand
+        if command in COMMANDS:
+            COMMANDS[command](**self.config[command].as_dict())
+            raise SystemExit(0)
+        strategy = self.config[command].trainer.strategy
+        if isinstance(strategy, str):
+            self.config[command].trainer.strategy = named_strategy(strategy)
+        if command == "plan":
+            run = self.config[command].as_dict()
+            show_plan(run, **{option: run[option] for option in self._plan_options})
+            raise SystemExit(0)
+
+    def before_instantiate_classes(self) -> None:
+        """Make every object that Lightning does not make by a function of its own."""
+        self.parser.add_instantiator(lambda kind, *args, **kwargs: kind(*args, **kwargs), object, subclasses=True)
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and Trainer."""
+        escaped = None
+        try:
+            super().instantiate_classes()
+        except Escaped as caught:
+            escaped = caught.error
+        if escaped is not None:
+            raise escaped
+
+
+def named_strategy(name: str) -> str | Namespace:
+    """Return what ``--trainer.strategy=name`` stands for: a registered strategy, or this package's class.
+
+    jsonargparse reads a class's name as a plain string here, because a strategy may be one.
+
+    Raises:
+        PEFTError: There is no such strategy; the message lists those that exist.
+    """
+    if name.rpartition(".")[2] == PEFTStrategy.__name__:
+        return Namespace(class_path=f"{PEFTStrategy.__module__}.{PEFTStrategy.__name__}", init_args=Namespace())
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if name.lower() in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=1)
+    raise PEFTError(
+        f"There is no strategy {name!r}.{f' Did you mean {near[0]!r}?' if near else ''}\n"
+        "Names are: peft, peft_METHOD, peft_METHOD_BASE and, without adapters, any BASE.\n"
+        f"{_wrapped('METHOD', registered_methods())}\n{_wrapped('BASE', base_names())}"
+    )
+
+
+def _wrapped(label: str, names: Iterable[str]) -> str:
+    text = f"  {label}: {', '.join(names)}"
+    return textwrap.fill(text, width=110, subsequent_indent=" " * (len(label) + 4), break_on_hyphens=False)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run ``lightning-peft`` with ``args``, or with the command line's.
+
+    What a user can mend is printed as one message, with exit status 1. Other exceptions are faults of a program,
+    perhaps of the user's own model, and keep their traceback.
+    """
+    if args is None:
+        # As with `python -m`, a config can name classes in the working directory; installed modules come first.
+        sys.path.append(os.getcwd())
+    try:
+        PEFTCLI(args)
+    except (PEFTError, MisconfigurationException, OSError) as error:
+        sys.exit(f"{PROG}: error: {error}")

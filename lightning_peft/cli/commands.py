@@ -1,0 +1,228 @@
+"""The commands of ``lightning-peft`` about adapters: showing one, merging it into its base, copying it for servers."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lightning_peft.errors import PEFTError
+from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
+from lightning_peft.formats.files import (
+    MARKER,
+    atomic_directory,
+    read_json,
+    read_shapes,
+    read_tensors,
+    restore_interrupted,
+    write_json,
+    write_tensors,
+)
+from lightning_peft.formats.serving import serving_copy
+from lightning_peft.operations.merge import merge as merge_adapters
+from lightning_peft.storage.checkpoint import KEY
+from lightning_peft.storage.directories import load_adapter
+from lightning_peft.tasks.pretrained import Dtype, load_model, load_tokenizer
+
+# HF PEFT's task types, for adapters that do not say what class their base is.
+_TASK_CLASSES = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+}
+
+_Row = tuple[str, str]
+
+
+def inspect(path: str) -> None:
+    """Show what an adapter directory or a checkpoint holds.
+
+    Args:
+        path: An adapter directory, of this package or of Hugging Face PEFT, or a Lightning checkpoint (.ckpt).
+
+    Raises:
+        PEFTError: It is neither, or damaged.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise PEFTError(f"{path} does not exist: expected an adapter directory or a .ckpt file.")
+    if place.is_dir():
+        directories = sorted(file.parent for file in place.rglob(CONFIG_FILE))
+        if not directories:
+            raise PEFTError(f"{path} holds no {CONFIG_FILE}: expected an adapter directory or a .ckpt file.")
+        for directory in directories:
+            _show(str(directory), _describe_directory(directory))
+    else:
+        _show(path, _describe_checkpoint(place))
+
+
+def merge(adapter: str, model: str | None = None, out: str = "merged", dtype: Dtype = "float32") -> None:
+    """Merge an adapter into its base model and write the result as an ordinary Transformers model.
+
+    Args:
+        adapter: The adapter directory.
+        model: The base model: a directory, a name on the Hugging Face hub, or package:NAME. The one that the adapter
+            names, if not given.
+        out: The directory to write. One that this command wrote before is replaced.
+        dtype: Of the weights written. In bfloat16, rounding takes a part of a small adapter.
+
+    Raises:
+        PEFTError: The adapter does not belong to the model, or the directory cannot be written.
+    """
+    model = model or _base_name(Path(adapter))
+    base = load_model(model, _model_class(Path(adapter)), dtype=dtype)
+    load_adapter(base, adapter)
+    print(merge_adapters(base, unload=True))
+    with atomic_directory(out) as directory:
+        base.save_pretrained(directory)
+        write_json(directory / MARKER, {"version": 1, "merged": str(adapter)})
+        try:
+            load_tokenizer(model).save_pretrained(directory)
+        except PEFTError:
+            print(f"{model} has no tokenizer: the model is written without one.")
+    print(f"Wrote {out}. Load it with {type(base).__name__}.from_pretrained({out!r}).")
+
+
+def export(adapter: str, out: str = "exported", rank: int | None = None, dtype: Dtype | None = None) -> None:
+    """Copy a LoRA adapter for servers: vLLM, SGLang, llama.cpp and TensorRT-LLM all scale the copy alike.
+
+    The scale is folded into B and lora_alpha is the rank, so that a server that knows neither rsLoRA nor patterns
+    serves what was trained. The base model is not needed. (SGLang adapts the projections of queries and values
+    together: to serve one of them, train both.)
+
+    Args:
+        adapter: The adapter directory, of this package or of Hugging Face PEFT.
+        out: The directory to write. One that this command wrote before is replaced.
+        rank: Pad with zeros to this rank, one that vLLM can serve: 8, 16, 32, 64, 128, 256, 320 or 512. The
+            adapter's largest, if not given.
+        dtype: Of the tensors written. The adapter's own, if not given.
+
+    Raises:
+        PEFTError: It is no plain LoRA, has modules trained whole, or the directory cannot be written.
+    """
+    source, target = Path(adapter), Path(out)
+    restore_interrupted(source)
+    if target.resolve() in (source.resolve(), *source.resolve().parents):
+        raise PEFTError(f"out={out!r} would replace the adapter {adapter} itself. Choose another directory.")
+    if (target / MARKER).is_file() and "exported" not in read_json(target / MARKER):
+        raise PEFTError(f"out={out!r} is no earlier export, perhaps a checkpoint. Choose another directory.")
+    marker = read_json(source / MARKER) if (source / MARKER).is_file() else {}
+    if "parts" in marker:
+        parts = ", ".join(str(source / str(part)) for part in marker["parts"])
+        raise PEFTError(f"{adapter} holds adapters for several models: {parts}. Export each of them.")
+    if beside := sorted(file.name for file in source.glob("*.safetensors") if file.name != TENSOR_FILE):
+        raise PEFTError(f"{adapter} has modules trained whole in {beside[0]}, which a server for LoRA does not read.")
+    kind = None if dtype is None else getattr(torch, dtype)
+    config, tensors = serving_copy(
+        read_json(source / CONFIG_FILE), read_tensors(source / TENSOR_FILE), adapter, rank=rank, dtype=kind
+    )
+    with atomic_directory(target) as directory:
+        write_tensors(directory / TENSOR_FILE, tensors)
+        write_json(directory / CONFIG_FILE, config)
+        write_json(directory / MARKER, {**marker, "version": 1, "exported": adapter})
+    print(f"Wrote {out}: rank {config['r']}, the scale is in B. Targets: {', '.join(config['target_modules'])}.")
+
+
+def _show(title: str, rows: Iterable[_Row]) -> None:
+    print(title)
+    for key, value in rows:
+        print(f"  {key:<12} {value}")
+
+
+def _describe_directory(directory: Path) -> list[_Row]:
+    config, tensors = read_json(directory / CONFIG_FILE), directory / TENSOR_FILE
+    shapes = read_shapes(tensors)
+    keys = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
+    return [
+        ("kind", "adapter in the format of Hugging Face PEFT"),
+        *_base_row({**_recorded_base(directory), "name_or_path": config.get("base_model_name_or_path")}),
+        ("method", " ".join([str(config.get("peft_type")), *_settings({key: config.get(key) for key in keys})])),
+        ("targets", _listed(config.get("target_modules"))),
+        *([("trained whole", _listed(config["modules_to_save"]))] if config.get("modules_to_save") else []),
+        ("tensors", _size(shapes.values(), tensors.stat().st_size)),
+        *(("to resume", f"{file.name} has {file.stat().st_size:,} bytes") for file in directory.glob("*.ckpt")),
+    ]
+
+
+def _describe_checkpoint(file: Path) -> list[_Row]:
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise PEFTError(f"{file} cannot be read as a checkpoint of tensors and plain values: {reason}") from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict):
+        raise PEFTError(f"{file} is no Lightning checkpoint: it has no state_dict.")
+    saved = checkpoint.get(KEY)
+    rows = [("kind", f"Lightning checkpoint, {_content(saved)}")]
+    for prefix, injection in saved["injections"].items() if isinstance(saved, dict) else ():
+        rows += _base_row(injection["base"])
+        for name, method in [(name, method) for name, all_ in injection["adapters"].items() for method in all_]:
+            settings = {key: value for key, value in method.items() if key != "method"}
+            label = name if not prefix else f"{name} in {prefix}"
+            rows.append(("method", " ".join([f"{method['method']} ({label})", *_settings(settings)])))
+        if injection["train_also"]:
+            rows.append(("trained whole", _listed(injection["train_also"])))
+    rows.append(("tensors", _size((tensor.shape for tensor in state.values()), file.stat().st_size)))
+    if "global_step" in checkpoint:
+        rows.append(("progress", f"epoch {checkpoint.get('epoch')}, step {checkpoint['global_step']}"))
+    return rows
+
+
+def _content(saved: Any) -> str:
+    if not isinstance(saved, dict):
+        return "not written by PEFTStrategy: it holds no adapters"
+    return "adapters and the frozen weights" if saved.get("full") else "adapters only"
+
+
+def _base_row(base: Mapping[str, Any]) -> list[_Row]:
+    parts = [str(base[key]) for key in ("name_or_path", "class") if base.get(key)]
+    return [("base model", " · ".join(parts) or "not recorded")]
+
+
+def _settings(values: Mapping[str, Any]) -> list[str]:
+    """Write ``key=value`` for what is set."""
+    return [f"{key}={value}" for key, value in values.items() if value not in (None, False, {}, [], ())]
+
+
+def _listed(names: Any) -> str:
+    return names if isinstance(names, str) else ", ".join(map(str, names or ()))
+
+
+def _size(shapes: Iterable[Iterable[int]], file_bytes: int) -> str:
+    counts = [prod(shape) for shape in shapes]
+    return f"{len(counts):,} with {sum(counts):,} values; the file has {file_bytes:,} bytes"
+
+
+def _recorded_base(directory: Path) -> dict[str, Any]:
+    """Return what this package wrote about the base of an adapter; nothing, if another program wrote the adapter."""
+    base = read_json(directory / MARKER).get("base") if (directory / MARKER).is_file() else None
+    return base if isinstance(base, dict) else {}
+
+
+def _base_name(adapter: Path) -> str:
+    name = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise PEFTError(f"{adapter} does not name its base model: give it with --model.")
+    return name
+
+
+def _model_class(adapter: Path) -> Any:
+    """Return the transformers class of an adapter's base."""
+    recorded = getattr(transformers, str(_recorded_base(adapter).get("class")), None)
+    if isinstance(recorded, type) and issubclass(recorded, transformers.PreTrainedModel):
+        return recorded
+    task = read_json(adapter / CONFIG_FILE).get("task_type")
+    if task in _TASK_CLASSES:
+        return _TASK_CLASSES[task]
+    raise PEFTError(
+        f"{adapter} does not say which class its base model has (task_type is {task!r}). Load the base in Python, then "
+        "call load_adapter(model, path), merge(model, unload=True) and model.save_pretrained(...)."
+    )

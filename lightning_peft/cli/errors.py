@@ -1,0 +1,74 @@
+"""What is wrong with a method on the command line or in a config, in one line.
+
+Where a value may be of several types, as a method may, jsonargparse reports for every type why it is not of that one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from itertools import takewhile
+
+from lightning_peft.core.method import registered_methods
+
+_PROBLEM = re.compile(r"( *)- Problem with given class_path '([\w.]+)':")
+_KEY = re.compile(r'Parser key "(\w+)":')
+_EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$", re.MULTILINE)
+
+
+def method_error(message: str) -> str | None:
+    """Return what is wrong with a method, if that is what jsonargparse's ``message`` is about."""
+    classes = {cls.__name__: cls for cls in registered_methods().values()}
+    if unknown := re.search(r"Expected a dot import path string: (\w+)$", message, re.MULTILINE):
+        return _no_method(unknown[1], classes) if 'Parser key "method"' in message else None
+    # Written by the parser of what the method is an argument of, which the message here is about.
+    written = ("There is no method ", *(f"{name}{after}" for name in classes for after in (": ", " has no ")))
+    for path, problem in _problems(message):
+        name = path.rpartition(".")[2]
+        if problem.startswith(written):
+            return problem
+        if re.match(r"module 'lightning_peft[\w.]*' has no attribute", problem):
+            return _no_method(name, classes)
+        if name not in classes:
+            continue
+        if option := re.match(r"(?:Option|Key) '(\w+)' is not (?:accepted|expected)", problem):
+            fields = [field.name for field in dataclasses.fields(classes[name])]  # type: ignore[arg-type]
+            return f"{name} has no {option[1]!r}. {_near(option[1], fields)}It has {', '.join(fields)}."
+        if key := _KEY.match(problem):
+            return f"{name}: {key[1]}={_given(problem)} was given; {_expected(problem)} was expected."
+    return None
+
+
+def _problems(message: str) -> Iterator[tuple[str, str]]:
+    """Yield each class with what follows about it, which is indented more."""
+    lines = message.splitlines()
+    for number, line in enumerate(lines):
+        if found := _PROBLEM.match(line):
+            inside = takewhile(re.compile(f"{found[1]} ").match, lines[number + 1 :])
+            yield found[2], "\n".join(inside).strip()
+
+
+def _given(problem: str) -> str:
+    values = re.findall(r"^ *Given value: (.*)$", problem, re.MULTILINE)
+    return str(values[-1] if values else next(value for _, value in _EXPECTED.findall(problem) if value))
+
+
+def _expected(problem: str) -> str:
+    kinds = []
+    for kind, _ in _EXPECTED.findall(problem):
+        if literal := re.fullmatch(r"typing\.Literal\[(.*)\]", kind):
+            kinds.append(f"one of {literal[1]}")
+        else:
+            kinds.append(re.sub(r"<class '([\w.]+)'>", r"\1", kind))
+    return " or ".join(dict.fromkeys(kind for kind in kinds if kind != "NoneType"))
+
+
+def _no_method(name: str, classes: Iterable[str]) -> str:
+    return f"There is no method {name!r}. {_near(name, classes)}Methods: {', '.join(sorted(classes))}."
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"Did you mean {near[0]!r}? " if near else ""

@@ -1,0 +1,295 @@
+"""Adapters and how they hang on a model: a child module, called from its host's own forward hook.
+
+The host keeps its class, its object, its parameters and their names. This is the only file that knows hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_peft.core.shadow import Shadows, read, shadow, unshadow
+from lightning_peft.errors import PEFTError
+
+CHILD = "peft"
+"""Name under which a slot becomes a child of its host: ``q_proj.peft.default.lora_A``."""
+
+# What wrappers put into module names. They are not part of what the user's model calls its modules.
+_WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+class Adapter(nn.Module):
+    """Base of all adapter modules.
+
+    Subclasses hold bare parameters (no ``nn.Linear`` inside, no parameter name that ends in ``weight``: both are
+    taken for the base's by quantising plugins) and are always called through ``adapter(...)``, so that hooks of
+    sharding wrappers fire. What is random but not trained is a buffer. Tensors that several adapters share stand in
+    one ``nn.Module``, made once and assigned to an attribute of each of them.
+    """
+
+    mergeable: bool = False
+    """Whether :meth:`fold` gives a weight with the same effect as the adapter."""
+    adds_bias: bool = False
+    """Whether :meth:`fold` gives a bias to a host without one."""
+    by_row: bool = True
+    """Whether it acts on each row of a batch by itself, and of the arguments looks at the hidden state alone."""
+    follows_ties: bool = False
+    """Whether all modules with the host's weight have such an adapter, of the same effect: merging keeps the tie."""
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
+    """Which dimension of a parameter runs over the host's ``"in"`` or ``"out"`` features, for hosts that are split."""
+    replaces: tuple[str, ...] = ()
+    """Names, in the host, of weights that it reads itself instead of calling a module: see :meth:`replace`."""
+
+    def before(
+        self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the host should be called with instead; runs only if a subclass defines it."""
+        return args, kwargs
+
+    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Return what the host should return instead of ``output``; as defined here, ``output``.
+
+        Args:
+            base: The adapted module.
+            args: Positional arguments of its call, as :meth:`before` returned them.
+            kwargs: Keyword arguments of its call, likewise.
+            output: What its own forward returned.
+        """
+        return output
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the weight ``[out, in]`` and bias ``[out]`` that make the adapter superfluous.
+
+        A bias where there was none becomes a parameter of the host.
+
+        Raises:
+            PEFTError: The adapter is no change of weights.
+        """
+        raise PEFTError(f"{type(self).__name__} cannot be merged into weights: it is not a change of weights.")
+
+    def replace(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the host should read instead of the weights that :attr:`replaces` names.
+
+        It runs before the host does, and the host reads the new tensors until it returns. Merging, it takes the place
+        of :meth:`fold`.
+
+        Args:
+            weights: These weights, by name; whole, as stored, and in at least float32 when merging.
+        """
+        raise TypeError(f"{type(self).__name__} names weights to replace but does not define replace")
+
+    def to_file(self, key: str, tensor: Tensor) -> Tensor:
+        """Return what HF PEFT's file holds for this adapter's tensor ``key``; as defined here, ``tensor`` itself."""
+        return tensor
+
+    def from_file(self, key: str, tensor: Tensor) -> Tensor:
+        """Undo :meth:`to_file`."""
+        return tensor
+
+    def reset_parameters(self) -> None:
+        """Set the initial values, the same on every call and on every rank."""
+        raise TypeError(f"{type(self).__name__} does not define reset_parameters")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
+        # `module.to(torch.bfloat16)` reaches the adapters at every `setup` under `precision="bf16-true"`. They stay
+        # float32: an optimizer step of 1e-4 is lost in bfloat16, and the values trained so far would be rounded.
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            if moved.dtype in _NARROW and tensor.dtype not in _NARROW and tensor.is_floating_point():
+                return tensor.to(device=moved.device)
+            return moved
+
+        super()._apply(keep_precision, recurse)
+        return self
+
+
+class Slot(nn.ModuleDict):
+    """The adapters of one host by name, of which one is active."""
+
+    running: Adapter | None
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        self.active = ""
+        self.run(None)
+        self.merged: dict[str, Any] | None = None
+        """While merged: what :mod:`lightning_peft.operations.merge` needs to restore the weights."""
+        self.hook(host)
+
+    def hook(self, host: nn.Module) -> None:
+        """Have ``host`` call the active adapter."""
+        # First of all hooks: beside a layer that tensor parallelism has split, the next one gathers the output.
+        self._handle = host.register_forward_hook(self._run, with_kwargs=True, prepend=True)
+        self._handle_before: RemovableHandle | None = None
+        self._handles_replace: list[RemovableHandle] = []
+        self._shadows: Shadows = []
+
+    def _run(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self.merged is not None or self.running is None:
+            return output
+        return self.running(base, args, kwargs, output)
+
+    def _run_before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return None if self.merged is not None or self.running is None else self.running.before(base, args, kwargs)
+
+    def hook_before(self, host: nn.Module) -> None:
+        """Let adapters that define it change what ``host`` is called with."""
+        defined = any(type(adapter).before is not Adapter.before for adapter in self.values())  # type: ignore[attr-defined]
+        if defined and self._handle_before is None:
+            self._handle_before = host.register_forward_pre_hook(self._run_before, with_kwargs=True)
+
+    def hook_replace(self, host: nn.Module) -> None:
+        """Let adapters that name weights of ``host`` replace them while it runs."""
+        if any(adapter.replaces for adapter in self.values()) and not self._handles_replace:  # type: ignore[union-attr]
+            self._handles_replace = [
+                host.register_forward_pre_hook(self._replace),
+                # Also if the host fails, or stops early as in recomputing for activation checkpointing.
+                host.register_forward_hook(self._put_back, always_call=True),
+            ]
+
+    def _replace(self, base: nn.Module, args: tuple[Any, ...]) -> None:
+        adapter = self.running
+        if self.merged is None and adapter is not None and adapter.replaces:
+            weights = {name: read(base, name) for name in adapter.replaces}
+            self._shadows = shadow(base, adapter.replace(weights))
+
+    def _put_back(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        unshadow(self._shadows)
+
+    @property
+    def active_adapter(self) -> Adapter | None:
+        """The adapter called :attr:`active`, if this host has one of that name."""
+        adapter = self._modules.get(self.active)
+        return adapter if isinstance(adapter, Adapter) else None
+
+    def activate(self, name: str) -> None:
+        """Have the adapter ``name`` run and train, if this host has it, and the one that did no longer."""
+        before, self.active = self.active_adapter, name
+        after = self.active_adapter
+        if before is not after and before is not None:
+            before.requires_grad_(False)
+        if after is not None:
+            after.requires_grad_(True)
+        self.run(after)
+
+    def run(self, adapter: Adapter | None) -> None:
+        """Have the host call ``adapter``."""
+        # Looked up by name, or registered as a child, it would make torch.compile compile anew for every adapter.
+        object.__setattr__(self, "running", adapter)
+
+    def remove_hook(self) -> None:
+        """Take the forward hooks off the host."""
+        self._handle.remove()
+        if self._handle_before is not None:
+            self._handle_before.remove()
+        for handle in self._handles_replace:
+            handle.remove()
+
+
+def attach(host: nn.Module, name: str, adapter: Adapter, active: str) -> None:
+    """Hang ``adapter`` on ``host`` under ``name``, and have the one called ``active`` run."""
+    slot = host._modules.get(CHILD)
+    if not isinstance(slot, Slot):
+        slot = Slot(host)
+        host.add_module(CHILD, slot)
+    slot[name] = adapter
+    # A model in eval mode stays in it: dropout and what else depends on the mode follow the host.
+    slot.train(host.training)
+    slot.hook_before(host)
+    slot.hook_replace(host)
+    slot.activate(active)
+    if slot.running is not adapter:
+        adapter.requires_grad_(False)
+
+
+def detach(host: nn.Module) -> None:
+    """Take every adapter off ``host``."""
+    slot = host._modules[CHILD]
+    assert isinstance(slot, Slot)
+    slot.remove_hook()
+    delattr(host, CHILD)
+
+
+def restore_hooks(model: nn.Module) -> None:
+    """Hook every host again, after someone deleted all forward hooks of ``model``."""
+    for _, host, slot in slots(model):
+        slot.remove_hook()
+        slot.hook(host)
+        slot.hook_before(host)
+    slot.hook_replace(host)
+
+
+def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:
+    """Yield ``(name of the host, host, slot)`` for every adapted module, in the order of ``named_modules``."""
+    for name, module in base_modules(model):
+        slot = module._modules.get(CHILD)
+        if isinstance(slot, Slot):
+            yield clean_name(name), module, slot
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what ``model.named_modules()`` does, but for adapters, in a time that does not grow with their number."""
+    seen: set[nn.Module] = set()
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        if not module._modules:
+            continue
+        lead = f"{name}." if name else ""
+        children = [(f"{lead}{key}", m) for key, m in module._modules.items() if not (m is None or isinstance(m, Slot))]
+        waiting += reversed(children)
+
+
+def clean_name(name: str) -> str:
+    """Drop what wrappers (``torch.compile``, FSDP, activation checkpointing) put into a module's name."""
+    if not any(map(name.__contains__, _WRAPPER_SEGMENTS)):
+        return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_SEGMENTS)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the user's module behind ``torch.compile``."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter of every adapter, by its name in ``model``; one that adapters share has its first name."""
+    found = {name: tensor for name, tensor in adapter_tensors(model).items() if isinstance(tensor, nn.Parameter)}
+    return found
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer of every adapter, likewise."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for host_name, _, slot in slots(model):
+        prefix = f"{host_name}.{CHILD}" if host_name else CHILD
+        for name, tensor in slot.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[f"{prefix}.{clean_name(name)}"] = tensor
+    return found
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of ``model`` that are no adapter's, by clean name."""
+    adapters = {id(p) for _, _, slot in slots(model) for p in slot.parameters()}
+    return {clean_name(name): p for name, p in model.named_parameters() if id(p) not in adapters}
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of ``model`` that are no adapter's, by clean name."""
+    adapters = {id(b) for _, _, slot in slots(model) for b in slot.buffers()}
+    buffers = {clean_name(name): b for name, b in model.named_buffers() if id(b) not in adapters}
+    return {**buffers, **base_parameters(model)}

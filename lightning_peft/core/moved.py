@@ -1,0 +1,71 @@
+"""Modules by the names that they had in release 0.1, which stand in users' code, configurations and pickles.
+
+``lightning_peft.adapter`` is ``lightning_peft.core.adapter``: the same module, imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_PACKAGE = "lightning_peft"
+_ROOMS = {
+    "core": "adapter calls disable method registry seeding shadow sharding stand_in weights",
+    "targets": "blocks fused_parts inner_models select",
+    "adapters": "low_rank rows",
+    "adapters.bottleneck": "bottleneck residual tap",
+    "adapters.virtual_tokens": "infix initial_tokens prefix_cache prefixes prompt virtual_tokens",
+    "operations": "combine eject fold inject merge per_sample prepare",
+    "storage": "base_weights checkpoint fingerprint parts state",
+    "strategy": "bases optim param_groups restore schedule",
+    "cli": "commands",
+}
+MOVED = {
+    **{name: f"{room}.{name}" for room, names in _ROOMS.items() for name in names.split()},
+    "bottleneck_rows": "adapters.bottleneck.rows",
+    "cli_errors": "cli.errors",
+    "planning.command": "cli.plan",
+}
+"""What every module that has moved was called, with its name of today; a package stands for what is in it."""
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Finds a module of release 0.1 where it is today."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if _today(fullname) else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        # What stands here when this returns is what `import` gives: one module with two names, not two modules.
+        sys.modules[module.__name__] = import_module(f"{_PACKAGE}.{_today(module.__name__)}")
+
+
+def _today(fullname: str) -> str | None:
+    package, _, name = fullname.partition(".")
+    if package != _PACKAGE:
+        return None
+    if name in MOVED:
+        return MOVED[name]
+    first, _, rest = name.partition(".")
+    return f"{MOVED[first]}.{rest}" if rest and first in ("bases", "low_rank") else None
+
+
+def keep_old_names() -> None:
+    """Let modules be imported by the names that they had in release 0.1."""
+    if any(isinstance(finder, _Moved) for finder in sys.meta_path):
+        return
+    sys.meta_path.append(_Moved())
+    package = sys.modules[_PACKAGE]
+    for old, new in MOVED.items():
+        module = sys.modules.get(f"{_PACKAGE}.{new}")
+        # Importing it later would put the module in the place of the function `merge`, which goes by its name.
+        if module is not None:
+            sys.modules[f"{_PACKAGE}.{old}"] = module
+            if "." not in old and not hasattr(package, old):
+                setattr(package, old, module)

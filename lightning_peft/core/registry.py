@@ -1,0 +1,76 @@
+"""What was injected into a model, kept on the model itself, so that it survives deepcopy and pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import base_modules, clean_name, unwrap
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.errors import PEFTError
+
+_ATTRIBUTE = "_peft_registry"
+
+
+@dataclass
+class Registry:
+    """The adapters of one model. Names are relative to the module that it is kept on."""
+
+    methods: dict[str, tuple[PEFTMethod, ...]] = field(default_factory=dict)
+    """Methods by adapter name."""
+    hosts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By adapter name: the adapted modules by name, each with the position of its method in ``methods``."""
+    active: str = ""
+    train_also: tuple[str, ...] = ()
+    """Names of the modules trained whole."""
+    chosen: tuple[str, ...] = ()
+    """Names of the base's parameters that methods train."""
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    """Parameters trained whole, by ``train_also`` or by a method: the values they had before."""
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    """``requires_grad`` of the base's parameters before the injection."""
+    samples: dict[str, list[float]] | None = None
+    """Samples of the base's weights, for when no process has them whole: see ``fingerprint.record_base``."""
+
+
+def registries(model: nn.Module) -> Iterator[tuple[str, nn.Module, Registry]]:
+    """Yield ``(name, module, registry)`` for every module of ``model`` into which adapters were injected."""
+    for name, module in base_modules(unwrap(model)):
+        registry = module.__dict__.get(_ATTRIBUTE)
+        if isinstance(registry, Registry):
+            yield clean_name(name), module, registry
+
+
+def required(model: nn.Module) -> list[tuple[str, nn.Module, Registry]]:
+    """Return what :func:`registries` yields.
+
+    Raises:
+        PEFTError: There is nothing.
+    """
+    found = list(registries(model))
+    if not found:
+        raise PEFTError(f"This {type(unwrap(model)).__name__} has no adapters. Call inject(model, method) first.")
+    return found
+
+
+def own_registry(model: nn.Module) -> Registry | None:
+    """Return the registry kept on ``model`` itself."""
+    registry = model.__dict__.get(_ATTRIBUTE)
+    return registry if isinstance(registry, Registry) else None
+
+
+def method_of(registry: Registry, adapter: str, host: str) -> PEFTMethod:
+    """Return the method whose adapter named ``adapter`` hangs on ``host``."""
+    return registry.methods[adapter][registry.hosts[adapter][host]]
+
+
+def keep(model: nn.Module, registry: Registry) -> None:
+    """Keep ``registry`` on ``model``."""
+    object.__setattr__(model, _ATTRIBUTE, registry)
+
+
+def drop(model: nn.Module) -> None:
+    """Forget the registry of ``model``."""
+    object.__delattr__(model, _ATTRIBUTE)

@@ -1,0 +1,103 @@
+"""Base weights: which modules have one that an adapter can follow, its shape, reading and writing it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_peft.core.sharding import full_shape, whole
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' ``Conv1D``: a linear layer whose weight is stored ``[in, out]``."""
+    # An instance can only exist once its module is imported: no need to import transformers for plain torch users.
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` computes ``x Wᵀ + b``."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Whether ``module`` is a convolution in one to three dimensions, which is no transposed one."""
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is stored ``[in, out]`` (Conv1D; an embedding is ``[tokens, dim]``)."""
+    return isinstance(module, nn.Embedding) or is_conv1d(module)
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """Return ``(in, out)``; for an embedding ``(number of tokens, dimension)``.
+
+    What a convolution gets for one output are the channels of its group at each place of its kernel.
+    """
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    first, *rest = full_shape(weight_of(module))
+    return (math.prod(rest), first) if is_conv(module) else (first, rest[0])
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Return the weight as stored: a parameter, or the plain tensor that FSDP1 puts there while the module runs."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether the weight holds codes of a quantiser, from which its values have to be worked out first.
+
+    Such are integers, floating-point numbers of fewer than 16 bits, and tensor classes of a quantiser's own.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or isinstance(weight, DTensor):
+        return False
+    codes = not weight.is_floating_point() or weight.dtype.itemsize < 2
+    return codes or hasattr(weight, "__tensor_flatten__")
+
+
+def adapter_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype for adapters of ``module``: its weight's, but never below float32."""
+    dtype = weight_of(module).dtype
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def tensor_options(module: nn.Module) -> dict[str, Any]:
+    """Return dtype (never below float32) and device for the adapter of any module: those of its first parameter."""
+    parameters = list(module.parameters())
+    first = next((p for p in parameters if p.is_floating_point()), parameters[0] if parameters else None)
+    if first is None:
+        return {"dtype": torch.float32}
+    wide = first.dtype in (torch.float32, torch.float64)
+    return {"dtype": first.dtype if wide else torch.float32, "device": first.device}
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in at least float32, uncopied if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
+    """Return ``stored``, laid out as the module's weight, as ``[out, in]`` in at least float32, uncopied if it is."""
+    wide = widened(stored)
+    return wide.T if is_transposed(module) else wide.flatten(1)
+
+
+def read_matrix(module: nn.Module) -> Tensor:
+    """Return the whole weight as ``[out, in]`` in at least float32; not to be written to."""
+    return as_matrix(module, whole(weight_of(module)))
+
+
+def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
+    """Return ``matrix`` ``[out, in]`` in the layout and dtype in which the module stores its weight."""
+    matrix = matrix.T if is_transposed(module) else matrix.view(full_shape(weight_of(module)))
+    return matrix.to(weight_of(module).dtype)

@@ -1,0 +1,132 @@
+"""One adapter folded into the weights of its host, and these as they were."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.sharding import kept_part, whole, write
+from lightning_peft.core.weights import as_stored, is_transposed, read_matrix, widened
+from lightning_peft.errors import PEFTError
+
+
+def weight_names(adapter: Adapter) -> tuple[str, ...]:
+    """Return the names, in the host, of the weights that a merge changes."""
+    return adapter.replaces or ("weight",)
+
+
+def fold_into(
+    host: nn.Module,
+    adapter: Adapter,
+    shared: Collection[int],
+    gathered: Callable[[nn.Module], AbstractContextManager[Any]],
+    keep: bool,
+) -> tuple[float, dict[str, Any]]:
+    """Merge one host.
+
+    Args:
+        host: The adapted module.
+        adapter: Its adapter.
+        shared: Ids of parameters that belong to other modules too: ``host`` gets new ones in their place.
+        gathered: As for :func:`lightning_peft.operations.merge.merge`.
+        keep: Whether to keep what :func:`restore` needs; without, a weight needs no more memory than its change.
+
+    Returns:
+        What rounding took, relative to the change, and what :func:`restore` needs: each process keeps what it holds.
+    """
+    weights = {name: host.get_parameter(name) for name in weight_names(adapter)}
+    bias = host._parameters.get("bias")
+    old_bias = None if bias is None else kept_part(bias).to("cpu", copy=True)
+    backup: dict[str, Any] = {
+        name: weight if id(weight) in shared else kept_part(weight).to("cpu", copy=True) if keep else None
+        for name, weight in weights.items()
+    }
+    with gathered(host):
+        whole_bias = None if bias is None else whole(bias)
+        stored, new_bias, loss = _folded(host, _whole_adapter(adapter), whole_bias)
+        for name, weight in weights.items():
+            if id(weight) in shared:
+                _set(host, name, nn.Parameter(stored[name].contiguous(), requires_grad=False))
+            else:
+                write(weight, stored[name])
+        if whole_bias is None and new_bias is not None:
+            host.bias = nn.Parameter(new_bias.to(weights["weight"]), requires_grad=False)
+            backup["added_bias"] = True
+        elif bias is not None and new_bias is not None and new_bias is not whole_bias:
+            backup["bias"] = old_bias
+            write(bias, new_bias)
+    return loss, backup
+
+
+def restore(host: nn.Module, backup: dict[str, Any]) -> None:
+    """Undo :func:`fold_into`, bit for bit.
+
+    Raises:
+        PEFTError: Nothing was kept.
+    """
+    for name, old in backup.items():
+        if old is None:
+            raise PEFTError(
+                "merge(model, unload=True) was interrupted: it keeps no copies, so the weights that it has changed "
+                "cannot be restored. Load the base model again."
+            )
+        if isinstance(old, nn.Parameter):
+            _set(host, name, old)
+        elif isinstance(old, Tensor):
+            kept_part(host.get_parameter(name)).copy_(old)
+    if backup.get("added_bias"):
+        host.register_parameter("bias", None)
+
+
+def _folded(host: nn.Module, adapter: Adapter, bias: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None, float]:
+    """Return the new weights as they are stored, the new bias, and what rounding took of the change."""
+    if adapter.replaces:
+        before = {name: widened(whole(host.get_parameter(name))) for name in adapter.replaces}
+        after = {name: weight.detach() for name, weight in adapter.replace(before).items()}
+        stored = {name: weight.to(host.get_parameter(name).dtype) for name, weight in after.items()}
+        return stored, bias, _loss([(before[n], after[n], stored[n]) for n in before])
+    matrix = read_matrix(host)
+    folded, bias = adapter.fold(matrix, bias)
+    new = as_stored(host, folded)
+    return {"weight": new}, bias, _loss([(matrix, folded, new.T if is_transposed(host) else new.flatten(1))])
+
+
+def _loss(weights: Iterable[tuple[Tensor, Tensor, Tensor]]) -> float:
+    """Return what rounding took of the change, from weights before, after, and after as they are stored.
+
+    Those before, wider copies if rounding there was, are used up.
+    """
+    change = lost = 0.0
+    for before, after, stored in weights:
+        if stored.dtype != after.dtype:
+            change = math.hypot(change, torch.linalg.vector_norm(before.sub_(after)))
+            lost = math.hypot(lost, torch.linalg.vector_norm(before.copy_(stored).sub_(after)))
+    return lost / change if change > 0 else 0.0
+
+
+def _set(host: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(host.get_submodule(owner), leaf, parameter)
+
+
+def _whole_adapter(adapter: Adapter) -> Adapter:
+    """Return ``adapter``, or a copy of it whose parameters are whole if they are in pieces."""
+    in_pieces = any(isinstance(p, DTensor) for p in adapter.parameters())
+    return cast(Adapter, _with_whole_parameters(adapter)) if in_pieces else adapter
+
+
+def _with_whole_parameters(module: nn.Module) -> nn.Module:
+    # A deep copy would follow what an adapter knows of others.
+    twin, own = copy.copy(module), module._parameters
+    whole_of = {n: None if p is None else nn.Parameter(whole(p), requires_grad=False) for n, p in own.items()}
+    children = {n: None if m is None else _with_whole_parameters(m) for n, m in module._modules.items()}
+    twin.__dict__.update(_parameters=whole_of, _modules=children)
+    return twin

@@ -1,0 +1,204 @@
+"""Put adapters into a model and switch between them. Everything is checked before anything changes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_peft.core.adapter import (
+    Slot,
+    attach,
+    base_parameters,
+    detach,
+    slots,
+    unwrap,
+)
+from lightning_peft.core.method import PEFTMethod, methods_of
+from lightning_peft.core.refusals import refuse_merged, refuse_stand_in
+from lightning_peft.core.registry import Registry, drop, keep, own_registry, registries, required
+from lightning_peft.errors import PEFTError
+from lightning_peft.operations.prepare import Prepared, changing_tensors, parameter_names, prepare, whole_modules
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+
+
+def inject(
+    model: nn.Module,
+    method: PEFTMethod | Sequence[PEFTMethod],
+    *,
+    name: str = "default",
+    train_also: Sequence[str] = (),
+    seed: int | None = None,
+    allow_sharded: bool = False,
+) -> list[str]:
+    """Freeze ``model`` and attach the adapters of ``method`` to it; the first adapter injected becomes active.
+
+    Base parameters keep their names, the host modules their class and identity, and the outputs are bit for bit
+    those of the base model for every method that starts as the identity. Injecting the same method under the same
+    name again does nothing.
+
+    Args:
+        model: Any module. One that was compiled is compiled anew at its next call.
+        method: What to inject, for example ``LoRA(r=8)``; several methods make one adapter together.
+        name: Name of this adapter.
+        train_also: Patterns of modules to train whole and to save with the adapter, such as a classification head.
+        seed: Seed of the initial values; ``torch.initial_seed()`` if not given.
+        allow_sharded: Accept a model whose parameters are sharded (DTensor). The caller then has to keep the adapters
+            equal between processes, as ``PEFTStrategy`` does.
+
+    Returns:
+        The names of the adapted modules, then those of the base's parameters that the method trains.
+
+    Raises:
+        PEFTError: The method does not fit the model; the model is as it was before.
+    """
+    model = unwrap(model)
+    methods = methods_of(method)
+    registry = own_registry(model)
+    if registry is not None and registry.methods.get(name) == methods:
+        return [*registry.hosts[name], *registry.chosen]
+    prepared = prepare_injection(model, methods, name, train_also, seed=seed, allow_sharded=allow_sharded)
+    return inject_prepared(model, prepared, name)
+
+
+def prepare_injection(
+    model: nn.Module,
+    methods: tuple[PEFTMethod, ...],
+    name: str,
+    train_also: Sequence[str],
+    *,
+    seed: int | None = None,
+    allow_sharded: bool = False,
+) -> Prepared:
+    """Make and check what :func:`inject_prepared` attaches; ``model`` stays as it is.
+
+    Raises:
+        PEFTError: The methods do not fit the model.
+    """
+    registry = own_registry(model)
+    whole = whole_modules(model, train_also)
+    _check_state(model, registry, name, whole)
+    if not allow_sharded:
+        _refuse_sharded(model)
+    prepared = prepare(model, methods, whole, torch.initial_seed() if seed is None else seed)
+    if registry is not None and prepared.chosen:
+        raise PEFTError(
+            f"{' + '.join(type(m).__name__ for m in methods)} trains parameters of the model itself "
+            f"({prepared.chosen[0]}, …), which cannot be switched with an adapter. Inject it first and alone, or call "
+            "eject(model) first."
+        )
+    return prepared
+
+
+def inject_prepared(model: nn.Module, prepared: Prepared, name: str) -> list[str]:
+    """Freeze ``model``, attach what was prepared for it, and return what :func:`inject` returns."""
+    registry = own_registry(model) or _freeze(model, name, prepared.whole, prepared.chosen)
+    registry.methods[name] = prepared.methods
+    registry.hosts[name] = prepared.hosts
+    for host, adapter in prepared.adapters.items():
+        attach(prepared.modules[host], name, adapter, registry.active)
+    _forget_compiled()
+    return [*prepared.hosts, *registry.chosen]
+
+
+def set_adapter(model: nn.Module, name: str) -> None:
+    """Make ``name`` the adapter that runs and trains.
+
+    Raises:
+        PEFTError: There is no such adapter, or the model is merged.
+    """
+    found = required(model)
+    known = sorted({adapter for _, _, registry in found for adapter in registry.methods})
+    if name not in known:
+        raise PEFTError(f"There is no adapter {name!r}. Adapters: {', '.join(known)}.")
+    refuse_merged(model, "switch adapters")
+    refuse_stand_in(model, "switch adapters")
+    for _, root, registry in found:
+        if name not in registry.methods:
+            continue
+        registry.active = name
+        for _, _, slot in slots(root):
+            slot.activate(name)
+
+
+def remove(root: nn.Module, registry: Registry) -> None:
+    """Detach the adapters of ``root``, give its parameters their old ``requires_grad``, forget the registry."""
+    for _, host, _ in list(slots(root)):
+        detach(host)
+    for parameter_name, parameter in base_parameters(root).items():
+        parameter.requires_grad_(registry.requires_grad.get(parameter_name, parameter.requires_grad))
+        parameter.grad = None
+    drop(root)
+
+
+def _freeze(model: nn.Module, name: str, whole: dict[str, nn.Module], chosen: Sequence[str]) -> Registry:
+    """Freeze ``model`` but for what is trained whole, and keep on it what :func:`remove` needs."""
+    parameters = base_parameters(model)
+    registry = Registry(
+        active=name,
+        train_also=tuple(whole),
+        chosen=tuple(chosen),
+        requires_grad={n: p.requires_grad for n, p in parameters.items()},
+    )
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    trained = {*chosen, *parameter_names(whole)}
+    for parameter_name in trained:
+        parameters[parameter_name].requires_grad_(True)
+    for tensor_name, tensor in changing_tensors(model, trained).items():
+        registry.whole[tensor_name] = _copy(tensor.detach())
+    keep(model, registry)
+    return registry
+
+
+def _check_state(model: nn.Module, registry: Registry | None, name: str, whole: dict[str, nn.Module]) -> None:
+    if not _NAME.fullmatch(name) or hasattr(nn.ModuleDict, name) or hasattr(Slot, name):
+        raise PEFTError(f"The adapter name {name!r} was given; letters, digits, '_' and '-' make a name.")
+    if registry is not None and name in registry.methods:
+        raise PEFTError(
+            f"The model already has an adapter {name!r}: {registry.methods[name]}. Choose another name, or call "
+            "eject(model) first."
+        )
+    if registry is not None and (whole or registry.whole):
+        raise PEFTError(
+            "A module or parameter of the model that is trained itself belongs to one adapter: train_also and methods "
+            "that train parameters of the model cannot be combined with several adapters in one model. Call "
+            "eject(model) first, or inject without it."
+        )
+    others = [other for other, _, found in registries(model) if found is not registry]
+    if others:
+        raise PEFTError(
+            f"Adapters were already injected into {others[0]!r}, a part of this model. Inject into that part again, "
+            "or call eject(model) first."
+        )
+    refuse_merged(model, "inject")
+    refuse_stand_in(model, "inject")
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    # In host memory: with full fine-tuning this is a copy of the whole model.
+    return tensor.clone() if tensor.is_meta or isinstance(tensor, DTensor) else tensor.to("cpu", copy=True)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    for parameter_name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) or "_fsdp_wrapped_module" in parameter_name:
+            raise PEFTError(
+                f"{parameter_name!r} is already sharded: adapters injected now would not be kept equal between "
+                "ranks. Inject first, then shard (in configure_model: self.trainer.strategy.inject())."
+            )
+
+
+def _forget_compiled() -> None:
+    """Drop compiled code: hooks added to a module after it ran compiled would not be seen.
+
+    ``torch.compile(model)`` leaves no trace on ``model``, so this cannot be limited to models that were compiled.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

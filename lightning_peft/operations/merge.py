@@ -1,0 +1,198 @@
+"""Fold adapters into the weights and back: same outputs, no adapter left in the forward pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lightning_peft.core.adapter import Adapter, Slot, slots, unwrap
+from lightning_peft.core.refusals import refuse_stand_in
+from lightning_peft.core.registry import required
+from lightning_peft.core.sharding import whole
+from lightning_peft.core.weights import is_packed, weight_of
+from lightning_peft.errors import PEFTError
+from lightning_peft.operations.fold import fold_into, restore, weight_names
+from lightning_peft.operations.inject import remove
+from lightning_peft.targets.select import transformers_models
+
+_Host = tuple[str, nn.Module, Slot, Adapter]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did. A loss is the norm of what rounding took, divided by the norm of the adapter's change."""
+
+    merged: int
+    """Number of modules whose weight now holds the adapter's effect."""
+    mean_loss: float
+    largest_loss: float
+    worst: str
+    """The module with the largest loss."""
+    kept: tuple[str, ...]
+    """Modules whose adapters cannot be merged: they stay attached."""
+
+    def __str__(self) -> str:
+        if not self.merged:
+            kept = f": {len(self.kept)} adapters cannot be merged and stay attached" if self.kept else ""
+            return f"Nothing to merge{kept or ': what was trained is in the weights'}."
+        text = (
+            f"Merged {self.merged} adapters into the weights; rounding took {self.mean_loss:.2%} of their effect on "
+            f"average, {self.largest_loss:.2%} at most ({self.worst or 'none'})."
+        )
+        return text + (f" {len(self.kept)} adapters cannot be merged and stay attached." if self.kept else "")
+
+
+@torch.no_grad()
+def merge(
+    model: nn.Module,
+    *,
+    unload: bool = False,
+    gathered: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
+) -> MergeReport:
+    """Fold the active adapters into the weights they adapt, computed in at least float32.
+
+    A weight that is tied to another module's is untied first (its twin keeps the old values). Merging a merged model
+    does nothing. Until :func:`unmerge`, a copy of every adapted weight is kept in host memory.
+
+    Args:
+        model: A model with adapters.
+        unload: Also remove the adapters for good, and keep no copies: the model is a plain one with the adapters'
+            effect in its weights.
+        gathered: For weights that are in pieces in a way of their own (FSDP1, ZeRO-3): a context in which the
+            parameters of the module that it is called with are whole. The strategy passes it.
+
+    Raises:
+        PEFTError: There are no adapters; one holds NaN or infinity; ``unload`` and one cannot be merged; or a weight
+            that would have to be untied is in pieces. No weight has changed.
+    """
+    roots = required(model)
+    refuse_stand_in(model, "merge")
+    active = [(n, h, s, a) for n, h, s in slots(unwrap(model)) if isinstance(a := s.active_adapter, Adapter)]
+    todo = [found for found in active if _can_merge(found[1], found[3], gathered is not nullcontext)]
+    kept = tuple(name for name, _, slot, _ in active if not any(slot is found[2] for found in todo))
+    if unload and kept:
+        packed = any(name == kept[0] and is_packed(host) for name, host, _, _ in active)
+        raise PEFTError(
+            f"merge(unload=True): the adapter of {kept[0]!r} cannot be merged"
+            + (" (its weight is quantised, and the sum, quantised anew, would lose most of it)" if packed else "")
+            + ", so removing it would change the model's outputs. Call merge(model) to merge the others, or "
+            "eject(model) to remove them all"
+            + ("; or load the adapter into the model as it was before it was quantised." if packed else ".")
+        )
+    _refuse_non_finite(todo)
+    shared = _shared_weights(model)
+    if any(isinstance(p, DTensor) for _, host, _, adapter in todo for p in _weights(host, adapter)):
+        refuse_ties(model)
+    if gathered is nullcontext:
+        _refuse_pieces(todo)
+    losses: dict[str, float] = {}
+    written: dict[int, dict[str, Any]] = {}
+    for name, host, slot, adapter in todo:
+        weights = _weights(host, adapter)
+        if slot.merged is None and adapter.follows_ties and id(weights[0]) in written:
+            slot.merged = written[id(weights[0])]
+        elif slot.merged is None:
+            untied = set() if adapter.follows_ties else shared & {id(weight) for weight in weights}
+            losses[name], slot.merged = fold_into(host, adapter, untied, gathered, keep=not unload)
+            slot.merged["tied"] = _declare_untied(model) if untied else []
+            written[id(weights[0])] = slot.merged
+    if unload:
+        for _, root, registry in roots:
+            remove(root, registry)
+    worst = max(losses, key=lambda name: losses[name], default="")
+    mean = sum(losses.values()) / len(losses) if losses else 0.0
+    return MergeReport(len(todo), mean, losses.get(worst, 0.0), worst, kept)
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> None:
+    """Give every merged weight its old values back, bit for bit; the adapters run again. Does nothing if not merged.
+
+    Raises:
+        PEFTError: There are no adapters.
+    """
+    required(model)
+    for _, host, slot in slots(unwrap(model)):
+        if slot.merged is None:
+            continue
+        restore(host, slot.merged)
+        for config in slot.merged["tied"]:
+            config.tie_word_embeddings = True
+        slot.merged = None
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether adapters are merged into the weights of ``model``."""
+    return any(slot.merged is not None for _, _, slot in slots(unwrap(model)))
+
+
+def refuse_ties(model: nn.Module) -> None:
+    """Raise :class:`PEFTError` if merging would have to untie a weight, which cannot be done when it is in pieces."""
+    shared = _shared_weights(model)
+    for name, host, slot in slots(unwrap(model)):
+        adapter = slot.active_adapter
+        if adapter is None or not adapter.mergeable or adapter.follows_ties:
+            continue
+        if any(id(weight) in shared for weight in _weights(host, adapter)):
+            raise PEFTError(
+                f"{name!r} is adapted and shares its weight with another module. A sharded weight cannot be untied to "
+                "merge the adapter: leave the module out with exclude_modules, or set merge_on_train_end=False."
+            )
+
+
+def _can_merge(host: nn.Module, adapter: Adapter, in_pieces: bool) -> bool:
+    if not adapter.mergeable or is_packed(host):
+        return False
+    # A parameter that comes new into a sharded module belongs to no shard.
+    adds_bias = adapter.adds_bias and host._parameters.get("bias") is None
+    return not (adds_bias and (in_pieces or isinstance(weight_of(host), DTensor)))
+
+
+def _refuse_pieces(hosts: Sequence[_Host]) -> None:
+    for name, host, _, _ in hosts:
+        if isinstance(host, nn.Linear) and weight_of(host).shape != (host.out_features, host.in_features):
+            raise PEFTError(
+                f"The weight of {name!r} is in pieces on several processes ({list(weight_of(host).shape)} here), so it "
+                "cannot be merged into. The strategy does it at the end of training; or load the adapter into the base "
+                "model in one process and merge there."
+            )
+
+
+def _weights(host: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
+    return [host.get_parameter(name) for name in weight_names(adapter)]
+
+
+def _refuse_non_finite(hosts: Sequence[_Host]) -> None:
+    for name, _, _, adapter in hosts:
+        for parameter_name, parameter in adapter.named_parameters():
+            if not torch.isfinite(whole(parameter)).all():
+                raise PEFTError(
+                    f"The adapter of {name!r} holds NaN or infinity in {parameter_name}: merging it would destroy the "
+                    "weight. Load an earlier checkpoint."
+                )
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """Ids of parameters that belong to more than one module."""
+    owners = Counter(id(p) for module in unwrap(model).modules() for p in module.parameters(recurse=False))
+    return {parameter for parameter, count in owners.items() if count > 1}
+
+
+def _declare_untied(model: nn.Module) -> list[Any]:
+    """Tell transformers models that head and embedding are no longer one, or saving would keep only one of them."""
+    configs: list[Any] = [
+        config
+        for module in transformers_models(unwrap(model)).values()
+        for part in module.modules()
+        if getattr(config := cast(Any, getattr(part, "config", None)), "tie_word_embeddings", False) is True
+    ]
+    for config in configs:
+        config.tie_word_embeddings = False
+    return configs

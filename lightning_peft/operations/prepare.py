@@ -1,0 +1,122 @@
+"""What methods want of a model, worked out before anything in it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import CHILD, Adapter, base_parameters, base_tensors, clean_name
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.errors import PEFTError
+from lightning_peft.targets.select import as_list, match_names, named_modules, require_matches
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What methods want of a model."""
+
+    modules: dict[str, nn.Module]
+    """The modules to adapt."""
+    adapters: dict[str, Adapter]
+    hosts: dict[str, int]
+    """Position of the method, by module."""
+    chosen: tuple[str, ...]
+    """The parameters to train that no module trained whole holds."""
+    methods: tuple[PEFTMethod, ...]
+    whole: dict[str, nn.Module]
+    """The modules to train whole."""
+
+
+def prepare(model: nn.Module, methods: tuple[PEFTMethod, ...], whole: dict[str, nn.Module], seed: int) -> Prepared:
+    """Make the adapters, in the model's order, without attaching them."""
+    inside = {id(part) for module in whole.values() for part in module.modules()}
+    modules: dict[str, nn.Module] = {}
+    adapters: dict[str, Adapter] = {}
+    owners: dict[str, int] = {}
+    chosen: set[str] = set()
+    for position, method in enumerate(methods):
+        selected = method.select(model)
+        hosts = {host: module for host, module in selected.items() if id(module) not in inside}
+        trained = list(method.trained(model))
+        if not hosts and not trained:
+            reason = "train_also trains every module that it selects whole" if selected else "it selects nothing"
+            raise PEFTError(f"{method} has nothing to do in this {type(model).__name__}: {reason}.")
+        if twice := [host for host in hosts if host in owners]:
+            other = methods[owners[twice[0]]]
+            raise PEFTError(
+                f"{type(other).__name__} and {type(method).__name__} would both adapt {twice[0]!r}; a module takes one "
+                "adapter. Give one of them other target_modules, or exclude_modules."
+            )
+        modules.update(hosts)
+        owners.update(dict.fromkeys(hosts, position))
+        adapters.update(method.adapters(model, hosts, seed) if hosts else {})
+        chosen.update(trained)
+    order = [host for host in named_modules(model) if host in owners]
+    chosen -= parameter_names(whole)
+    names = [n for n in base_parameters(model) if n in chosen] if chosen else []
+    by_host = {h: adapters[h] for h in order}
+    return Prepared(modules, by_host, {h: owners[h] for h in order}, tuple(names), methods, whole)
+
+
+def prepared_tensors(model: nn.Module, prepared: Prepared, name: str) -> dict[str, Tensor]:
+    """Return the tensors that an adapter will have in ``model``, by name, and those of the model trained with it."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for host, adapter in prepared.adapters.items():
+        for key, tensor in adapter.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[f"{host}.{CHILD}.{name}.{key}".lstrip(".")] = tensor
+    trained = {*prepared.chosen, *parameter_names(prepared.whole)}
+    return {**found, **changing_tensors(model, trained)}
+
+
+def changing_tensors(model: nn.Module, trained: set[str]) -> dict[str, Tensor]:
+    """Return the tensors that change when the parameters ``trained`` are: they, and running statistics beside them."""
+    if not trained:
+        return {}
+    base = base_tensors(model)
+    norms = {
+        name
+        for name, module in named_modules(model).items()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        if any(f"{name}.{parameter}".lstrip(".") in trained for parameter in module._parameters)
+    }
+    return {name: t for name, t in base.items() if name in trained or name.rpartition(".")[0] in norms}
+
+
+def whole_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the outermost modules that ``patterns`` (``train_also``) name.
+
+    Raises:
+        PEFTError: A pattern matches nothing, or a module has no parameters, or shares one with a module outside.
+    """
+    patterns = as_list(patterns)
+    if not patterns:
+        return {}
+    modules = named_modules(model)
+    require_matches(patterns, modules, "train_also")
+    names = set().union(*(match_names(pattern, modules) for pattern in patterns))
+    outermost = {n: modules[n] for n in modules if n in names and not any(n.startswith(f"{o}.") for o in names)}
+    owners: dict[int, set[str]] = {}
+    for module_name, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(module_name)
+    for module_name, module in outermost.items():
+        if not any(True for _ in module.parameters()):
+            raise PEFTError(f"train_also: {module_name!r} ({type(module).__name__}) has no parameters to train.")
+        for parameter in module.parameters():
+            outside = [o for o in owners[id(parameter)] if o != module_name and not o.startswith(f"{module_name}.")]
+            if outside:
+                raise PEFTError(
+                    f"train_also: {module_name!r} shares a parameter with {outside[0]!r}, which would be trained with "
+                    "it. Untie them first, or adapt the module by naming it in target_modules."
+                )
+    return outermost
+
+
+def parameter_names(modules: dict[str, nn.Module]) -> set[str]:
+    """Return the full names of all parameters of ``modules``."""
+    return {clean_name(name) for prefix, module in modules.items() for name, _ in module.named_parameters(prefix)}

@@ -1,0 +1,5 @@
+"""Adapter state in memory, in directories and in checkpoints. Imports what is below, and formats."""
+
+from lightning_peft.storage.directories import load_adapter, save_adapter
+
+__all__ = ["load_adapter", "save_adapter"]

@@ -1,0 +1,190 @@
+"""Lightning checkpoints with adapter state only: as one file, or as a directory that HF PEFT reads too."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_peft.core.adapter import clean_name, slots
+from lightning_peft.core.method import method_from_config
+from lightning_peft.errors import PEFTError
+from lightning_peft.formats.deepspeed import is_deepspeed
+from lightning_peft.formats.distributed import is_sharded, read_sharded
+from lightning_peft.formats.files import atomic_directory, restore_interrupted
+from lightning_peft.operations.inject import inject, set_adapter
+from lightning_peft.storage.base_weights import Gathered, fill
+from lightning_peft.storage.directories import read_adapters, write_adapters
+from lightning_peft.storage.state import (
+    adapter_parameters_and_whole,
+    check_metadata,
+    load_adapter_state_dict,
+    metadata,
+    values_before_merge,
+)
+
+KEY = "lightning_peft"
+"""Under it a checkpoint keeps :func:`lightning_peft.storage.state.metadata`."""
+
+_TRAINER_STATE = "trainer_state.ckpt"
+_PLACES = "tensors"
+_INJECTION_KEYS = {"adapters", "active", "train_also", "base"}
+
+
+class AdapterDirectory:
+    """Passed as ``storage_options`` to ``trainer.save_checkpoint``, asks for a directory instead of a file."""
+
+
+def finish(checkpoint: dict[str, Any], model: nn.Module, full: bool) -> None:
+    """Add what tells this checkpoint's adapters apart, and take out whatever is not adapter state unless ``full``.
+
+    Raises:
+        PEFTError: An adapter tensor is missing: a hook changed ``checkpoint["state_dict"]``.
+    """
+    checkpoint[KEY] = {**metadata(model), "full": full}
+    state = {clean_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
+    names = adapter_parameters_and_whole(model).keys()
+    if missing := sorted(names - state.keys()):
+        raise PEFTError(
+            f"The checkpoint lacks the adapter tensor {missing[0]!r}: on_save_checkpoint of the module or a callback "
+            "took it out. Drop that hook: only adapter state is saved anyway."
+        )
+    if not full:
+        checkpoint["state_dict"] = {name: state[name] for name in names}
+
+
+def unmerged_state_dict(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return ``state``, the state dict of ``model``, with the weights as they are without a merge."""
+    for name, _, slot in slots(model):
+        if slot.merged is not None and slot.merged.get("added_bias"):
+            state.pop(f"{name}.bias" if name else "bias")
+    return {**state, **values_before_merge(model)}
+
+
+def apply(
+    checkpoint: Mapping[str, Any], model: nn.Module, strict: bool = True, gathered: Gathered = nullcontext
+) -> None:
+    """Load the model part of a checkpoint into ``model``, which has the same adapters and is not merged.
+
+    Args:
+        checkpoint: As it was read.
+        model: The model.
+        strict: Whether frozen weights, if the checkpoint has them, are to be exactly those of ``model``.
+        gathered: As for :func:`lightning_peft.operations.merge.merge`.
+
+    Raises:
+        PEFTError: It holds no adapters, other ones, or those of another base model.
+    """
+    source = "The checkpoint"
+    saved = checkpoint_metadata(checkpoint)
+    check_metadata(model, saved, source)
+    state = {clean_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
+    names = adapter_parameters_and_whole(model).keys()
+    if saved.get("full"):
+        _apply_base({n: tensor for n, tensor in state.items() if n not in names}, model, source, strict, gathered)
+        state = {name: tensor for name, tensor in state.items() if name in names}
+    load_adapter_state_dict(model, state, source)
+
+
+def _apply_base(base: Mapping[str, Tensor], model: nn.Module, source: str, strict: bool, gathered: Gathered) -> None:
+    if gathered is not nullcontext or any(isinstance(p, DTensor) for p in model.parameters()):
+        fill(model, base, source, gathered=gathered)
+        return
+    names = adapter_parameters_and_whole(model).keys()
+    missing, extra = model.load_state_dict(base, strict=False)
+    missing = [name for name in missing if clean_name(name) not in names]
+    if strict and (missing or extra):
+        raise PEFTError(f"{source} does not fit the base model. Missing: {missing[:5]}. Superfluous: {extra[:5]}.")
+
+
+def inject_from(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
+    """Inject into ``model`` the adapters that ``checkpoint`` is about.
+
+    Raises:
+        PEFTError: It holds no adapters, or the model has not the modules that they adapt.
+    """
+    for prefix, injection in checkpoint_metadata(checkpoint)["injections"].items():
+        root = model.get_submodule(prefix)
+        for name, configs in injection["adapters"].items():
+            methods = [method_from_config(config) for config in configs]
+            inject(root, methods, name=name, train_also=injection["train_also"])
+        set_adapter(root, injection["active"])
+
+
+def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what ``checkpoint`` says of its adapters.
+
+    Raises:
+        PEFTError: Nothing.
+    """
+    saved = checkpoint.get(KEY)
+    if not isinstance(saved, Mapping):
+        raise PEFTError(
+            "The checkpoint was not written by PEFTStrategy: it holds no adapters. To fine-tune from its weights, load "
+            "them into the LightningModule before fit and leave ckpt_path out; to continue that run, use the strategy "
+            "that wrote it."
+        )
+    injections = saved.get("injections")
+    if not isinstance(injections, Mapping) or not all(
+        isinstance(injection, Mapping) and injection.keys() >= _INJECTION_KEYS for injection in injections.values()
+    ):
+        raise PEFTError(f"The checkpoint's {KEY!r} entry is damaged. Take another checkpoint.")
+    return saved
+
+
+def write_directory(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], model: nn.Module) -> None:
+    """Write ``checkpoint`` as a directory: the adapters in HF PEFT's format, the rest in a file beside them.
+
+    Raises:
+        PEFTError: The path is no local one, is not ours to replace, or cannot be written to.
+    """
+    if "://" in os.fspath(path):
+        raise PEFTError(f"{path}: adapter directories are written to local paths. Use ModelCheckpoint for remote ones.")
+    rest = {key: value for key, value in checkpoint.items() if key != "state_dict"}
+    with atomic_directory(path) as directory:
+        places = write_adapters(directory, model, checkpoint["state_dict"])
+        torch.save({**rest, KEY: {**checkpoint[KEY], _PLACES: places}}, directory / _TRAINER_STATE)
+
+
+def is_directory(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is an adapter directory, also if a crash left it with its old content aside."""
+    if "://" in os.fspath(path):
+        return False
+    restore_interrupted(path)
+    return Path(path).is_dir()
+
+
+def read_directory(path: str | os.PathLike[str], weights_only: bool | None = None) -> dict[str, Any]:
+    """Read what :func:`write_directory` wrote, as the checkpoint that it was.
+
+    Raises:
+        PEFTError: The directory holds no trainer state, or is damaged.
+    """
+    directory = Path(path)
+    if is_sharded(directory):
+        return read_sharded(directory, weights_only)
+    if is_deepspeed(directory):
+        raise PEFTError(
+            f"{directory} was written by DeepSpeed, which alone reads it. Use the base strategy that wrote it; "
+            "checkpoints of AdapterCheckpoint resume on every base strategy."
+        )
+    file = directory / _TRAINER_STATE
+    if not file.is_file():
+        raise PEFTError(
+            f"{directory} holds no {_TRAINER_STATE}, so training cannot be resumed from it. An adapter is loaded "
+            "with load_adapter(model, path), and ckpt_path left out."
+        )
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only is not False)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise PEFTError(f"{file} is damaged or truncated: {error}. Take another checkpoint.") from error
+    saved = checkpoint_metadata(checkpoint)
+    state: dict[str, Tensor] = read_adapters(directory, saved[_PLACES])
+    return {**checkpoint, "state_dict": state}

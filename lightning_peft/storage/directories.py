@@ -1,0 +1,311 @@
+"""Adapters in directories: saving and loading."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import CHILD, Adapter, adapter_tensors, slots, unwrap
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.refusals import refuse_merged
+from lightning_peft.core.registry import registries, required
+from lightning_peft.core.seeding import parameters_left_empty
+from lightning_peft.core.sharding import write
+from lightning_peft.errors import PEFTError
+from lightning_peft.formats import hf, own
+from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, Part, with_adapter, without_adapter
+from lightning_peft.formats.counterpart import UNSAID, for_methods
+from lightning_peft.formats.files import (
+    MARKER,
+    atomic_directory,
+    read_json,
+    read_tensors,
+    restore_interrupted,
+    write_json,
+    write_tensors,
+)
+from lightning_peft.formats.pieces import joined, take, whole_of
+from lightning_peft.operations.inject import inject_prepared, prepare_injection
+from lightning_peft.operations.prepare import Prepared, prepared_tensors
+from lightning_peft.storage.fingerprint import describe_base, refuse_other_base
+from lightning_peft.storage.parts import parts_of
+from lightning_peft.storage.state import (
+    adapter_parameters_and_whole,
+    adapter_state_dict,
+    check_tensors,
+    refuse_other_methods,
+)
+from lightning_peft.targets.inner_models import is_lightning_module
+from lightning_peft.targets.select import transformers_models
+
+_BESIDE_FILE = "trained_whole.safetensors"
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> None:
+    """Write an adapter as a directory, in HF PEFT's format if HF PEFT has the method.
+
+    ``PeftModel.from_pretrained(base, path)`` reads that. Other methods, and several methods together, are written in a
+    format of this package's own, which HF PEFT refuses. A LightningModule that holds one model gives that model's
+    adapter; one that holds several gives a subdirectory for each.
+
+    Args:
+        model: A model with adapters, merged or not.
+        path: The directory to write; one that this function wrote before is replaced, atomically.
+        name: Which adapter; the active one if not given.
+
+    Raises:
+        PEFTError: There is no such adapter, or ``path`` cannot be written or is not ours to replace.
+    """
+    found = required(model)
+    name = name or found[0][2].active
+    if not any(name in registry.methods for _, _, registry in found):
+        known = sorted({adapter for _, _, registry in found for adapter in registry.methods})
+        raise PEFTError(f"There is no adapter {name!r}. Adapters: {', '.join(known)}.")
+    with atomic_directory(path) as directory:
+        write_adapters(directory, model, adapter_state_dict(model), names=[name])
+
+
+def write_adapters(
+    directory: Path, model: nn.Module, state: Mapping[str, Tensor], names: Iterable[str] | None = None
+) -> dict[str, list[str]]:
+    """Write the adapters ``names`` (all, if not given) into an existing directory.
+
+    Modules trained whole that belong to no adapted model, such as a head beside it, go into a file of their own: HF
+    PEFT has no place for them. So do buffers that it does not write, if all adapters are written.
+
+    Returns:
+        For every tensor of ``state`` written, by name: ``[file, name in the file]``.
+    """
+    model = unwrap(model)
+    places: dict[str, list[str]] = {}
+    parts, beside = parts_of(model, names)
+    several = len({part.prefix for part in parts}) > 1
+    adapters = [part.adapter for part in parts]
+    primary = "default" if "default" in adapters else adapters[0]
+    for part in parts:
+        # HF PEFT puts every adapter but "default" into a subdirectory of its name.
+        segments = [part.prefix if several else "", "" if part.adapter == primary else part.adapter]
+        subdirectory = "/".join(segment for segment in segments if segment)
+        for in_file, in_model in _write_part(directory / subdirectory, model, part, state).items():
+            places[in_model] = [f"{subdirectory}/{TENSOR_FILE}".lstrip("/"), in_file]
+    beside += [] if names is not None else sorted(state.keys() & adapter_tensors(model).keys() - places.keys())
+    if beside:
+        write_tensors(directory / _BESIDE_FILE, {name: state[name] for name in beside})
+        places.update({name: [_BESIDE_FILE, name] for name in beside})
+    if several:
+        write_json(directory / MARKER, {"version": 1, "parts": sorted({part.prefix for part in parts})})
+    return places
+
+
+def read_adapters(directory: Path, places: Mapping[str, list[str]]) -> dict[str, Tensor]:
+    """Read back what :func:`write_adapters` wrote, given what it returned.
+
+    Raises:
+        PEFTError: A file is missing or damaged, or lacks a tensor.
+    """
+    files = {}
+    for file in {place[0] for place in places.values()}:
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise PEFTError(f"{directory} names the file {file!r}, which lies outside of it. It is not read.")
+        files[file] = read_tensors(directory / file)
+    try:
+        return {name: take(files[file], in_file) for name, (file, in_file) in places.items()}
+    except KeyError as error:
+        raise PEFTError(f"{directory} lacks the tensor {error}: it is damaged. Take another checkpoint.") from error
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> None:
+    """Load an adapter directory, written by this package or by HF PEFT, into ``model``.
+
+    The adapter is injected if the model has none of this name; otherwise its tensors are replaced.
+
+    Args:
+        model: The base model, or a LightningModule that holds it.
+        path: The directory.
+        name: The adapter's name in ``model``.
+
+    Raises:
+        PEFTError: The directory is missing, damaged, holds NaN, or belongs to another base or method. The model is as
+            it was before.
+    """
+    model = unwrap(model)
+    refuse_merged(model, "load an adapter")
+    directory = Path(path)
+    restore_interrupted(directory)
+    marker = read_json(directory / MARKER) if (directory / MARKER).is_file() else {}
+    if "parts" in marker:
+        places = {str(prefix): directory / str(prefix) for prefix in marker["parts"]}
+        if unknown := sorted(places.keys() - dict(model.named_modules()).keys()):
+            raise PEFTError(f"{directory} holds an adapter for {unknown[0]!r}; the model has no such part.")
+    else:
+        places = {_root_of(model, marker): directory}
+    loads = [_Load.prepare(model, prefix, place, name) for prefix, place in places.items()]
+    beside = _read_beside(model, directory)
+    for load in loads:
+        load.run()
+    with torch.no_grad():
+        for parameter, tensor in beside.items():
+            model.get_parameter(parameter).copy_(tensor)
+
+
+@dataclass
+class _Load:
+    """One adapter directory, read and checked against the part of the model that it is for."""
+
+    model: nn.Module
+    prefix: str
+    tensors: dict[str, Tensor]
+    """By name in the model as a whole."""
+    targets: dict[str, Tensor]
+    """What they are copied to, likewise."""
+    name: str
+    prepared: Prepared | None
+    """The adapter to inject, if the model has none of this name."""
+
+    @classmethod
+    def prepare(cls, model: nn.Module, prefix: str, directory: Path, name: str) -> _Load:
+        root = model.get_submodule(prefix)
+        config, file = read_json(directory / CONFIG_FILE), directory / TENSOR_FILE
+        marker = read_json(directory / MARKER) if (directory / MARKER).is_file() else {}
+        config.pop(UNSAID, None)
+        config.update({UNSAID: marker[UNSAID]} if UNSAID in marker else {})
+        stored, source = read_tensors(file), str(directory)
+        shapes = {key: tuple(tensor.shape) for key, tensor in stored.items()}
+        if config.get("peft_type") == own.PEFT_TYPE:
+            content = own.read_content(config, shapes, source)
+        else:
+            content = hf.read_content(root, config, shapes, source)
+        if marker:
+            base = marker.get("base")
+            refuse_other_base(model, base if isinstance(base, dict) else {}, source, prefix)
+        lead = f"{prefix}." if prefix else ""
+        _refuse_changed_base(root, {name: stored.pop(key) for key, name in content.copies.items()}, source)
+        if extra := sorted(stored.keys() - {whole_of(key) for key in content.names}):
+            raise PEFTError(f"{source} holds {extra[0]!r}, which its configuration does not explain. It is damaged.")
+        tensors = {
+            f"{lead}{with_adapter(in_model, name)}": take(stored, key)
+            for key, in_model in content.names.items()
+            if whole_of(key) in stored
+        }
+        present, prepared = _present(model, prefix, name), None
+        if present is not None:
+            refuse_other_methods(present, [method.config() for method in content.methods], source, names_only=True)
+            adapters = _adapters_of(model, lead, name)
+            tensors = {key: _converted(adapters, key, tensor, back=True) for key, tensor in tensors.items()}
+            targets = {key: t for key, t in adapter_parameters_and_whole(model).items() if key.startswith(lead)}
+            targets = {key: t for key, t in targets.items() if with_adapter(without_adapter(key), name) == key}
+        else:
+            with parameters_left_empty():
+                prepared = prepare_injection(root, content.methods, name, content.train_also)
+            targets = {f"{lead}{key}": t for key, t in prepared_tensors(root, prepared, name).items()}
+        # Formats of others have no place for some buffers of adapters, which start anew.
+        expected = {k: t.shape for k, t in targets.items() if k in tensors or not _is_adapter_buffer(k, t)}
+        check_tensors(expected, tensors, source)
+        return cls(model, prefix, tensors, targets, name, prepared)
+
+    def run(self) -> None:
+        if self.prepared is not None:
+            inject_prepared(self.model.get_submodule(self.prefix), self.prepared, self.name)
+        for key, tensor in self.tensors.items():
+            write(self.targets[key], tensor)
+
+
+def _present(model: nn.Module, prefix: str, adapter: str) -> tuple[PEFTMethod, ...] | None:
+    """Return the methods of the adapter in the part ``prefix`` of ``model``, if it has one of that name."""
+    for found, _, registry in registries(model):
+        names = [f"{found}.{name}".lstrip(".") for name in (*registry.hosts.get(adapter, ()), *registry.chosen)]
+        if adapter in registry.methods and any(not prefix or name.startswith(f"{prefix}.") for name in names):
+            return registry.methods[adapter]
+    return None
+
+
+def _is_adapter_buffer(name: str, tensor: Tensor) -> bool:
+    return not isinstance(tensor, nn.Parameter) and CHILD in name.split(".")
+
+
+def _read_beside(model: nn.Module, directory: Path) -> dict[str, Tensor]:
+    """Read the modules trained whole that belong to no adapted model."""
+    file = directory / _BESIDE_FILE
+    if not is_lightning_module(model) or not file.is_file():
+        return {}
+    # What adapters have there is for going on with the training that wrote it.
+    tensors = {name: tensor for name, tensor in read_tensors(file).items() if name == without_adapter(name)}
+    parameters = dict(model.named_parameters())
+    check_tensors({name: parameters[name].shape for name in tensors if name in parameters}, tensors, str(file))
+    return tensors
+
+
+def _refuse_changed_base(root: nn.Module, copies: Mapping[str, Tensor], source: str) -> None:
+    for name, tensor in copies.items():
+        present = root.get_parameter(name)
+        if present.shape != tensor.shape or not torch.allclose(present.cpu(), tensor.to(present.dtype), atol=1e-6):
+            raise PEFTError(
+                f"{source} brings its own {name} {list(tensor.shape)}, which is not the model's "
+                f"{list(present.shape)}: it was trained with other embeddings (new tokens?). Resize the model's "
+                "embeddings and load those weights into it first."
+            )
+
+
+def _root_of(model: nn.Module, marker: Mapping[str, Any]) -> str:
+    """Return the name of the part of ``model`` that an adapter directory is about."""
+    if not is_lightning_module(model):
+        return ""
+    recorded = marker.get("prefix")
+    if marker.get("lightning") and isinstance(recorded, str):
+        return recorded
+    inner = list(transformers_models(model))
+    if len(inner) == 1:
+        return inner[0]
+    if isinstance(recorded, str) and recorded in dict(model.named_modules()):
+        return recorded
+    raise PEFTError(
+        f"{type(model).__name__} holds {len(inner)} transformers models, so it is not clear which one the adapter is "
+        "for. Pass that model: load_adapter(module.model, path)."
+    )
+
+
+def _write_part(directory: Path, model: nn.Module, part: Part, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write one directory and return the tensors' names in the model by their names in the file.
+
+    Left out are those of which the file has another form: a run does not go on from them.
+    """
+    root = model.get_submodule(part.prefix)
+    lead = f"{part.prefix}." if part.prefix else ""
+    counterpart = for_methods(part.methods)
+    if counterpart is None:
+        relative = [name.removeprefix(lead) for name in state if name.startswith(lead)]
+        names, config = own.tensor_names(part, relative), own.config_of(root, part)
+    else:
+        names, config = hf.tensor_names(root, part, counterpart), hf.config_of(root, part, counterpart)
+    names = {in_file: lead + with_adapter(in_root, part.adapter) for in_file, in_root in names.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    adapters = {} if counterpart is None else _adapters_of(model, lead, part.adapter)
+    tensors = {in_file: _converted(adapters, in_model, state[in_model]) for in_file, in_model in names.items()}
+    write_tensors(directory / TENSOR_FILE, joined(tensors))
+    write_json(directory / CONFIG_FILE, config)
+    marker = {"version": 1, "prefix": part.prefix, "base": describe_base(model, part.prefix)}
+    if counterpart is not None and (unsaid := counterpart.unsaid(part.methods[0])):
+        marker[UNSAID] = unsaid
+    write_json(directory / MARKER, {**marker, "lightning": is_lightning_module(root)})
+    return {in_file: in_model for in_file, in_model in names.items() if tensors[in_file] is state[in_model]}
+
+
+def _adapters_of(model: nn.Module, lead: str, adapter: str) -> dict[str, Adapter]:
+    """Return the adapters of that name in the part of ``model`` whose names begin with ``lead``, by host."""
+    found = {name: slot._modules.get(adapter) for name, _, slot in slots(model) if f"{name}.".startswith(lead)}
+    return {name: module for name, module in found.items() if isinstance(module, Adapter)}
+
+
+def _converted(adapters: Mapping[str, Adapter], name: str, tensor: Tensor, back: bool = False) -> Tensor:
+    """Return the tensor ``name`` of a model in the form that a file has, or ``back`` in that of the model."""
+    host, _, rest = name.rpartition(f"{CHILD}.")
+    adapter = adapters.get(host.removesuffix("."))
+    if adapter is None or not rest or CHILD not in name.split("."):
+        return tensor
+    return (adapter.from_file if back else adapter.to_file)(rest.partition(".")[2], tensor)

@@ -1,0 +1,71 @@
+"""Which part of a model goes into which directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from lightning_peft.core.registry import Registry, registries
+from lightning_peft.formats.content import Part
+from lightning_peft.formats.counterpart import for_methods
+from lightning_peft.targets.inner_models import InnerModels
+
+
+def parts_of(model: nn.Module, names: Iterable[str] | None) -> tuple[list[Part], list[str]]:
+    """Return the content of each directory, and the parameters trained whole that have a place in none."""
+    parts: dict[tuple[str, str], Part] = {}
+    inner = InnerModels(model, _adapted(model))
+    for registry_prefix, _, registry in registries(model):
+        for adapter in registry.methods if names is None else [n for n in names if n in registry.methods]:
+            listed = _full_names(registry_prefix, registry, adapter)
+            methods = registry.methods[adapter]
+            # HF PEFT reads one transformers model at a time; the own format has room for what is around it.
+            common = None if for_methods(methods) else _common_prefix(inner.transformers, registry_prefix, listed)
+            for what, name in [(what, name) for what, full_names in listed.items() for name in full_names]:
+                prefix = inner.around(name) if common is None else common
+                part = parts.setdefault((prefix, adapter), Part(prefix, adapter, methods))
+                getattr(part, what).append(_relative(name, prefix))
+    kept = [part for part in parts.values() if part.hosts or part.chosen]
+    beside = [part for part in parts.values() if not (part.hosts or part.chosen)]
+    return kept, [f"{part.prefix}.{name}".lstrip(".") for part in beside for name in part.whole]
+
+
+def _full_names(prefix: str, registry: Registry, adapter: str) -> dict[str, list[str]]:
+    """Return what a part lists, by attribute, with names in the whole model."""
+    listed = {
+        "hosts": list(registry.hosts[adapter]),
+        "chosen": list(registry.chosen),
+        "train_also": list(registry.train_also),
+        "whole": [name for name in registry.whole if name not in registry.chosen],
+    }
+    return {what: [f"{prefix}.{name}".strip(".") for name in names] for what, names in listed.items()}
+
+
+def _common_prefix(inner: Iterable[str], registry_prefix: str, names: Mapping[str, list[str]]) -> str:
+    """Return the transformers model that all ``names`` are in, or else what the adapters were injected into."""
+    flat = [name for listed in names.values() for name in listed]
+    around = [p for p in inner if all(n == p or n.startswith(f"{p}.") for n in flat)]
+    return around[0] if around and len(around[0]) > len(registry_prefix) else registry_prefix
+
+
+def _adapted(model: nn.Module) -> list[str]:
+    """Return the names of all modules that are adapted, or of which a method trains parameters."""
+    return [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, _, registry in registries(model)
+        for name in (
+            *(h for hosts in registry.hosts.values() for h in hosts),
+            *(_module_of(c) for c in registry.chosen),
+        )
+    ]
+
+
+def _module_of(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _relative(name: str, prefix: str) -> str:
+    if name == prefix:
+        return ""
+    return name.removeprefix(f"{prefix}.") if prefix else name

@@ -1,0 +1,186 @@
+"""Adapter state: what a checkpoint has to hold, whether it fits, and loading it. In memory only: no files here."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import adapter_tensors, base_tensors, clean_name, slots, unwrap
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.refusals import refuse_merged
+from lightning_peft.core.registry import registries, required
+from lightning_peft.core.sharding import from_local_part, full_shape, in_zero_pieces, replace
+from lightning_peft.errors import PEFTError
+from lightning_peft.storage.fingerprint import describe_base, refuse_other_base
+
+_VERSION = 1
+_SHOWN = 5
+
+
+def adapter_parameters_and_whole(model: nn.Module) -> dict[str, Tensor]:
+    """Return every tensor that belongs to adapters: theirs, and those of the base trained whole, by clean name.
+
+    An adapter's tensors are its parameters and its persistent buffers.
+    """
+    model = unwrap(model)
+    found = adapter_tensors(model)
+    for prefix, root, registry in registries(model):
+        base = base_tensors(root) if registry.whole else {}
+        found.update({f"{prefix}.{name}" if prefix else name: base[name] for name in registry.whole})
+    return found
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the adapter state of ``model``: a part of its ``state_dict()``, with the same names and tensors.
+
+    It holds every adapter's tensors and the parameters of the base that are trained whole, as they are without a merge.
+    The tensors share memory with the parameters.
+
+    Raises:
+        PEFTError: There are no adapters, or they are in pieces that cannot be returned.
+    """
+    required(model)
+    parameters = adapter_parameters_and_whole(model)
+    if pieces := [name for name, parameter in parameters.items() if in_zero_pieces(parameter)]:
+        raise PEFTError(
+            f"ZeRO-3 has {pieces[0]!r} in pieces on several processes. Use trainer.save_checkpoint or "
+            "AdapterCheckpoint, and load_adapter in a process without DeepSpeed."
+        )
+    state = {name: parameter.detach() for name, parameter in parameters.items()}
+    state.update({name: value for name, value in values_before_merge(model).items() if name in state})
+    return state
+
+
+def values_before_merge(model: nn.Module) -> dict[str, Tensor]:
+    """Return what merging replaced in the base's parameters, by clean name."""
+    return {
+        f"{name}.{parameter}" if name else parameter: from_local_part(host.get_parameter(parameter), value.detach())
+        for name, host, slot in slots(unwrap(model))
+        for parameter, value in (slot.merged or {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], source: str = "The adapter state") -> None:
+    """Copy ``state``, as :func:`adapter_state_dict` returned it, into ``model``.
+
+    Args:
+        model: A model with the same adapters, not merged.
+        state: Tensors by name.
+        source: What to call it in errors.
+
+    Raises:
+        PEFTError: A tensor is missing, superfluous, of another shape, or holds NaN; nothing was copied.
+    """
+    refuse_merged(model, "load adapters")
+    required(model)
+    parameters = adapter_parameters_and_whole(model)
+    state = {clean_name(name): tensor for name, tensor in state.items()}
+    check_tensors({name: full_shape(p) for name, p in parameters.items()}, state, source)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            replace(parameter, state[name])
+
+
+def check_tensors(shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor], source: str) -> None:
+    """Check that ``state`` holds exactly the tensors that ``shapes`` asks for, all finite.
+
+    Raises:
+        PEFTError: It does not; the message names the tensors.
+    """
+    missing, extra = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
+    if missing or extra:
+        near = difflib.get_close_matches(missing[0], extra, n=1) if missing else []
+        raise PEFTError(
+            f"{source} does not fit this model's adapters."
+            + (f" Missing: {_list(missing)}." if missing else "")
+            + (f" Superfluous: {_list(extra)}." if extra else "")
+            + (f" Is {near[0]!r} meant for {missing[0]!r}?" if near else "")
+            + " Use the method and the targets that it was written with."
+        )
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
+            raise PEFTError(
+                f"{source}: {name} has shape {list(state[name].shape)}, this model's adapter has {list(shape)}. "
+                "Use the rank and the base model that it was written with."
+            )
+        # One pass instead of three: files have hundreds of small tensors.
+        if not math.isfinite(state[name].sum(dtype=torch.float64)):
+            raise PEFTError(f"{source}: {name} holds NaN or infinity. Take an earlier checkpoint.")
+
+
+def metadata(model: nn.Module) -> dict[str, Any]:
+    """Return what tells adapter states apart: methods, modules trained whole, and the base; plain types only."""
+    return {
+        "version": _VERSION,
+        "injections": {
+            prefix: {
+                "adapters": {name: [m.config() for m in methods] for name, methods in registry.methods.items()},
+                "active": registry.active,
+                "train_also": list(registry.train_also),
+                "base": describe_base(root),
+            }
+            for prefix, root, registry in required(model)
+        },
+    }
+
+
+def check_metadata(model: nn.Module, saved: Mapping[str, Any], source: str) -> None:
+    """Check that ``saved``, from :func:`metadata`, is about a model with the same base and methods.
+
+    Raises:
+        PEFTError: It is not; what differs is named.
+    """
+    if saved.get("version") != _VERSION:
+        raise PEFTError(
+            f"{source} has format version {saved.get('version')!r}; this lightning_peft reads {_VERSION}. Update it."
+        )
+    for prefix, root, registry in required(model):
+        injection = saved["injections"].get(prefix)
+        where = f" in {prefix!r}" if prefix else ""
+        if injection is None:
+            raise PEFTError(f"{source} has no adapters{where}, but {sorted(saved['injections'])}.")
+        if injection["adapters"].keys() != registry.methods.keys():
+            raise PEFTError(
+                f"{source} holds the adapters {sorted(injection['adapters'])}{where}; this model has "
+                f"{sorted(registry.methods)}."
+            )
+        for name, methods in registry.methods.items():
+            refuse_other_methods(methods, injection["adapters"][name], source)
+        refuse_other_base(root, injection["base"], source)
+
+
+def refuse_other_methods(
+    methods: Sequence[PEFTMethod], saved: Sequence[Mapping[str, Any]], source: str, names_only: bool = False
+) -> None:
+    """Check that ``saved``, configurations of methods, are those of ``methods``; only their names, if so asked.
+
+    Raises:
+        PEFTError: They are not.
+    """
+    theirs, ours = (" + ".join(names) for names in ([str(s.get("method")) for s in saved], [m.name for m in methods]))
+    if theirs != ours:
+        raise PEFTError(
+            f"{source} was written with method {theirs!r}; this model has {ours!r}. Use the method that it was written "
+            "with."
+        )
+    for method, config in [] if names_only else zip(methods, saved, strict=True):
+        _refuse_other_config(method, config, source)
+
+
+def _refuse_other_config(method: PEFTMethod, saved: Mapping[str, Any], source: str) -> None:
+    present = method.config()
+    differing = [key for key in present if key not in method.free and saved.get(key) != present[key]]
+    if differing:
+        both = ", ".join(f"{key}={saved.get(key)!r} (here {present[key]!r})" for key in differing)
+        raise PEFTError(f"{source} was written with {both}. Use the hyper-parameters that it was written with.")
+
+
+def _list(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

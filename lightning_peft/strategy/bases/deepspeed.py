@@ -1,0 +1,238 @@
+"""DeepSpeed: optimizer state of adapters (stage 1), their gradients (2) and all parameters (3) cut up over processes.
+
+Under ``bf16`` and ``fp16`` DeepSpeed casts every parameter, whatever its dtype, and trains a float32 copy of those in
+the optimizer. Its buckets for gradients and weights hold one dtype each, so adapters are not kept out of that: they run
+in half precision, the copy is what is saved, and they get its values when training has ended.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_peft.core.adapter import CHILD, adapter_parameters, base_parameters, clean_name, restore_hooks, slots
+from lightning_peft.core.registry import registries
+from lightning_peft.core.sharding import gathered, kept_part, whole
+from lightning_peft.errors import PEFTError
+from lightning_peft.formats.deepspeed import TAG, is_deepspeed, read_deepspeed, require_layout, write_layout
+from lightning_peft.formats.files import atomic_directory
+from lightning_peft.operations.merge import refuse_ties
+from lightning_peft.storage import checkpoint as files
+from lightning_peft.storage.base_weights import materialise
+from lightning_peft.storage.fingerprint import record_base
+from lightning_peft.storage.state import adapter_parameters_and_whole
+from lightning_peft.strategy.bases.zero import ZeroState
+from lightning_peft.strategy.optim import restrict_to_trainable
+from lightning_peft.strategy.schedule import changes_gradients
+
+if TYPE_CHECKING:
+    from lightning_peft.strategy import PEFTStrategy
+
+    class _Strategy(PEFTStrategy, DeepSpeedStrategy):
+        pass
+else:
+    _Strategy = object
+
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class OnDeepSpeed(_Strategy):
+    """What ``PEFTStrategy`` does differently on ``DeepSpeedStrategy``."""
+
+    config: dict[str, Any]
+    _engine: Any = None
+    """DeepSpeed's engine of this run, or of the last one."""
+    _trained: ZeroState | None = None
+    """What the engine's optimizer holds, if it has one."""
+    _resumed: Path | None = None
+
+    @property
+    def _stage(self) -> int:
+        return int((self.config.get("zero_optimization") or {}).get("stage", 0))
+
+    def setup(self, trainer: Any) -> None:
+        """Set up, without what the last run left on the module."""
+        if not self._stage:
+            raise PEFTError("DeepSpeed was given without ZeRO. Choose stage 1, 2 or 3, or base='ddp'.")
+        if self._full_checkpoints and self.zero_stage_3:
+            raise PEFTError(
+                "checkpoint='full' was given on ZeRO-3, where every process holds a piece of the frozen weights, which "
+                "do not change. Use checkpoint='adapter', or stage 2."
+            )
+        if changes_gradients(self.methods):
+            raise PEFTError(
+                f"{' + '.join(type(method).__name__ for method in self.methods)} reads and changes gradients around "
+                "each step, which DeepSpeed keeps to itself. Use another base, for example base='fsdp'."
+            )
+        if self._engine is not None:
+            # Its hooks would gather and drop parameters a second time.
+            self._engine.destroy()
+        self._engine = self._trained = None
+        self.optimizers, self.lr_scheduler_configs = [], []
+        super().setup(trainer)
+
+    def _inject(self) -> None:
+        """Inject, also into a model that was built in pieces."""
+        new = not any(registries(self._module))
+        super()._inject()
+        for _, root, registry in registries(self._module) if new else ():
+            base = base_parameters(root)
+            registry.whole.update({name: whole(base[name]).clone() for name in registry.whole})
+
+    def _place_adapters(self) -> None:
+        super()._place_adapters()
+        for _, _, slot in slots(self._module):
+            # DeepSpeed moves the module, but not one that was built in pieces.
+            materialise(slot, self.root_device)
+        record_base(self._module)
+        if self.zero_stage_3 and self._merge_on_train_end:
+            refuse_ties(self._module)
+            offload = (self.config["zero_optimization"].get("offload_param") or {}).get("device")
+            if offload == "nvme":
+                raise PEFTError(
+                    "Weights that are offloaded to NVMe cannot be merged into. Pass merge_on_train_end=False, and "
+                    "merge the saved adapter into the base model afterwards."
+                )
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        """Do nothing: DeepSpeed's engine has to come first."""
+
+    def _init_optimizers(self) -> Any:
+        optimizer, schedule = super()._init_optimizers()
+        restrict_to_trainable([optimizer], [schedule.scheduler] if schedule else [], self._module)
+        return optimizer, schedule
+
+    def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Optimizer | None, *args: Any) -> Any:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [trained] if optimizer is None else [list(group["params"]) for group in optimizer.param_groups]
+        values = self._values()
+        for parameter in adapter_parameters(model).values():
+            # DeepSpeed does it, but not in a module that was built, or left by the last run, in pieces.
+            _cast(parameter, self._dtype)
+        result = super()._setup_model_and_optimizer(model, optimizer, *args)
+        self._engine = result[0]
+        self._trained = ZeroState(self._engine, groups, self._module)
+        self._write(values)
+        return result
+
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        values = self._values()
+        super()._initialize_deepspeed_inference(model)
+        self._engine = self.model
+        # Lightning has deleted all hooks of all modules.
+        restore_hooks(model)
+        self._set_adapters(values)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        enabled = [dtype for key, dtype in _HALVES.items() if (self.config.get(key) or {}).get("enabled")]
+        return enabled[0] if enabled else torch.float32
+
+    def _values(self) -> dict[str, Tensor]:
+        """Return everything that is trained, whole and as exact as it is known; a collective call."""
+        trained = self._trained
+        return {
+            name: trained.read(parameter)
+            if trained is not None and isinstance(parameter, nn.Parameter) and parameter.requires_grad
+            else whole(parameter)
+            for name, parameter in adapter_parameters_and_whole(self._module).items()
+        }
+
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        """Set the float32 copies of what is trained."""
+        assert self._trained is not None
+        for name, parameter in adapter_parameters_and_whole(self._module).items():
+            if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
+                self._trained.write(parameter, values[name])
+
+    def _set_adapters(self, values: Mapping[str, Tensor]) -> None:
+        """Give adapters that DeepSpeed has cast their exact values, in the dtype of these."""
+        for name, parameter in adapter_parameters(self._module).items():
+            if parameter.dtype != values[name].dtype:
+                _cast(parameter, values[name].dtype)
+                with gathered([parameter]):
+                    parameter.data.copy_(values[name])
+
+    def _gathered(self, host: nn.Module) -> AbstractContextManager[Any]:
+        slot = host._modules.get(CHILD)
+        return gathered([*host.parameters(recurse=False), *(slot.parameters() if slot is not None else ())])
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint of DeepSpeed's, or one that another base strategy reads too."""
+        self._resumed = None
+        if not files.is_directory(checkpoint_path) or not is_deepspeed(path := Path(checkpoint_path)):
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        if self._module.trainer.state.fn == TrainerFn.FITTING:
+            require_layout(path, self._stage, self.world_size)
+            self._resumed = path
+        return read_deepspeed(path, weights_only)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load the optimizer's state, and the float32 copies of what is trained."""
+        assert self._trained is not None
+        if self._resumed is not None:
+            require_layout(self._resumed, self._stage, self.world_size, self._trained.names())
+            self._engine.load_checkpoint(
+                str(self._resumed), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
+            )
+            return
+        saved = checkpoint["optimizer_states"]
+        if len(saved) != 1:
+            raise PEFTError(f"The checkpoint has the states of {len(saved)} optimizers; DeepSpeed has one.")
+        self._trained.load_state_dict(saved[0])
+        self._write({clean_name(name): value for name, value in checkpoint["state_dict"].items()})
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the optimizer's state by parameter name, whole."""
+        assert self._trained is not None
+        return self._trained.state_dict()
+
+    def _warn_without_gradient(self, optimizer: Optimizer) -> None:
+        """Do nothing: DeepSpeed has moved all gradients into its buffers, and none is left to be missed."""
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return what is saved of the module, whole."""
+        frozen = super().lightning_module_state_dict() if self._full_checkpoints else {}
+        return {**frozen, **self._values()}
+
+    def on_train_end(self) -> None:
+        """Merge the exact adapters."""
+        if self._is_real_run():
+            self._set_adapters(self._values())
+        super().on_train_end()
+
+
+class EngineFiles(DeepSpeedStrategy):
+    """Stands below ``PEFTStrategy``: has DeepSpeed write beside its place, and moves what is whole there."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write DeepSpeed's directory; or a single file, if there is no optimizer."""
+        assert isinstance(self, OnDeepSpeed)
+        if self._trained is None:
+            return Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+        if "://" in os.fspath(filepath):
+            raise PEFTError(f"{filepath}: DeepSpeed writes to local paths.")
+        self.exclude_frozen_parameters = not self._full_checkpoints
+        with ExitStack() as stack:
+            staging = stack.enter_context(atomic_directory(filepath)) if self.is_global_zero else None
+            directory: Path = self.broadcast(staging)  # type: ignore[assignment]
+            super().save_checkpoint(checkpoint, str(directory), storage_options)
+            if self.is_global_zero:
+                write_layout(directory, self._stage, self.world_size, self._trained.names())
+
+
+def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    """Change the dtype of ``parameter`` in place, and that of its piece under ZeRO-3."""
+    if hasattr(parameter, "ds_tensor"):
+        piece = kept_part(parameter)
+        parameter.ds_tensor.data = piece.to(dtype)
+    parameter.data = parameter.data.to(dtype)

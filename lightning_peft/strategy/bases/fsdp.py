@@ -1,0 +1,154 @@
+"""FSDP1: the frozen model in shards, the adapters whole on every process.
+
+FSDP1 flattens the parameters of a unit into one, of one dtype, whose gradient it allocates and reduces as a whole:
+adapters inside would cost the gradient traffic of the entire model. So they are left out of its units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _reshard
+
+from lightning_peft.core.adapter import base_parameters, slots
+from lightning_peft.errors import PEFTError
+from lightning_peft.operations.merge import is_merged, refuse_ties
+from lightning_peft.storage.base_weights import allocate, has_meta, materialise
+from lightning_peft.storage.fingerprint import record_base
+from lightning_peft.storage.state import adapter_parameters_and_whole
+from lightning_peft.strategy.bases.sharded import OnShards
+
+
+class OnFSDP(OnShards):
+    """What ``PEFTStrategy`` does differently on ``FSDPStrategy``."""
+
+    kwargs: dict[str, Any]
+    _state_dict_type: str
+    _wrapped: FullyShardedDataParallel | None = None
+
+    @property
+    def _saves_shards(self) -> bool:
+        return self._state_dict_type == "sharded"
+
+    def setup_environment(self) -> None:
+        """Set up processes; refuse CPUs as Lightning does, which asks for the exact class."""
+        if self._base_class is FSDPStrategy and not isinstance(self.accelerator, CUDAAccelerator):
+            raise PEFTError(
+                f"base='fsdp' was given with accelerator {type(self.accelerator).__name__}; FSDP needs GPUs. Take "
+                "base='ddp' or 'auto', or Trainer(accelerator='gpu')."
+            )
+        super().setup_environment()
+
+    @property
+    def _is_wrapped(self) -> bool:
+        return self._wrapped is not None and self._wrapped.module is self._module
+
+    def _place_adapters(self) -> None:
+        if not self._is_wrapped:
+            _refuse_wrapped(self._module)
+            _refuse_most(self._module)
+            if self._merge_on_train_end:
+                refuse_ties(self._module)
+            record_base(self._module)
+        for _, _, slot in slots(self._module):
+            materialise(slot, self.root_device)
+        for parameter in self._left_out():
+            parameter.data = parameter.data if parameter.is_meta else parameter.data.to(self.root_device)
+        # Lightning refuses to clip by norm, since under FSDP each process would see a part of it. Ours are whole.
+        plugin = self.precision_plugin
+        plugin.clip_grad_by_norm = Precision.clip_grad_by_norm.__get__(plugin)  # type: ignore[method-assign]
+
+    def _left_out(self) -> list[nn.Parameter]:
+        """Return what FSDP has no part in: adapters, and parameters of the base that are trained."""
+        tensors = adapter_parameters_and_whole(self._module).values()
+        return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+
+    def _apply_held_back(self) -> None:
+        """Wait until the module is wrapped: only then all that is trained has memory, and the base its weights."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        """Wrap the module without what is trained. One that was wrapped before keeps its wrapper.
+
+        Lightning drops the outermost wrapper after each run, although parameters stay flattened into it.
+        """
+        if self._is_wrapped:
+            assert self._wrapped is not None
+            super()._apply_held_back()
+            return self._wrapped
+        given = self.kwargs
+        self.kwargs = _leaving_out(given, self._left_out())
+        # FSDP knows nothing of modules that are left out when it materialises those inside a unit.
+        self.kwargs["param_init_fn"] = partial(self._materialise, given.get("param_init_fn"))
+        try:
+            wrapped = super()._setup_model(model)
+        finally:
+            self.kwargs = given
+        assert isinstance(wrapped, FullyShardedDataParallel)
+        self._wrapped = wrapped
+        wrapped.register_forward_hook(self._reshard_merged)
+        with FullyShardedDataParallel.summon_full_params(wrapped, recurse=False):
+            pass  # The first unit that is gathered takes itself for the outermost one.
+        self._load_base_weights()
+        for parameter in self._left_out():
+            dist.broadcast(parameter.detach(), src=0)
+        super()._apply_held_back()
+        return wrapped
+
+    def _materialise(self, initialise: Callable[[nn.Module], None] | None, module: nn.Module) -> None:
+        if initialise is not None and has_meta(module):
+            initialise(module)
+        else:
+            allocate(module, self.root_device, initialise=self._base_weights is None)
+
+    def _reshard(self) -> None:
+        for unit in FullyShardedDataParallel.fsdp_modules(self._wrapped) if self._wrapped is not None else ():
+            if unit._handle is not None and unit._handle.uses_sharded_strategy:
+                _reshard(unit, unit._handle, True)
+
+    def _reshard_merged(self, *_: Any) -> None:
+        # Without a backward pass FSDP keeps the outermost unit gathered: what unmerge or eject write would be lost.
+        if not torch.is_grad_enabled() and is_merged(self._module):
+            self._reshard()
+
+    def _gathered(self, host: nn.Module) -> AbstractContextManager[Any]:  # type: ignore[override]
+        if self._wrapped is None or not self._is_wrapped:
+            return nullcontext()
+        units = [unit for unit in FullyShardedDataParallel.fsdp_modules(self._wrapped) if host in unit.modules()]
+        return FullyShardedDataParallel.summon_full_params(units[-1], recurse=False)
+
+
+def _refuse_wrapped(module: nn.Module) -> None:
+    if any(isinstance(part, FullyShardedDataParallel) for part in module.modules()):
+        raise PEFTError(
+            f"{type(module).__name__} wraps parts of itself in FSDP, so the adapters would be flattened into them. "
+            "Leave the wrapping to the strategy (auto_wrap_policy), or use ModelParallelStrategy with fully_shard."
+        )
+
+
+def _refuse_most(module: nn.Module) -> None:
+    base = base_parameters(module)
+    trained = sum(p.numel() for p in base.values() if p.requires_grad)
+    total = sum(p.numel() for p in base.values())
+    if trained > total / 2:
+        raise PEFTError(
+            f"{trained:,} of the base's {total:,} parameters are trained. On FSDP, PEFTStrategy keeps what is trained "
+            "whole on every process. Use Lightning's own FSDPStrategy, or PEFTStrategy on ModelParallelStrategy."
+        )
+
+
+def _leaving_out(kwargs: dict[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
+    """Return FSDP's arguments with ``parameters`` added to what it ignores."""
+    states = [*(kwargs.get("ignored_states") or ()), *(kwargs.get("ignored_modules") or ())]
+    given = [p for s in states for p in ([s] if isinstance(s, nn.Parameter) else s.parameters())]
+    rest = {key: value for key, value in kwargs.items() if key != "ignored_modules"}
+    return {**rest, "ignored_states": [*given, *parameters]}

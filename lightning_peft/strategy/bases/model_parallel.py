@@ -1,0 +1,112 @@
+"""ModelParallelStrategy: FSDP2 (``fully_shard``) and tensor parallelism, applied by the user in ``configure_model``.
+
+Adapters injected there before ``fully_shard`` are sharded with the model; without a call, or if they share parameters,
+they are injected at ``setup`` and kept whole on every process. Beside a layer that is split by tensor parallelism they
+are split as that layer is, so they have to come after ``parallelize_module``, which cannot split a layer that has
+children.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from lightning_peft.core.adapter import Adapter, slots
+from lightning_peft.core.registry import registries
+from lightning_peft.core.sharding import shard
+from lightning_peft.core.weights import is_transposed
+from lightning_peft.errors import PEFTError
+from lightning_peft.operations.eject import eject
+from lightning_peft.storage.base_weights import materialise
+from lightning_peft.storage.fingerprint import record_base
+from lightning_peft.strategy.bases.sharded import OnShards
+
+_DATA, _TENSOR = "data_parallel", "tensor_parallel"
+
+
+class OnModelParallel(OnShards):
+    """What ``PEFTStrategy`` does differently on ``ModelParallelStrategy``."""
+
+    device_mesh: DeviceMesh
+    _save_distributed_checkpoint: bool
+    _takes_sharded = True
+
+    @property
+    def _saves_shards(self) -> bool:
+        return self._save_distributed_checkpoint
+
+    def inject(self) -> None:
+        """Inject the adapters before the module is sharded; later, at ``setup``, if they share what is trained.
+
+        ``fully_shard`` cannot cut up a parameter that is in several of its units.
+        """
+        new = not any(registries(self._module))
+        super().inject()
+        if new and _is_shared(self._module):
+            eject(self._module)
+
+    def _inject(self) -> None:
+        new = not any(registries(self._module))
+        super()._inject()
+        for _, host, slot in slots(self._module) if new else ():
+            weight = host._parameters.get("weight")
+            if isinstance(weight, DTensor) and _TENSOR in (weight.device_mesh.mesh_dim_names or ()):
+                for adapter in slot.values():
+                    assert isinstance(adapter, Adapter)
+                    _split(adapter, host, weight, self.device_mesh[_TENSOR])
+
+    def _place_adapters(self) -> None:
+        for _, _, slot in slots(self._module):
+            materialise(slot, self.root_device)
+        super()._place_adapters()
+        record_base(self._module)
+
+    def _reshard(self) -> None:
+        for module in self._module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _replicated(self) -> list[tuple[list[nn.Parameter], Any]]:
+        trained = [p for p in self._module.parameters() if p.requires_grad]
+        return [
+            ([p for p in trained if not isinstance(p, DTensor)], None),
+            # FSDP2 averages the gradients of what it shards.
+            ([p for p in trained if _is_split_only(p)], self.device_mesh[_DATA].get_group()),
+        ]
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return what is saved of the module, in its shards."""
+        self._reshard()
+        return super().lightning_module_state_dict()
+
+
+def _is_shared(module: nn.Module) -> bool:
+    """Whether adapters of several hosts have a parameter in common."""
+    every = [id(parameter) for _, _, slot in slots(module) for parameter in slot.parameters()]
+    return len(every) != len(set(every))
+
+
+def _is_split_only(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, DTensor) and _DATA not in (parameter.device_mesh.mesh_dim_names or ())
+
+
+def _split(adapter: Adapter, host: nn.Module, weight: DTensor, mesh: DeviceMesh) -> None:
+    """Split the parameters of ``adapter`` along the features along which ``weight`` is split."""
+    placement = weight.placements[(weight.device_mesh.mesh_dim_names or ()).index(_TENSOR)]
+    axis = None
+    if isinstance(placement, Shard):
+        axis = ("in", "out")[(placement.dim == 0) != is_transposed(host)]
+    if missing := [name for name, _ in adapter.named_parameters() if name not in adapter.axes]:
+        raise PEFTError(
+            f"{type(adapter).__name__} does not say how {missing[0]!r} is split beside a layer that tensor parallelism "
+            "has split. Use LoRA there, or shard with fully_shard alone."
+        )
+    for name, parameter in list(adapter.named_parameters(recurse=False)):
+        axes = adapter.axes[name]
+        split = Shard(axes.index(axis)) if axis in axes else Replicate()
+        pieces = shard(parameter.detach(), mesh, [split])
+        adapter.register_parameter(name, nn.Parameter(pieces, requires_grad=parameter.requires_grad))

@@ -1,0 +1,182 @@
+"""Optimizers hold what is trained and nothing else; their state is saved by parameter name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim import Optimizer
+
+from lightning_peft.core.adapter import CHILD, clean_name
+from lightning_peft.core.sharding import like
+from lightning_peft.errors import PEFTError
+from lightning_peft.storage.state import adapter_parameters_and_whole
+from lightning_peft.strategy.param_groups import drop_groups, learning_rate_ratios, split_groups
+
+
+def restrict_to_trainable(optimizers: Sequence[Optimizer], schedulers: Iterable[Any], model: nn.Module) -> None:
+    """Take frozen parameters out of every param group and put forgotten adapter parameters in.
+
+    A forgotten one joins the group that held a parameter of the module that it adapts. A group that is left empty goes,
+    and with it its entry in every scheduler. A group whose parameters have other learning rates by their method
+    (:meth:`~lightning_peft.core.method.PEFTMethod.lr_ratio`) is split, and schedulers keep the ratio. The optimizers
+    are changed in place, before their first step.
+
+    Args:
+        optimizers: What ``configure_optimizers`` returned.
+        schedulers: The schedulers on them.
+        model: The model with adapters; its trainable parameters are those with ``requires_grad``.
+
+    Raises:
+        PEFTError: An optimizer is left with nothing, an adapter has no optimizer, or an optimizer keeps copies of its
+            param groups.
+    """
+    for optimizer in optimizers:
+        if isinstance(optimizer, ZeroRedundancyOptimizer):
+            raise PEFTError(
+                "ZeroRedundancyOptimizer keeps its own shards of the param groups, which cannot be restricted to "
+                "adapters. Use the optimizer that it wraps: adapter states are small."
+            )
+    schedulers = list(schedulers)
+    names = {id(p): clean_name(name) for name, p in model.named_parameters()}
+    homes = {id(p): group for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in _forgotten(model, homes):
+        group = _home(model, name, homes)
+        group["params"].append(parameter)
+        if "param_names" in group:
+            group["param_names"].append(name)
+    for optimizer in optimizers:
+        had = [names.get(id(p), "?") for group in optimizer.param_groups for p in group["params"]]
+        _drop_frozen(optimizer)
+        empty = [i for i, group in enumerate(optimizer.param_groups) if not group["params"]]
+        if had and len(empty) == len(optimizer.param_groups):
+            raise PEFTError(
+                f"{type(optimizer).__name__} from configure_optimizers is left with nothing to train: it holds "
+                f"{len(had)} frozen parameters ({', '.join(had[:3])}, …) and none that an adapter belongs to. Give it "
+                "self.parameters(), or name modules in target_modules or train_also."
+            )
+        drop_groups(optimizer, schedulers, empty)
+        split_groups(optimizer, schedulers, learning_rate_ratios(model))
+
+
+def state_by_name(optimizer: Optimizer, state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return ``state``, the optimizer's ``state_dict()``, with parameter names in place of positions.
+
+    A parameter without state (before the first step, or never used) has an empty one, so that a state which got lost
+    can be told from one which never was.
+    """
+    names = parameter_names(optimizer, model)
+    return {
+        **state,
+        "state": {name: state["state"].get(position, {}) for position, name in enumerate(names)},
+        "param_groups": [
+            {**group, "params": [names[position] for position in group["params"]]} for group in state["param_groups"]
+        ],
+    }
+
+
+def state_by_position(optimizer: Optimizer, saved: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return ``saved``, from :func:`state_by_name`, with this optimizer's positions in place of names.
+
+    The order of parameters within a group may have changed.
+
+    Raises:
+        PEFTError: The groups hold other parameters than they did, or there is no state to go on from.
+    """
+    names = parameter_names(optimizer, model)
+    groups, start = [], 0
+    if len(saved["param_groups"]) != len(optimizer.param_groups):
+        raise PEFTError(
+            f"The checkpoint has {len(saved['param_groups'])} param groups, configure_optimizers made "
+            f"{len(optimizer.param_groups)} with something to train. Make the groups that it was saved with."
+        )
+    for number, (group, old) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=True)):
+        positions = range(start, start + len(group["params"]))
+        start += len(group["params"])
+        now, then = {names[position] for position in positions}, set(old["params"])
+        if now != then:
+            raise PEFTError(
+                f"Param group {number} of {type(optimizer).__name__} holds other parameters than in the checkpoint: "
+                f"{sorted(now - then)[:3]} are new and would start with zero moments, {sorted(then - now)[:3]} are "
+                "gone. Make the groups that it was saved with."
+            )
+        entry = {**old, "params": list(positions)}
+        if "param_names" in group:
+            entry["param_names"] = list(group["param_names"])
+        groups.append(entry)
+    if lost := [name for name in names if name not in saved["state"]]:
+        raise PEFTError(
+            f"The checkpoint has no {type(optimizer).__name__} state for {len(lost)} parameters ({lost[0]}, …): their "
+            "training would go on with zero moments. Resume from another checkpoint, or load the adapter with "
+            "load_adapter and start anew."
+        )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        position: {key: _placed_like(parameter, value) for key, value in saved["state"][name].items()}
+        for position, (name, parameter) in enumerate(zip(names, parameters, strict=True))
+        if saved["state"][name]
+    }
+    return {**saved, "state": state, "param_groups": groups}
+
+
+def state_elements(optimizer: Optimizer) -> int | None:
+    """Return how many state elements ``optimizer`` keeps per parameter element (AdamW: 2), or ``None`` if unknown.
+
+    Found by one step of a new optimizer of its kind on a small parameter.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed wraps the one that was configured
+    accepted = inspect.signature(type(optimizer)).parameters
+    options = {key: value for key, value in optimizer.defaults.items() if key in accepted}
+    probe = nn.Parameter(torch.zeros(8, 8))
+    probe.grad = torch.zeros_like(probe)
+    try:
+        twin = type(optimizer)([probe], **options)
+        twin.step(lambda: 0.0)
+    except Exception:  # an optimizer of someone else's, whose constructor is not torch's
+        return None
+    return sum(v.numel() for v in twin.state[probe].values() if isinstance(v, torch.Tensor)) // probe.numel()
+
+
+def _placed_like(parameter: nn.Parameter, value: Any) -> Any:
+    """Return an optimizer state's entry, if it has one element per element of ``parameter``, in pieces as that is."""
+    return like(parameter, value) if isinstance(value, torch.Tensor) and value.shape == parameter.shape else value
+
+
+def _forgotten(model: nn.Module, homes: Mapping[int, Any]) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in adapter_parameters_and_whole(model).items():
+        if isinstance(parameter, nn.Parameter) and parameter.requires_grad and id(parameter) not in homes:
+            yield name, parameter
+
+
+def _home(model: nn.Module, name: str, homes: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    """Return the group for the parameter ``name``: that of another parameter of the module it belongs to."""
+    host = name.split(f".{CHILD}.")[0] if f".{CHILD}." in name else name.rpartition(".")[0]
+    for owner, module in model.named_modules():
+        if clean_name(owner) == host:
+            for parameter in module.parameters():
+                if id(parameter) in homes:
+                    return homes[id(parameter)]
+    raise PEFTError(
+        f"{name!r} is trained, but no optimizer from configure_optimizers holds it or a parameter of {host!r}. Give "
+        "the optimizer self.parameters(), or the adapters by requires_grad."
+    )
+
+
+def _drop_frozen(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        trained = [p.requires_grad for p in group["params"]]
+        for key in ("params", "param_names"):
+            if key in group:
+                # In place: LBFGS and others hold on to the list itself.
+                group[key][:] = [entry for entry, keep in zip(group[key], trained, strict=True) if keep]
+
+
+def parameter_names(optimizer: Optimizer, model: nn.Module) -> list[str]:
+    """Return the name of every parameter of ``optimizer``, by position."""
+    names = {id(p): clean_name(name) for name, p in model.named_parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [names.get(id(p), f"not in the module: {position}") for position, p in enumerate(parameters)]

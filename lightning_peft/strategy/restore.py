@@ -1,0 +1,45 @@
+"""``MyModule.load_from_checkpoint(path)`` on checkpoints with adapters.
+
+Lightning offers no public place for it: stock ``load_from_checkpoint`` lists every base weight as missing, or, with
+``strict=False``, returns the base model and drops the adapters without a word. So two functions of
+``lightning.pytorch.core.saving`` are wrapped, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core import saving
+
+from lightning_peft.storage import checkpoint as files
+
+_load_file = saving.pl_load
+_load_state = saving._load_state
+
+
+def _load_file_or_directory(path: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(path, str | os.PathLike) and files.is_directory(path):
+        return files.read_directory(path, kwargs.get("weights_only"))
+    return _load_file(path, *args, **kwargs)
+
+
+def _load_state_with_adapters(cls: Any, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    if files.KEY not in checkpoint or not issubclass(cls, LightningModule):
+        return _load_state(cls, checkpoint, *args, **kwargs)
+    # Lightning makes the module and calls its hooks, with no state to load: the base's weights are the module's own.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found keys that are in the model state dict but not in")
+        model = _load_state(cls, {**checkpoint, "state_dict": {}}, *args, **{**kwargs, "strict": False})
+    assert isinstance(model, LightningModule)
+    files.inject_from(checkpoint, model)
+    files.apply(checkpoint, model)
+    return model
+
+
+def install() -> None:
+    """Make ``load_from_checkpoint`` read checkpoints with adapters."""
+    saving.pl_load = _load_file_or_directory  # type: ignore[assignment]
+    saving._load_state = _load_state_with_adapters  # type: ignore[assignment]

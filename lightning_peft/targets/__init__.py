@@ -1,0 +1,1 @@
+"""What a model is made of: patterns, blocks, parts, inner models. Imports core."""

@@ -1,0 +1,184 @@
+"""Every config of the examples goes through the real parser; what has a part that runs on a CPU trains a step."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cluster import language_model, questions
+from jsonargparse import Namespace
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from network import clean_environment
+from safetensors import safe_open
+
+from lightning_peft import LoRA, PEFTStrategy
+from lightning_peft.callbacks import AdapterCheckpoint
+from lightning_peft.cli import PEFTCLI
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "examples" / "configs"
+NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+BASES = {
+    "quickstart": SingleDeviceStrategy,
+    "one_gpu": SingleDeviceStrategy,
+    "ddp_8gpu": DDPStrategy,
+    "multi_node": DDPStrategy,
+    "fsdp": FSDPStrategy,
+    "model_parallel": ModelParallelStrategy,
+}
+"""The Lightning strategy of each config that can be instantiated here."""
+PARSED_ONLY = {
+    "deepspeed_zero3": "DeepSpeedStrategy asks for the package deepspeed when it is made",
+    "qlora_one_gpu": "BitsandbytesPrecision asks for the package bitsandbytes when it is made, and for CUDA to run",
+}
+SHARDED = ["fsdp", "model_parallel"]
+"""Run on two processes: on one, FSDP1 does not shard."""
+STRATEGY = "--trainer.strategy.init_args"
+
+
+class Parsed(PEFTCLI):
+    """The command up to the point where objects are made of a config."""
+
+    def instantiate_classes(self) -> None:
+        self.subcommand, self.trainer, self.model = "", None, None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        return
+
+
+class Made(PEFTCLI):
+    """The command up to the point where a run would start."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        return
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    language_model(path / "model")
+    questions(path / "questions.jsonl")
+    return path
+
+
+@pytest.fixture
+def arguments(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What takes the place of GPUs, of the model and of the data."""
+    monkeypatch.chdir(tmp_path)
+    # As after `cd` into the directory that holds examples/.
+    monkeypatch.syspath_prepend(str(ROOT))
+    files = [f"--data.init_args.{split}_file={folder / 'questions.jsonl'}" for split in ("train", "val")]
+    trainer = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1"]
+    limits = [
+        "--trainer.max_steps=1",
+        "--trainer.limit_train_batches=1",
+        "--trainer.accumulate_grad_batches=1",
+        "--trainer.enable_progress_bar=false",
+    ]
+    model = [f"--model.init_args.model={folder / 'model'}", "--model.init_args.warmup_steps=0"]
+    return [*trainer, *limits, *model, *files, f"{STRATEGY}.method.init_args.r=2", "--data.init_args.num_workers=0"]
+
+
+def fitting(name: str, arguments: list[str], folder: Path) -> list[str]:
+    """Add to ``arguments`` what one config alone needs to be run on a CPU."""
+    command = ["fit", f"--config={CONFIGS / name}.yaml", *arguments]
+    base = f"{STRATEGY}.base"
+    if name == "fsdp":
+        command += [
+            f"{base}=distributed_script.CPUFSDPStrategy",
+            f"{base}.auto_wrap_policy=[transformers.models.llama.modeling_llama.LlamaDecoderLayer]",
+        ]
+    if name == "multi_node":
+        command += ["--trainer.callbacks.every_n_train_steps=1"]
+    if name == "model_parallel":
+        command += [f"{base}.init_args.data_parallel_size=1", f"{STRATEGY}.base_weights={folder / 'model'}"]
+    return command
+
+
+def test_every_config_is_tested_one_way_or_the_other() -> None:
+    assert sorted([*BASES, *PARSED_ONLY]) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_is_parsed_as_it_stands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    config = Parsed(["fit", f"--config={CONFIGS / name}.yaml"]).config.fit
+    assert config.trainer.strategy.class_path == "lightning_peft.PEFTStrategy"
+    assert config.trainer.strategy.init_args.method.class_path == "lightning_peft.LoRA"
+    saver = config.trainer.callbacks[0]
+    assert saver.class_path == "lightning_peft.callbacks.AdapterCheckpoint"
+    assert saver.init_args.save_last is True
+    if name in PARSED_ONLY and name.startswith("deepspeed"):
+        assert base_of(config).init_args.stage == 3
+
+
+def base_of(config: Namespace) -> Namespace:
+    base: Namespace = config.trainer.strategy.init_args.base
+    return base
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_says_how_it_is_run(name: str) -> None:
+    """And names no key that it does not explain: each has a comment here, or in the file to begin with."""
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    header = re.match(r"(?:#.*\n)+", text)
+    assert header
+    command = "sbatch examples/launch/slurm.sbatch" if name == "multi_node" else f"fit --config examples/configs/{name}"
+    assert command in header[0]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_config_makes_its_objects(name: str, arguments: list[str], folder: Path) -> None:
+    made = Made(fitting(name, arguments, folder))
+    strategy = made.trainer.strategy
+    assert isinstance(strategy, PEFTStrategy)
+    assert isinstance(strategy, BASES[name])
+    assert [type(method) for method in strategy.methods] == [LoRA]
+    assert isinstance(made.trainer.checkpoint_callback, AdapterCheckpoint)
+
+
+@pytest.mark.parametrize("name", [name for name in BASES if name not in SHARDED])
+def test_a_config_trains(name: str, arguments: list[str], folder: Path, tmp_path: Path) -> None:
+    """A step on one process, a validation where the config has one, and the last checkpoint."""
+    try:
+        cli = PEFTCLI(fitting(name, arguments, folder))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert cli.trainer.global_step == 1
+    saver = cli.trainer.checkpoint_callback
+    assert isinstance(saver, AdapterCheckpoint)
+    assert_trained(Path(saver.last_model_path), tmp_path)
+    if saver.monitor:
+        assert saver.best_model_score is not None
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_config_trains_on_two_processes(name: str, arguments: list[str], folder: Path, tmp_path: Path) -> None:
+    command = [*fitting(name, arguments, folder), "--trainer.devices=2"]
+    if name == "model_parallel":
+        command.append(f"{STRATEGY}.base.init_args.data_parallel_size=2")
+    environment = {**clean_environment(), "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PYTHONPATH"] = f"{environment['PYTHONPATH']}:{ROOT}"
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_peft", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"PEFT{BASES[name].__name__}" in done.stderr.replace("PEFTCPUFSDP", "PEFTFSDP")
+    assert_trained(tmp_path / "runs" / name / "checkpoints" / "last", tmp_path)
+
+
+def assert_trained(checkpoint: Path, folder: Path) -> None:
+    assert checkpoint.is_relative_to(folder)
+    with safe_open(checkpoint / "adapter_model.safetensors", "pt") as file:
+        names = list(file.keys())
+        assert len(names) == 28  # A and B of seven linear layers in each of two blocks
+        assert all(file.get_tensor(name).any() for name in names if "lora_B" in name)

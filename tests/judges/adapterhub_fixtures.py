@@ -1,0 +1,112 @@
+"""Writes ``data/adapterhub.safetensors``: what AdapterHub's package computes, for test_adapterhub.py.
+
+Runs in an environment of its own, since that package wants an older transformers:
+``pip install adapters==1.3.0 transformers==4.57.6 torch safetensors``, then
+``python tests/judges/adapterhub_fixtures.py``.
+"""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import adapters
+import torch
+import transformers as t
+from adapters import CompacterConfig, CompacterPlusPlusConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FILE = Path(__file__).parent / "data" / "adapterhub.safetensors"
+SMALL = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 11}
+# The test builds the same models with the same arguments.
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert": ("BertForSequenceClassification", "BertConfig", {**SMALL, "max_position_embeddings": 8}),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 20, "vocab_size": 11}
+             | {"n_positions": 8}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {**SMALL, "num_key_value_heads": 1}),
+    "t5": ("T5ForConditionalGeneration", "T5Config", {"d_model": 16, "d_ff": 20, "num_layers": 1, "num_heads": 2}
+           | {"d_kv": 8, "vocab_size": 11, "decoder_start_token_id": 0}),
+}  # fmt: skip
+
+
+def configs(family: str) -> dict[str, adapters.BnConfig]:
+    """The package's configurations, with its defaults for what is not given."""
+    cross = {"cross_adapter": family == "t5"}
+    found = {
+        "houlsby": DoubleSeqBnConfig(reduction_factor=4, scaling=0.5, **cross),
+        "pfeiffer": SeqBnConfig(reduction_factor=4),
+        "compacter": CompacterConfig(reduction_factor=2, **cross),
+        # Its default is Pfeiffer's placement. The method's authors put the adapter before the residual connection.
+        "compacter++": CompacterPlusPlusConfig(reduction_factor=2, original_ln_before=False),
+    }
+    # In models that normalise before a block it reads the hidden state before the norm: see the test.
+    return {**found, "parallel": ParBnConfig(reduction_factor=4)} if family == "bert" else found
+
+
+def draw(model: nn.Module, parameters: dict[str, Tensor]) -> None:
+    """Give parameters values that float32 has, so that the file can be half as large."""
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float32) * 0.3)
+
+
+def build(family: str) -> nn.Module:
+    name, config, options = MODELS[family]
+    model: nn.Module = getattr(t, name)(getattr(t, config)(**options)).double().eval()
+    return model
+
+
+def norms(model: nn.Module) -> dict[str, Tensor]:
+    kinds = {n for n, m in model.named_modules() if type(m).__name__.endswith("Norm")}
+    return {n: p for n, p in model.named_parameters() if n.rpartition(".")[0] in kinds}
+
+
+def compute(model: nn.Module, family: str, case: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Everything that the test needs of one configuration."""
+    adapters.init(model)
+    model.add_adapter("a", config=configs(family)[case])
+    model.train_adapter("a")
+    model.double().eval()
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad and (".a." in n)}
+    assert own
+    draw(model, own)
+    judged = {**own, **norms(model)}
+    for parameter in judged.values():
+        parameter.requires_grad_(True)
+    # T5's softmax was one of float32 then; it is not any more.
+    as_it_is = mock.patch.object(torch.Tensor, "float", lambda tensor: tensor)
+    with as_it_is if family == "t5" else nullcontext():
+        logits = model(**inputs).logits
+    logits.square().sum().backward()
+    return {
+        "logits": logits.detach(),
+        **{f"adapter/{n}": p.detach().float() for n, p in own.items()},
+        **{f"gradient/{n}": p.grad for n, p in judged.items()},
+    }
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    content: dict[str, Tensor] = {}
+    for family in MODELS:
+        model = build(family)
+        draw(model, dict(model.named_parameters()))
+        base = {n: p.detach() for n, p in model.named_parameters()}
+        inputs = {"input_ids": torch.randint(11, (2, 4))}
+        if family == "t5":
+            inputs["decoder_input_ids"] = torch.randint(11, (2, 3))
+        content |= {f"{family}/base/{n}": p.float() for n, p in base.items()}
+        content |= {f"{family}/input/{n}": ids for n, ids in inputs.items()}
+        for case in configs(family):
+            fresh = build(family)
+            fresh.load_state_dict(base, strict=False)
+            fresh.tie_weights()
+            content |= {f"{family}/{case}/{n}": v for n, v in compute(fresh, family, case, inputs).items()}
+    versions = {"adapters": adapters.__version__, "transformers": t.__version__}
+    save_file({n: v.contiguous() for n, v in content.items()}, FILE, metadata=versions)
+    print(FILE, FILE.stat().st_size, "bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Merging changes outputs by rounding only, and can be undone bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, build, outputs, randomise
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lightning_peft import LoRA, PEFTError, inject, merge, unmerge
+from lightning_peft.adapters.low_rank.linear import LoRAAdapter
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merge_and_unmerge(family: str) -> None:
+    model, inputs = build(family)
+    inject(model, LoRA(r=2))
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    randomise(model)
+    expected = outputs(model, inputs)
+    report = merge(model)
+    merged = outputs(model, inputs)
+    assert report.merged > 0
+    assert report.largest_loss < 1e-5
+    assert (merged - expected).abs().max() <= 1e-5
+    assert any(not torch.equal(p, weights[n]) for n, p in model.named_parameters() if "lora" not in n)
+    merge(model)
+    assert torch.equal(outputs(model, inputs), merged)
+    unmerge(model)
+    assert torch.equal(outputs(model, inputs), expected)
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters() if "lora" not in n)
+
+
+def test_unloading_leaves_a_plain_model() -> None:
+    model, inputs = build("llama")
+    keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
+    inject(model, LoRA(r=2))
+    randomise(model)
+    expected = outputs(model, inputs)
+    merge(model)
+    merge(model, unload=True)
+    assert list(model.state_dict()) == keys
+    assert [type(m) for m in model.modules()] == classes
+    assert all(p.requires_grad for p in model.parameters())
+    assert (outputs(model, inputs) - expected).abs().max() <= 1e-5
+
+
+def test_a_tied_weight_is_untied(tmp_path: Path) -> None:
+    model, inputs = build("gemma3")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    inject(model, LoRA(r=2, target_modules=["embed_tokens", "q_proj"]))
+    randomise(model)
+    head, expected = model.lm_head.weight.detach().clone(), outputs(model, inputs)
+    merge(model)
+    assert torch.equal(model.lm_head.weight, head)
+    assert (outputs(model, inputs) - expected).abs().max() <= 1e-5
+    unmerge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings is True
+    assert torch.equal(outputs(model, inputs), expected)
+    merge(model, unload=True)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert (outputs(loaded, inputs) - expected).abs().max() <= 1e-5
+
+
+def test_what_rounding_takes_is_reported() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256)).to(torch.bfloat16)
+    inject(model, LoRA(r=4))
+    a, b = (p for n, p in model.named_parameters() if "lora" in n)
+    nn.init.normal_(b, std=0.002)
+    change = (4 * b @ a).detach()
+    ideal = model[0].weight.detach().float() + change
+    report = merge(model)
+    lost = (model[0].weight.float() - ideal).norm() / change.norm()
+    assert report.largest_loss == pytest.approx(lost.item(), rel=1e-4)
+    assert report.largest_loss > 0.05
+    assert report.worst == "0"
+
+
+def test_everything_is_checked_before_the_first_write() -> None:
+    model, _ = build("llama")
+    inject(model, LoRA(r=2))
+    randomise(model)
+    last = [p for n, p in model.named_parameters() if "lora_B" in n][-1]
+    with torch.no_grad():
+        last[0, 0] = float("nan")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(PEFTError, match="NaN or infinity"):
+        merge(model)
+    assert all(torch.equal(value, before[n]) or n.endswith("lora_B") for n, value in model.state_dict().items())
+
+
+def test_an_interrupted_merge_for_good_cannot_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = build("llama")
+    inject(model, LoRA(r=2))
+    randomise(model)
+    fold, calls = LoRAAdapter.fold, []
+
+    def interrupted(self: LoRAAdapter, *args: torch.Tensor) -> object:
+        calls.append(self)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return fold(self, *args)
+
+    monkeypatch.setattr(LoRAAdapter, "fold", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(model, unload=True)
+    with pytest.raises(PEFTError, match="was interrupted"):
+        unmerge(model)
+
+
+def test_a_model_without_adapters_is_an_error() -> None:
+    with pytest.raises(PEFTError, match="has no adapters"):
+        merge(nn.Linear(2, 2))

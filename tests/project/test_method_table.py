@@ -1,0 +1,22 @@
+"""The README's table says what the methods are."""
+
+import method_table
+import pytest
+from families import build
+from test_methods import FAMILY, METHODS, OURS
+
+from lightning_peft import inject, merge
+
+
+def test_the_readme_holds_the_table() -> None:
+    assert method_table.in_readme() == method_table.table(), "Run tests/project/method_table.py"
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_it_is_true(name: str) -> None:
+    cls = OURS[name]
+    assert cls.hosts, f"{cls.__name__} says nothing about where it goes: set hosts."
+    assert cls.count, f"{cls.__name__} says nothing about its parameters: set count."
+    model = build(FAMILY.get(name, "opt"))[0]
+    inject(model, METHODS[name])
+    assert cls.mergeable == (not merge(model).kept)

@@ -1,0 +1,138 @@
+"""What training a transformers model on two processes comes to: ``features_script.py BASE OUT``.
+
+For every feature of training, the gradients of the adapters in the first step, and the adapters after three.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from distributed_script import CPUFSDPStrategy, parallel
+from modules import adapter_state, loader, trainer
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from lightning_peft import LoRA, PEFTStrategy
+from lightning_peft.core.adapter import adapter_parameters
+from lightning_peft.core.sharding import whole
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "checkpointing": {},
+    "reentrant": {},
+    "accumulation": {"accumulate_grad_batches": 2},
+    "clipping": {"gradient_clip_val": 0.01},
+    "compiled": {},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "bf16-true": {"precision": "bf16-true"},
+}
+
+
+class Llama(L.LightningModule):
+    """A tiny Llama whose embeddings are frozen, in eval mode as ``from_pretrained`` hands it over."""
+
+    def __init__(self, out: Path, base: str, feature: str) -> None:
+        super().__init__()
+        self.out, self.base, self.feature, self.calls = out, base, feature, 0
+        config = LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            use_cache=False,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.model = LlamaForCausalLM(config).eval()
+        if feature == "reentrant" or (feature == "checkpointing" and base != "fsdp"):
+            self.model.gradient_checkpointing_enable({"use_reentrant": feature == "reentrant"})
+        # An early part of the layer: recomputation stops at the last activation that is needed.
+        self.model.model.layers[0].input_layernorm.register_forward_hook(self.count)
+
+    def count(self, *_: Any) -> None:
+        self.calls += 1
+
+    def configure_model(self) -> None:
+        layers = self.model.model.layers
+        if self.base == "fsdp2" and not isinstance(self.model, FSDPModule):
+            self.trainer.strategy.inject()
+            for part in (*layers, self.model):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+        if self.base == "tensor" and not isinstance(layers[0].mlp.up_proj.weight, DTensor):
+            columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+            plan = {name: ColwiseParallel() for name in columns}
+            plan |= {name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
+            for layer in layers:
+                parallelize_module(layer, self.device_mesh["tensor_parallel"], plan)
+        if self.feature == "compiled" and self.base in ("fsdp2", "tensor"):
+            # Lightning takes a module compiled as a whole on the other strategies.
+            for layer in layers:
+                layer.compile(backend="eager")
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        rank, count = (0, 1) if self.base == "tensor" else (self.global_rank, self.trainer.world_size)
+        ids = (batch[0][rank::count] * 8).long().abs() % 32
+        return self.model(input_ids=ids, labels=ids).loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.global_step == 0 and self.feature != "clipping":
+            self.record_gradients()
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        # After clipping, which comes after on_before_optimizer_step.
+        if self.global_step == 1 and self.feature == "clipping":
+            self.record_gradients()
+
+    def record_gradients(self) -> None:
+        parameters = adapter_parameters(self)
+        grads = {name: whole(p.grad).clone() for name, p in parameters.items()}
+        content = {"grads": grads, "calls": self.calls, "dtypes": sorted({str(p.dtype) for p in parameters.values()})}
+        torch.save(content, self.out / f"{self.feature}-{self.global_rank}.pt")
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def on_train_end(self) -> None:
+        torch.save(adapter_state(self), self.out / f"{self.feature}-{self.global_rank}-end.pt")
+
+
+def strategy(base: str, feature: str) -> Any:
+    if base == "fsdp":
+        checkpointed = {LlamaDecoderLayer} if feature == "checkpointing" else None
+        return CPUFSDPStrategy(auto_wrap_policy={LlamaDecoderLayer}, activation_checkpointing_policy=checkpointed)
+    return {"fsdp2": lambda: parallel(2, 1), "tensor": lambda: parallel(1, 2)}.get(base, lambda: base)()
+
+
+def run(out: Path, base: str, feature: str, devices: int) -> None:
+    L.seed_everything(0)
+    module: nn.Module = Llama(out, base, feature)
+    options: dict[str, Any] = {
+        "max_epochs": 1,
+        "use_distributed_sampler": False,
+        "devices": devices,
+        **FEATURES[feature],
+    }
+    fitted = trainer(out, PEFTStrategy(LoRA(r=2), base=strategy(base, feature)), **options)
+    if feature == "compiled" and base not in ("fsdp2", "tensor"):
+        module = torch.compile(module, backend="eager")
+    fitted.fit(module, loader(count=24, batch_size=4 if feature == "accumulation" else 8))
+
+
+def main() -> None:
+    base, out = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    for feature in FEATURES:
+        run(out, base, feature, 2)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
