@@ -10,9 +10,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_peft.core.adapter import adapter_parameters
 from lightning_peft.core.registry import registries
 from lightning_peft.core.sharding import full_shape
+from lightning_peft.core.view import ModelView
 from lightning_peft.strategy.optim import state_elements
 
 
@@ -31,7 +31,7 @@ def summary_table(module: pl.LightningModule, optimizers: Iterable[Optimizer], s
     Sizes are for one process: an adapter checkpoint against one of the whole model under the same optimizer.
     """
     lines = [("strategy", strategy)]
-    for prefix, _, registry in registries(module):
+    for prefix, _, registry in registries(ModelView(module)):
         for name, methods in registry.methods.items():
             where = f" in {prefix}" if prefix else ""
             lines.append(("method", f"{' + '.join(type(m).__name__ for m in methods)}, adapter {name!r}{where}"))
@@ -41,7 +41,7 @@ def summary_table(module: pl.LightningModule, optimizers: Iterable[Optimizer], s
                 lines += [(what, f"{len(hosts)} {unit}: {', '.join(kinds)}")] if hosts else []
         if registry.train_also:
             lines.append(("trained whole", ", ".join(registry.train_also)))
-    adapters = {id(p) for p in adapter_parameters(module).values()}
+    adapters = {id(p) for p in ModelView(module).adapter_parameters.values()}
     trained = [p for p in module.parameters() if p.requires_grad]
     total = sum(full_shape(p).numel() for p in module.parameters())
     count = sum(full_shape(p).numel() for p in trained)

@@ -5,7 +5,7 @@ The host keeps its class, its object, its parameters and their names. This is th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -216,38 +216,13 @@ def detach(host: nn.Module) -> None:
     delattr(host, CHILD)
 
 
-def restore_hooks(model: nn.Module) -> None:
-    """Hook every host again, after someone deleted all forward hooks of ``model``."""
-    for _, host, slot in slots(model):
+def restore_hooks(slots: Iterable[tuple[str, nn.Module, Slot]]) -> None:
+    """Hook every host again, after someone deleted all forward hooks."""
+    for _, host, slot in slots:
         slot.remove_hook()
         slot.hook(host)
         slot.hook_before(host)
-    slot.hook_replace(host)
-
-
-def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:
-    """Yield ``(name of the host, host, slot)`` for every adapted module, in the order of ``named_modules``."""
-    for name, module in base_modules(model):
-        slot = module._modules.get(CHILD)
-        if isinstance(slot, Slot):
-            yield clean_name(name), module, slot
-
-
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what ``model.named_modules()`` does, but for adapters, in a time that does not grow with their number."""
-    seen: set[nn.Module] = set()
-    waiting = [("", model)]
-    while waiting:
-        name, module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        yield name, module
-        if not module._modules:
-            continue
-        lead = f"{name}." if name else ""
-        children = [(f"{lead}{key}", m) for key, m in module._modules.items() if not (m is None or isinstance(m, Slot))]
-        waiting += reversed(children)
+        slot.hook_replace(host)
 
 
 def clean_name(name: str) -> str:
@@ -261,35 +236,3 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Return the user's module behind ``torch.compile``."""
     inner = model._modules.get("_orig_mod")
     return model if inner is None else inner
-
-
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter of every adapter, by its name in ``model``; one that adapters share has its first name."""
-    found = {name: tensor for name, tensor in adapter_tensors(model).items() if isinstance(tensor, nn.Parameter)}
-    return found
-
-
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer of every adapter, likewise."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for host_name, _, slot in slots(model):
-        prefix = f"{host_name}.{CHILD}" if host_name else CHILD
-        for name, tensor in slot.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                found[f"{prefix}.{clean_name(name)}"] = tensor
-    return found
-
-
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of ``model`` that are no adapter's, by clean name."""
-    adapters = {id(p) for _, _, slot in slots(model) for p in slot.parameters()}
-    return {clean_name(name): p for name, p in model.named_parameters() if id(p) not in adapters}
-
-
-def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers of ``model`` that are no adapter's, by clean name."""
-    adapters = {id(b) for _, _, slot in slots(model) for b in slot.buffers()}
-    buffers = {clean_name(name): b for name, b in model.named_buffers() if id(b) not in adapters}
-    return {**buffers, **base_parameters(model)}

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_peft.core.adapter import base_tensors, slots, unwrap
 from lightning_peft.core.refusals import refuse_merged
-from lightning_peft.core.registry import required
+from lightning_peft.core.registry import required, trained_whole
 from lightning_peft.core.sharding import replace, whole
 from lightning_peft.core.stand_in import stand_in
+from lightning_peft.core.view import ModelView
 
 
 @contextmanager
@@ -24,12 +24,12 @@ def disable(model: nn.Module) -> Iterator[None]:
     Raises:
         PEFTError: There are no adapters, or they are merged.
     """
-    model = unwrap(model)
-    found = required(model)
-    refuse_merged(model, "disable the adapters")
-    trained = [(base_tensors(root)[name], old) for _, root, reg in found for name, old in reg.whole.items()]
+    view = ModelView(model)
+    required(view)
+    refuse_merged(view, "disable the adapters")
+    trained = [(tensor, old) for _, tensor, old in trained_whole(view)]
     kept = [whole(tensor).clone() for tensor, _ in trained]
-    with stand_in([(slot, None) for _, _, slot in slots(model)]):
+    with stand_in([(slot, None) for _, _, slot in view.slots]):
         try:
             for tensor, old in trained:
                 replace(tensor, whole(old))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 
 _METHODS: dict[str, type[PEFTMethod]] = {}
@@ -45,7 +46,7 @@ class PEFTMethod:
         """Whether adapters start from values of the base's weights, which have to be there when they are made."""
         return False
 
-    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select(self, model: ModelView) -> dict[str, nn.Module]:
         """Return the modules to adapt, by name; none, if the method makes no adapters.
 
         Raises:
@@ -53,7 +54,7 @@ class PEFTMethod:
         """
         return {}
 
-    def trained(self, model: nn.Module) -> Iterable[str]:
+    def trained(self, model: ModelView) -> Iterable[str]:
         """Return the names of the base's parameters that are trained; none, if the method trains adapters alone.
 
         Raises:
@@ -61,7 +62,7 @@ class PEFTMethod:
         """
         return ()
 
-    def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
+    def adapters(self, model: ModelView, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
         """Make the adapters of ``hosts``, by name.
 
         Methods define this instead of :meth:`adapter` if their adapters share something, or depend on the place of the

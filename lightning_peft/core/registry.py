@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import base_modules, clean_name, unwrap
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView, once
 from lightning_peft.errors import PEFTError
 
 _ATTRIBUTE = "_peft_registry"
@@ -35,24 +35,30 @@ class Registry:
     """Samples of the base's weights, for when no process has them whole: see ``fingerprint.record_base``."""
 
 
-def registries(model: nn.Module) -> Iterator[tuple[str, nn.Module, Registry]]:
-    """Yield ``(name, module, registry)`` for every module of ``model`` into which adapters were injected."""
-    for name, module in base_modules(unwrap(model)):
-        registry = module.__dict__.get(_ATTRIBUTE)
-        if isinstance(registry, Registry):
-            yield clean_name(name), module, registry
+@once
+def registries(model: ModelView) -> list[tuple[str, nn.Module, Registry]]:
+    """Return ``(name, module, registry)`` for every module of ``model`` into which adapters were injected."""
+    found = ((name, module, own_registry(module)) for name, module in model.walked)
+    return [(name, module, registry) for name, module, registry in found if registry is not None]
 
 
-def required(model: nn.Module) -> list[tuple[str, nn.Module, Registry]]:
-    """Return what :func:`registries` yields.
+def required(model: ModelView) -> list[tuple[str, nn.Module, Registry]]:
+    """Return what :func:`registries` returns.
 
     Raises:
         PEFTError: There is nothing.
     """
-    found = list(registries(model))
-    if not found:
-        raise PEFTError(f"This {type(unwrap(model)).__name__} has no adapters. Call inject(model, method) first.")
+    if not (found := registries(model)):
+        raise PEFTError(f"This {model.kind} has no adapters. Call inject(model, method) first.")
     return found
+
+
+def trained_whole(model: ModelView) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield name, tensor and old value of everything of the base that is trained itself."""
+    for prefix, _, registry in registries(model):
+        tensors = model.part(prefix).tensors if registry.whole else {}
+        for name, value in registry.whole.items():
+            yield f"{prefix}.{name}" if prefix else name, tensors[name], value
 
 
 def own_registry(model: nn.Module) -> Registry | None:

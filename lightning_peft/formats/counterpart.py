@@ -14,9 +14,9 @@ from torch import nn
 
 from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.targets.naming import suffixes
-from lightning_peft.targets.select import named_modules
 
 PREFIX = "base_model.model."
 UNSAID = "lightning_peft"
@@ -56,7 +56,7 @@ class Counterpart(ABC):
         return True
 
     @abstractmethod
-    def config(self, root: nn.Module, method: Any, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
+    def config(self, root: ModelView, method: Any, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
         """Return the method's own keys of ``adapter_config.json``.
 
         Args:
@@ -71,7 +71,7 @@ class Counterpart(ABC):
         return {}
 
     @abstractmethod
-    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+    def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the method that a configuration and the tensors' names and shapes describe.
 
         Raises:
@@ -87,16 +87,16 @@ class Counterpart(ABC):
         """
         return self.parameters
 
-    def names(self, root: nn.Module, method: Any, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
+    def names(self, root: ModelView, method: Any, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
         """Return the name in the model of every tensor of the method, by its name in the file."""
-        modules = named_modules(root)
+        modules = root.modules
         return {
             f"{PREFIX}{host}.{suffix}": f"{host}.{CHILD}.{parameter}"
             for host in hosts
             for suffix, parameter in self.parameters_of(modules[host], method).items()
         }
 
-    def repeats(self, root: nn.Module, method: Any, hosts: Iterable[str]) -> dict[str, str]:
+    def repeats(self, root: ModelView, method: Any, hosts: Iterable[str]) -> dict[str, str]:
         """Return, as :meth:`names`, further names in the file under which HF PEFT writes a tensor again."""
         return {}
 
@@ -104,7 +104,7 @@ class Counterpart(ABC):
         """Whether a tensor in the file is the method's; others belong to modules trained whole."""
         return name.endswith(self._endings)
 
-    def hosts(self, root: nn.Module, shapes: Shapes, source: str, method: PEFTMethod | None = None) -> list[str]:
+    def hosts(self, root: ModelView, shapes: Shapes, source: str, method: PEFTMethod | None = None) -> list[str]:
         """Return the names of the modules that the tensors of a file adapt.
 
         Args:
@@ -127,16 +127,16 @@ class Counterpart(ABC):
         return sorted(found)
 
     @staticmethod
-    def modules(root: nn.Module, hosts: Iterable[str], source: str) -> dict[str, nn.Module]:
+    def modules(root: ModelView, hosts: Iterable[str], source: str) -> dict[str, nn.Module]:
         """Return the modules of ``root`` by name.
 
         Raises:
             PEFTError: One of ``hosts`` is not among them.
         """
-        modules = named_modules(root)
+        modules = root.modules
         if missing := sorted(set(hosts) - modules.keys()):
             raise PEFTError(
-                f"{source} adapts {missing[0]!r} and {len(missing) - 1} more modules that this {type(root).__name__} "
+                f"{source} adapts {missing[0]!r} and {len(missing) - 1} more modules that this {root.kind} "
                 "does not have. Load the base model that the adapter was trained on."
             )
         return modules
@@ -197,7 +197,7 @@ def refuse_keys(config: Mapping[str, Any], keys: Iterable[str], method: type[PEF
             )
 
 
-def targets_for_hf(hosts: Iterable[str], root: nn.Module) -> list[str] | str:
+def targets_for_hf(hosts: Iterable[str], root: ModelView) -> list[str] | str:
     """Return ``target_modules`` as HF PEFT reads it."""
     hosts = list(hosts)
-    return suffixes(hosts, named_modules(root)) or "|".join(map(regex.escape, hosts))
+    return suffixes(hosts, root.modules) or "|".join(map(regex.escape, hosts))

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from torch import nn
-
-from lightning_peft.core.adapter import Adapter, slots
+from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats import counterparts as _counterparts  # noqa: F401 (importing it registers them)
 from lightning_peft.formats.content import Content, Part
 from lightning_peft.formats.counterpart import PREFIX, Counterpart, for_config
-from lightning_peft.targets.select import named_modules
 
 
-def config_of(root: nn.Module, part: Part, counterpart: Counterpart) -> dict[str, Any]:
+def config_of(root: ModelView, part: Part, counterpart: Counterpart) -> dict[str, Any]:
     """Return ``adapter_config.json`` for the adapters of ``part`` on modules of ``root``."""
-    name_or_path = getattr(getattr(root, "config", None), "_name_or_path", None)
+    name_or_path = getattr(getattr(root.module, "config", None), "_name_or_path", None)
     method = _method_of(root, part)
     return {
         "peft_type": counterpart.peft_type,
@@ -30,7 +28,7 @@ def config_of(root: nn.Module, part: Part, counterpart: Counterpart) -> dict[str
     }
 
 
-def tensor_names(root: nn.Module, part: Part, counterpart: Counterpart) -> dict[str, str]:
+def tensor_names(root: ModelView, part: Part, counterpart: Counterpart) -> dict[str, str]:
     """Return the name in the model, without the adapter's, by the name in the file."""
     return {
         **counterpart.names(root, _method_of(root, part), part.hosts, part.chosen),
@@ -39,7 +37,7 @@ def tensor_names(root: nn.Module, part: Part, counterpart: Counterpart) -> dict[
 
 
 def read_content(
-    root: nn.Module, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], source: str
+    root: ModelView, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], source: str
 ) -> Content:
     """Read a configuration and the tensors' names and shapes as an adapter of ``root``.
 
@@ -62,28 +60,28 @@ def read_content(
     return Content((method,), train_also, names, copies)
 
 
-def _method_of(root: nn.Module, part: Part) -> PEFTMethod:
+def _method_of(root: ModelView, part: Part) -> PEFTMethod:
     """Return the method with names that are relative to ``root``, as those of the file are."""
-    slots_of = {name: slot for name, _, slot in slots(root)}
+    slots_of = {name: slot for name, _, slot in root.slots}
     return part.methods[0].within({host: cast(Adapter, slots_of[host][part.adapter]) for host in part.hosts})
 
 
-def _task_type(root: nn.Module) -> str | None:
+def _task_type(root: ModelView) -> str | None:
     # The other task types make HF PEFT train classifier modules by name; these two only name an Auto class.
-    name = type(root).__name__
+    name = root.kind
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
-    return "SEQ_2_SEQ_LM" if getattr(getattr(root, "config", None), "is_encoder_decoder", False) else None
+    return "SEQ_2_SEQ_LM" if getattr(getattr(root.module, "config", None), "is_encoder_decoder", False) else None
 
 
 def _whole(
-    root: nn.Module, config: Mapping[str, Any], rest: Sequence[str], source: str
+    root: ModelView, config: Mapping[str, Any], rest: Sequence[str], source: str
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the modules trained whole, from ``modules_to_save`` and the tensors, and the copies of base parameters."""
     if not rest:
         return (), {}
     listed = [str(ending) for ending in config.get("modules_to_save") or ()]
-    parameters = dict(root.named_parameters())
+    parameters = dict(root.parameters.items())
     wanted, copies = set(), {}
     for in_file in rest:
         name = in_file.removeprefix(PREFIX)
@@ -94,10 +92,10 @@ def _whole(
         elif base in parameters:
             copies[in_file] = base
         else:
-            raise PEFTError(f"{source}: the tensor {in_file!r} belongs to no module of this {type(root).__name__}.")
+            raise PEFTError(f"{source}: the tensor {in_file!r} belongs to no module of this {root.kind}.")
     found = [
         name
-        for name, module in named_modules(root).items()
+        for name, module in root.modules.items()
         if any(name.endswith(ending) for ending in listed)
         and (keys := {f"{name}.{key}" for key, _ in module.named_parameters()})
         and keys <= wanted

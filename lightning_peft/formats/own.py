@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
-
 from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import method_from_config
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.content import Content, Part, without_adapter
 
 PEFT_TYPE = "LIGHTNING_PEFT"
 
 
-def config_of(root: nn.Module, part: Part) -> dict[str, Any]:
+def config_of(root: ModelView, part: Part) -> dict[str, Any]:
     """Return ``adapter_config.json`` for the adapters of ``part`` on modules of ``root``."""
-    name_or_path = getattr(getattr(root, "config", None), "_name_or_path", None)
+    name_or_path = getattr(getattr(root.module, "config", None), "_name_or_path", None)
     return {
         "peft_type": PEFT_TYPE,
         "base_model_name_or_path": name_or_path or None,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from lightning_peft.adapters.low_rank.own_weights import attention_weights, key_of, own_weights
+from lightning_peft.core.view import ModelView
 from lightning_peft.targets.naming import suffixes
 
 _OUT, _IN = "base_layer.out_proj.", ("q_proj_weight.", "k_proj_weight.", "v_proj_weight.")
@@ -48,8 +49,8 @@ def weights_in(host: str, module: nn.Module, listed: Iterable[str]) -> dict[str,
     return {w: name for w, name in names.items() if any(f".{name}".endswith(f".{ending}") for ending in listed)}
 
 
-def parameter_targets(names: Iterable[str], root: nn.Module) -> list[str]:
+def parameter_targets(names: Iterable[str], root: ModelView) -> list[str]:
     """Return the shortest list of name endings that names exactly these parameters."""
     names = list(names)
-    found = suffixes(names, [name for name, _ in root.named_parameters()]) if names else []
+    found = suffixes(names, [name for name, _ in root.parameters.items()]) if names else []
     return found or sorted(names)

@@ -16,9 +16,11 @@ from lightning_peft.core.calls import input_of
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.seeding import fill
 from lightning_peft.core.sharding import full_shape, like, whole, write
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import features, is_linear, tensor_options
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.select import first_match, require_matches, select
+from lightning_peft.targets.patterns import first_match, require_matches
+from lightning_peft.targets.select import select
 
 _PARTS = ("lora_A", "lora_E", "lora_B")
 
@@ -177,7 +179,7 @@ class AdaLoRA(PEFTMethod):
         if not 0 <= self.dropout < 1:
             raise PEFTError(f"AdaLoRA: dropout={self.dropout!r} was given; it is a probability in [0, 1).")
 
-    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select(self, model: ModelView) -> dict[str, nn.Module]:
         """Return the linear layers that ``target_modules`` names."""
         hosts = select(
             model, self.target_modules, adaptable=is_linear, exclude=self.exclude_modules, layers=self.layers

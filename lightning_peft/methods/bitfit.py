@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import Adapter, base_parameters
+from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import features, is_linear, tensor_options
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.select import as_list, head_modules, match_names, named_modules, require_matches
+from lightning_peft.targets.inner_models import head_modules
+from lightning_peft.targets.patterns import as_list, match_names, require_matches
 
 
 class AddedBias(Adapter):
@@ -58,23 +60,23 @@ class BitFit(PEFTMethod):
     create_missing: bool = False
     target_modules: list[str] | str | None = None
 
-    def trained(self, model: nn.Module) -> Iterable[str]:
+    def trained(self, model: ModelView) -> Iterable[str]:
         """Return every parameter that is called a bias."""
         chosen = self._chosen(model)
         found = [
             name
-            for name in base_parameters(model)
+            for name in model.parameters
             if name.rpartition(".")[0] in chosen and name.rsplit(".", 1)[-1].endswith("bias")
         ]
         if not found and not self.create_missing:
             raise PEFTError(
-                f"BitFit: this {type(model).__name__} has no biases"
+                f"BitFit: this {model.kind} has no biases"
                 + (f" in target_modules={self.target_modules!r}" if self.target_modules else "")
                 + ". BitFit(create_missing=True) gives its linear layers biases that start at zero."
             )
         return found
 
-    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select(self, model: ModelView) -> dict[str, nn.Module]:
         """Return the linear layers that lack a bias, if they are to get one."""
         if not self.create_missing:
             return {}
@@ -89,8 +91,8 @@ class BitFit(PEFTMethod):
         """Make the bias of the linear layer ``module``."""
         return AddedBias(module)
 
-    def _chosen(self, model: nn.Module) -> dict[str, nn.Module]:
-        modules = named_modules(model)
+    def _chosen(self, model: ModelView) -> dict[str, nn.Module]:
+        modules = model.modules
         if self.target_modules is None:
             return modules
         patterns = as_list(self.target_modules)

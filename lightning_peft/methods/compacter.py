@@ -15,6 +15,7 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import on_hidden
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.seeding import fill
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import tensor_options
 from lightning_peft.errors import PEFTError
 from lightning_peft.methods.series_adapter import SeriesAdapter
@@ -149,15 +150,15 @@ class Compacter(PEFTMethod):
             exclude_modules=self.exclude_modules, layers=self.layers,
         )  # fmt: skip
 
-    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select(self, model: ModelView) -> dict[str, nn.Module]:
         """Return the modules after which there is an adapter."""
         return self._series().select(model)
 
-    def trained(self, model: nn.Module) -> Iterable[str]:
+    def trained(self, model: ModelView) -> Iterable[str]:
         """Return the parameters of the LayerNorms in the adapted layers."""
         return self._series().trained(model)
 
-    def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
+    def adapters(self, model: ModelView, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
         """Make one adapter for each host, all with the same slow weights."""
         sizes: dict[str, int] = {}
         if self.target_modules is None:
@@ -165,7 +166,7 @@ class Compacter(PEFTMethod):
         made: dict[str, Adapter] = {}
         slow: SlowWeights | None = None
         for name, module in hosts.items():
-            width, options = sizes.get(name) or widths(name, module)[1], tensor_options(module)
+            width, options = sizes.get(name) or widths(model, name)[1], tensor_options(module)
             if width % self.n:
                 raise PEFTError(
                     f"Compacter: n={self.n} was given, but {name!r} gives a hidden state of width {width}, which it "

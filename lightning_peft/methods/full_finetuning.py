@@ -6,10 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
-from lightning_peft.core.adapter import base_parameters
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 
 
@@ -21,12 +19,12 @@ class FullFinetuning(PEFTMethod):
     hosts: ClassVar[str] = "everything"
     count: ClassVar[str] = "all"
 
-    def trained(self, model: nn.Module) -> Iterable[str]:
+    def trained(self, model: ModelView) -> Iterable[str]:
         """Return the parameters that are not frozen in ``model`` already."""
-        found = [name for name, p in base_parameters(model).items() if p.requires_grad and p.is_floating_point()]
+        found = [name for name, p in model.parameters.items() if p.requires_grad and p.is_floating_point()]
         if not found:
             raise PEFTError(
-                f"FullFinetuning: every parameter of this {type(model).__name__} is frozen (requires_grad=False), or "
+                f"FullFinetuning: every parameter of this {model.kind} is frozen (requires_grad=False), or "
                 "holds no floating-point numbers. Unfreeze what is to be trained, or take another method."
             )
         return found

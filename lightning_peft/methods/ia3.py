@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of, with_input
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import features, is_linear, tensor_options
 from lightning_peft.errors import PEFTError
 from lightning_peft.targets.blocks import find_blocks
-from lightning_peft.targets.select import as_list, match_names, require_matches, select
+from lightning_peft.targets.patterns import as_list, match_names, require_matches
+from lightning_peft.targets.select import select
 
 
 class Rescale(Adapter):
@@ -94,18 +96,18 @@ class IA3(PEFTMethod):
                 "rescaled. Give both, or neither."
             )
 
-    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select(self, model: ModelView) -> dict[str, nn.Module]:
         """Return the linear layers to rescale."""
         if self.target_modules is None:
             outputs, inputs = self._found(model)
-            return {name: model.get_submodule(name) for name in [*outputs, *inputs]}
+            return {name: model.modules[name] for name in [*outputs, *inputs]}
         hosts = select(
             model, self.target_modules, adaptable=is_linear, exclude=self.exclude_modules, layers=self.layers
         )
         require_matches(as_list(self.feedforward_modules or ()), hosts, "feedforward_modules")
         return hosts
 
-    def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
+    def adapters(self, model: ModelView, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
         """Make the vectors, all one at first."""
         inputs = self.inputs(model, hosts)
         made: dict[str, Adapter] = {}
@@ -120,14 +122,14 @@ class IA3(PEFTMethod):
         modules = {"target_modules": list(adapters), "feedforward_modules": inputs}
         return replace(self, **modules, exclude_modules=None, layers=None)
 
-    def inputs(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> set[str]:
+    def inputs(self, model: ModelView, hosts: Mapping[str, nn.Module]) -> set[str]:
         """Return those of ``hosts`` whose input is rescaled."""
         if self.target_modules is None:
             return set(self._found(model)[1])
         patterns = as_list(self.feedforward_modules or ())
         return set().union(*(match_names(pattern, hosts) for pattern in patterns))
 
-    def _found(self, model: nn.Module) -> tuple[list[str], list[str]]:
+    def _found(self, model: ModelView) -> tuple[list[str], list[str]]:
         """Return the modules whose output and those whose input is rescaled."""
         outputs, inputs = [], []
         for block in find_blocks(model, layers=self.layers):
@@ -138,7 +140,7 @@ class IA3(PEFTMethod):
                 outputs += [block.roles[role] for role in roles]
             else:
                 raise PEFTError(
-                    f"IA3: {block.last!r} ({type(model.get_submodule(block.last)).__name__}) has no linear layers of "
+                    f"IA3: {block.last!r} ({type(model.modules[block.last]).__name__}) has no linear layers of "
                     "its own that are called. Name linear layers in target_modules."
                 )
         return outputs, inputs

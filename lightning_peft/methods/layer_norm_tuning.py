@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.targets.blocks import layer_norms
-from lightning_peft.targets.select import as_list, match_names, require_matches
+from lightning_peft.targets.patterns import as_list, match_names, require_matches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +27,12 @@ class LayerNormTuning(PEFTMethod):
 
     target_modules: list[str] | str | None = None
 
-    def trained(self, model: nn.Module) -> Iterable[str]:
+    def trained(self, model: ModelView) -> Iterable[str]:
         """Return weight and bias of every norm."""
         norms = layer_norms(model)
         if not norms:
             raise PEFTError(
-                f"LayerNormTuning: this {type(model).__name__} has no LayerNorm or RMSNorm with weights. Take another "
+                f"LayerNormTuning: this {model.kind} has no LayerNorm or RMSNorm with weights. Take another "
                 "method, or train other modules with train_also."
             )
         if self.target_modules is not None:

@@ -17,6 +17,7 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.seeding import fill
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import features, is_linear, tensor_options
 from lightning_peft.errors import PEFTError
 from lightning_peft.targets.select import select
@@ -88,7 +89,7 @@ class LoHa(PEFTMethod):
         if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
             raise PEFTError(f"LoHa: alpha={self.alpha!r} was given; alpha is a positive number.")
 
-    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select(self, model: ModelView) -> dict[str, nn.Module]:
         """Return the linear layers that ``target_modules`` names."""
         return select(model, self.target_modules, adaptable=is_linear, exclude=self.exclude_modules, layers=self.layers)
 

@@ -16,6 +16,7 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.seeding import fill
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import features, is_linear, tensor_options
 from lightning_peft.errors import PEFTError
 from lightning_peft.targets.select import select
@@ -115,7 +116,7 @@ class LoKr(PEFTMethod):
                 "as square as possible."
             )
 
-    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select(self, model: ModelView) -> dict[str, nn.Module]:
         """Return the linear layers that ``target_modules`` names."""
         return select(model, self.target_modules, adaptable=is_linear, exclude=self.exclude_modules, layers=self.layers)
 

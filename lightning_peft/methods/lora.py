@@ -29,11 +29,13 @@ from lightning_peft.adapters.low_rank.shared_input import SharedInput
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.sharding import full_shape
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import features
 from lightning_peft.errors import PEFTError
 from lightning_peft.targets.blocks import shared_inputs
 from lightning_peft.targets.fused_parts import is_fused, part_rows
-from lightning_peft.targets.select import first_match, named_modules, require_matches, select
+from lightning_peft.targets.patterns import first_match, require_matches
+from lightning_peft.targets.select import select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +126,12 @@ class LoRA(PEFTMethod):
         """Whether A and B start in the weight."""
         return is_principal(self.init)
 
-    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select(self, model: ModelView) -> dict[str, nn.Module]:
         """Return the modules that ``target_modules`` names, and those whose weights it names."""
-        modules = named_modules(model)
+        modules = model.modules
         return {host: modules[host] for host in self.targets(model)}
 
-    def targets(self, model: nn.Module) -> dict[str, dict[str, str]]:
+    def targets(self, model: ModelView) -> dict[str, dict[str, str]]:
         """Return the adapted modules by name, each with the weights that are changed where they are read.
 
         These are the weights of ``nn.MultiheadAttention``, and parameters that ``target_modules`` names: each with the
@@ -148,7 +150,7 @@ class LoRA(PEFTMethod):
         )
         require_matches(self.rank_pattern, names, "rank_pattern")
         require_matches(self.alpha_pattern, names, "alpha_pattern")
-        modules = named_modules(model)
+        modules = model.modules
         found: dict[str, dict[str, str]] = {}
         for name in names:
             module = modules.get(name)
@@ -160,7 +162,7 @@ class LoRA(PEFTMethod):
                 found[name] = dict.fromkeys(attention, name)
         return found
 
-    def targets_of(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
+    def targets_of(self, model: ModelView, hosts: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
         """Return those of :meth:`targets` that are ``hosts``; patterns are left alone where all terms stand beside."""
         if all(any(kind.serves(module) for kind in self._kinds) for module in hosts.values()):
             return {host: {} for host in hosts}
@@ -193,7 +195,7 @@ class LoRA(PEFTMethod):
         """Return LoRA+'s ratio for B."""
         return self.loraplus_lr_ratio if parameter.rpartition(".")[2] == "lora_B" else 1.0
 
-    def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
+    def adapters(self, model: ModelView, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
         """Make the adapters of ``hosts``; those of layers with one input share its product with their A."""
         targets, fused = self.targets_of(model, hosts), self.parts(model, hosts)
         made: dict[str, Adapter] = {}
@@ -211,7 +213,7 @@ class LoRA(PEFTMethod):
                 adapter.shared_input = shared
         return made
 
-    def parts(self, model: nn.Module, hosts: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    def parts(self, model: ModelView, hosts: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         """Return the hosts of which parts are adapted, each with the rows of its ``fused_parts``.
 
         Raises:
@@ -219,7 +221,7 @@ class LoRA(PEFTMethod):
         """
         if self.fused_parts is None:
             return {}
-        modules = named_modules(model)
+        modules = model.modules
         rows = {host: part_rows(model, host) for host in hosts if is_fused(host, modules[host])}
         if not rows:
             raise PEFTError(

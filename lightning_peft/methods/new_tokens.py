@@ -14,9 +14,11 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.sharding import whole, write
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import tensor_options
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.select import named_modules, select, transformers_models
+from lightning_peft.targets.inner_models import transformers_models
+from lightning_peft.targets.select import select
 
 
 class Rows(nn.Module):
@@ -108,12 +110,12 @@ class NewTokens(PEFTMethod):
                 "of them once."
             )
 
-    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select(self, model: ModelView) -> dict[str, nn.Module]:
         """Return the embedding, and what shares its weight."""
         chosen = self._embeddings(model)
         weights = {id(module.weight) for module in chosen.values()}
         found: dict[str, nn.Module] = {}
-        for name, module in named_modules(model).items():
+        for name, module in model.modules.items():
             if id(module._parameters.get("weight")) not in weights:
                 continue
             if not isinstance(module, nn.Embedding | nn.Linear):
@@ -124,14 +126,13 @@ class NewTokens(PEFTMethod):
             found[name] = module
         return found
 
-    def _embeddings(self, model: nn.Module) -> dict[str, nn.Embedding]:
+    def _embeddings(self, model: ModelView) -> dict[str, nn.Embedding]:
         if self.target_modules is None:
             inputs = {id(_input_embedding(m)) for m in transformers_models(model).values()}
-            found = {n: m for n, m in named_modules(model).items() if id(m) in inputs and isinstance(m, nn.Embedding)}
+            found = {n: m for n, m in model.modules.items() if id(m) in inputs and isinstance(m, nn.Embedding)}
             if not found:
                 raise PEFTError(
-                    f"NewTokens: this {type(model).__name__} has no input embedding that is known. Name it in "
-                    "target_modules."
+                    f"NewTokens: this {model.kind} has no input embedding that is known. Name it in target_modules."
                 )
         else:
             selected = select(model, self.target_modules, adaptable=lambda module: isinstance(module, nn.Embedding))
@@ -162,7 +163,7 @@ class NewTokens(PEFTMethod):
             raise PEFTError(f"NewTokens: token_indices={self.token_indices!r} names a row of {name!r} twice.")
         return found
 
-    def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
+    def adapters(self, model: ModelView, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
         """Make the adapters; those of modules with one weight share its rows."""
         rows: dict[int, Rows] = {}
         for name, module in hosts.items():

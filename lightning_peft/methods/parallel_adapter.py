@@ -16,6 +16,7 @@ from lightning_peft.adapters.bottleneck.tap import Tap
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of, on_hidden
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import tensor_options
 from lightning_peft.errors import PEFTError
 from lightning_peft.targets.blocks import Block, find_blocks, widths
@@ -97,19 +98,19 @@ class ParallelAdapter(PEFTMethod):
             "ParallelAdapter", self.bottleneck, self.activation, self.bias, self.dropout, self.scale, self.init
         )
 
-    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select(self, model: ModelView) -> dict[str, nn.Module]:
         """Return the first and the last module of every block."""
         if self.target_modules is not None:
             return select(model, self.target_modules, adaptable=_any, exclude=self.exclude_modules, layers=self.layers)
         names = dict.fromkeys(name for block in self._blocks(model) for name in (block.first, block.last))
-        return {name: model.get_submodule(name) for name in names}
+        return {name: model.modules[name] for name in names}
 
-    def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
+    def adapters(self, model: ModelView, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
         """Make a bottleneck for the last module of every block and a tap for the first one."""
         made: dict[str, Adapter] = {}
         if self.target_modules is not None:
             for name, module in hosts.items():
-                sizes = widths(name, module)
+                sizes = widths(model, name)
                 made[name] = ParallelBottleneck(*sizes, self._shape(), tensor_options(module), seed, name)
             return made
         for block in self._blocks(model):
@@ -124,7 +125,7 @@ class ParallelAdapter(PEFTMethod):
             )
         return made
 
-    def _blocks(self, model: nn.Module) -> list[Block]:
+    def _blocks(self, model: ModelView) -> list[Block]:
         return find_blocks(model, self.placement or (), self.layers)
 
 

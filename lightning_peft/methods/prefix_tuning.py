@@ -34,6 +34,7 @@ from lightning_peft.adapters.virtual_tokens.virtual_tokens import (
 )
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import tensor_options
 from lightning_peft.errors import PEFTError
 
@@ -159,13 +160,13 @@ class PrefixTuning(PEFTMethod):
         """Return the hyper-parameters as plain JSON types, without the text that was started from."""
         return without_start(super().config())
 
-    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select(self, model: ModelView) -> dict[str, nn.Module]:
         """Return the decoder and its attention blocks."""
         decoder = find_decoder(model, "PrefixTuning")
         require_room("PrefixTuning", self.num_virtual_tokens, decoder)
         return {decoder.name: decoder.module, **decoder.attention}
 
-    def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
+    def adapters(self, model: ModelView, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
         """Make the prefixes, which the decoder's adapter holds and those of the attention blocks read."""
         decoder = find_decoder(model, "PrefixTuning")
         heads, head_dim = key_value_heads(decoder)
@@ -182,7 +183,7 @@ class PrefixTuning(PEFTMethod):
             raise PEFTError(f"PrefixTuning: train_also trains {sorted(missing)[0]!r} whole, which a prefix adapts.")
         return made
 
-    def _start(self, model: nn.Module, decoder: Decoder, sizes: tuple[int, int, int]) -> Tensor | None:
+    def _start(self, model: ModelView, decoder: Decoder, sizes: tuple[int, int, int]) -> Tensor | None:
         """Return the keys and values of the text to start from, as :class:`Prefixes` has them, if there is one."""
         given = (self.init_ids, self.init_text, self.tokenizer_name_or_path)
         ids = initial_ids("PrefixTuning", decoder, self.num_virtual_tokens, *given)

@@ -27,6 +27,7 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import recorded_inputs
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.seeding import generator_of
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 
 
@@ -84,17 +85,17 @@ class PromptTuning(PEFTMethod):
         """Return the hyper-parameters as plain JSON types, without the text that was started from."""
         return without_start(super().config())
 
-    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select(self, model: ModelView) -> dict[str, nn.Module]:
         """Return the decoder, and what else has to know of the virtual tokens."""
         decoder = find_decoder(model, "PromptTuning")
         require_room("PromptTuning", self.num_virtual_tokens + self.num_infix_tokens, decoder)
-        around: Any = model.get_submodule(decoder.around)
+        around: Any = model.modules[decoder.around]
         knows_labels = around is not decoder.module and around.get_output_embeddings() is not None
         names = [decoder.around] if self.num_infix_tokens and knows_labels else []
         names += [decoder.name, *(decoder.layers()[1:] if self.every_layer else [])]
-        return {name: model.get_submodule(name) for name in names}
+        return {name: model.modules[name] for name in names}
 
-    def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
+    def adapters(self, model: ModelView, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
         """Make the virtual tokens."""
         if missing := self.select(model).keys() - hosts.keys():
             raise PEFTError(f"PromptTuning: train_also trains {sorted(missing)[0]!r} whole, which a prompt adapts.")
@@ -120,13 +121,13 @@ class PromptTuning(PEFTMethod):
         drawn = torch.randint(embedding.num_embeddings, (number,), generator=draw) if ids is None else torch.tensor(ids)
         return embedded(decoder, drawn)
 
-    def _layer_starts(self, model: nn.Module, decoder: Decoder, start: Tensor, seed: int) -> dict[str, Tensor]:
+    def _layer_starts(self, model: ModelView, decoder: Decoder, start: Tensor, seed: int) -> dict[str, Tensor]:
         """Return the initial activations ``[prefix + infix, hidden]`` that each layer but the first is given."""
         layers, shape = decoder.layers()[1:], (len(start), decoder.config.hidden_size)
         if self.init == "random":
             return {name: torch.randn(shape, generator=generator_of(seed, name)) for name in layers}
         inputs = start.to(next(decoder.module.parameters()))[None]
-        with recorded_inputs({name: model.get_submodule(name) for name in layers}) as states:
+        with recorded_inputs({name: model.modules[name] for name in layers}) as states:
             seen = observed("PromptTuning", model, decoder, inputs_embeds=inputs, use_cache=False)
         if seen is None:
             return dict.fromkeys(layers, torch.empty(shape, device="meta"))

@@ -19,6 +19,7 @@ from lightning_peft.adapters.bottleneck.tap import Tap
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of, on_hidden, with_input
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import tensor_options
 from lightning_peft.errors import PEFTError
 from lightning_peft.targets.blocks import Block, find_blocks, layer_norms, widths
@@ -139,13 +140,13 @@ class SeriesAdapter(PEFTMethod):
             str(self.init),
         )  # fmt: skip
 
-    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select(self, model: ModelView) -> dict[str, nn.Module]:
         """Return the modules after which (or before which) there is an adapter."""
         if self.target_modules is not None:
             return select(model, self.target_modules, adaptable=_any, exclude=self.exclude_modules, layers=self.layers)
-        return {name: model.get_submodule(name) for name in self._places(model)}
+        return {name: model.modules[name] for name in self._places(model)}
 
-    def trained(self, model: nn.Module) -> Iterable[str]:
+    def trained(self, model: ModelView) -> Iterable[str]:
         """Return the parameters of the LayerNorms in the adapted layers."""
         if not self.train_norms:
             return []
@@ -155,18 +156,18 @@ class SeriesAdapter(PEFTMethod):
             norms = {name: norm for name, norm in norms.items() if name.startswith(layers)}
         return [f"{name}.{parameter}" for name, norm in norms.items() for parameter, _ in norm.named_parameters()]
 
-    def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
+    def adapters(self, model: ModelView, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
         """Make one bottleneck for each place."""
         places = self._places(model) if self.target_modules is None else {}
         taps = {name: Tap() for name in hosts if name in places and places[name][0] is Tap}
         made: dict[str, Adapter] = dict(taps)
         for name in [name for name in hosts if name not in taps]:
-            kind, width = places.get(name) or (SeriesBottleneck, widths(name, hosts[name])[1])
+            kind, width = places.get(name) or (SeriesBottleneck, widths(model, name)[1])
             options = {"norms": _taps_in(model, name, taps)} if kind is ResidualBottleneck else {}
             made[name] = kind(width, width, self._shape(), tensor_options(hosts[name]), seed, name, **options)
         return made
 
-    def _blocks(self, model: nn.Module) -> list[Block]:
+    def _blocks(self, model: ModelView) -> list[Block]:
         places = set(self.placement or ())
         kinds: list[Literal["attention", "mlp"]] = []
         if places & {"attention", "layer", "residual"}:
@@ -175,7 +176,7 @@ class SeriesAdapter(PEFTMethod):
             kinds.append("mlp")
         return find_blocks(model, kinds, self.layers)
 
-    def _places(self, model: nn.Module) -> dict[str, tuple[Any, int]]:
+    def _places(self, model: ModelView) -> dict[str, tuple[Any, int]]:
         """Return, by name of the host, what kind of adapter it has, and the width of its hidden state."""
         found: dict[str, tuple[Any, int]] = {}
         for block in self._blocks(model):
@@ -197,13 +198,13 @@ class SeriesAdapter(PEFTMethod):
         return found
 
 
-def _norms_in(model: nn.Module, layer: str) -> dict[str, str]:
+def _norms_in(model: ModelView, layer: str) -> dict[str, str]:
     """Return the names of the norms of a layer in the model, by their names in the layer."""
     lead = f"{layer}." if layer else ""
     return {name.removeprefix(lead): name for name in layer_norms(model) if name.startswith(lead)}
 
 
-def _taps_in(model: nn.Module, layer: str, taps: Mapping[str, Tap]) -> dict[str, Tap]:
+def _taps_in(model: ModelView, layer: str, taps: Mapping[str, Tap]) -> dict[str, Tap]:
     norms = _norms_in(model, layer)
     if missing := sorted(norms.values() - taps.keys()):
         raise PEFTError(

@@ -14,6 +14,7 @@ from torch.nn import functional
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import features, is_linear, tensor_options
 from lightning_peft.errors import PEFTError
 from lightning_peft.targets.inner_models import InnerModels
@@ -119,11 +120,11 @@ class VeRA(PEFTMethod):
                 f"VeRA: d_initial={self.d_initial!r} was given; it is a number other than 0, at which nothing learns."
             )
 
-    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select(self, model: ModelView) -> dict[str, nn.Module]:
         """Return the linear layers that ``target_modules`` names."""
         return select(model, self.target_modules, adaptable=is_linear, exclude=self.exclude_modules, layers=self.layers)
 
-    def adapters(self, model: nn.Module, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
+    def adapters(self, model: ModelView, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
         """Make the adapters; those of one model share their projections, since it has files of its own."""
         inner = InnerModels(model, hosts)
         groups: dict[str, dict[str, nn.Module]] = {}

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from lightning_peft.adapters.low_rank.combination import How, Term, combined
 from lightning_peft.adapters.low_rank.embedding import EmbeddingLoRAAdapter
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
-from lightning_peft.core.adapter import slots, unwrap
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.registry import Registry, required
 from lightning_peft.core.seeding import generator_of
 from lightning_peft.core.sharding import replace, whole
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.operations.inject import inject
@@ -74,23 +74,24 @@ def combine(
     Raises:
         PEFTError: An adapter does not exist or is no LoRA, or the arguments do not fit. Nothing has changed.
     """
-    model = unwrap(model)
-    found = required(model)
+    view = ModelView(model)
+    found = required(view)
     _check_adapters(found, adapters, weights, name)
     _check_method(method, rank, density)
     made: list[tuple[nn.Module, LoRA, _Factors]] = []
-    for _, root, registry in found:
+    for prefix, module, registry in found:
+        root = view.part(prefix)
         factors = {
             host: _combine_host(host, terms, method, rank, 1.0 if density is None else density, seed)
             for host, terms in _terms(root, adapters, weights).items()
         }
         if factors:
             first = next(registry.methods[adapter][0] for adapter in adapters if adapter in registry.methods)
-            made.append((root, _method_of(factors, cast(LoRA, first), root), factors))
+            made.append((module, _method_of(factors, cast(LoRA, first), root), factors))
     hosts: list[str] = []
-    for root, lora, factors in made:
-        hosts += inject(root, lora, name=name)
-        for host, _, slot in slots(root):
+    for module, lora, factors in made:
+        hosts += inject(module, lora, name=name)
+        for host, _, slot in ModelView(module).slots:
             for parameter, value in zip(("lora_A", "lora_B"), factors.get(host, ()), strict=False):
                 replace(getattr(slot[name], parameter), value)
     return hosts
@@ -136,10 +137,10 @@ def _check_method(method: str, rank: int | None, density: float | None) -> None:
         raise PEFTError(f"combine: density={density!r} was given with method={method!r}; {wanted} was expected.")
 
 
-def _terms(root: nn.Module, adapters: Sequence[str], weights: Sequence[float]) -> dict[str, list[Term]]:
+def _terms(root: ModelView, adapters: Sequence[str], weights: Sequence[float]) -> dict[str, list[Term]]:
     """Return what is combined, by the name of the module."""
     found: dict[str, list[Term]] = {}
-    for host, _, slot in slots(root):
+    for host, _, slot in root.slots:
         for name, weight in zip(adapters, weights, strict=True):
             if (adapter := slot._modules.get(name)) is None:
                 continue
@@ -167,7 +168,7 @@ def _combine_host(
     return combined(terms, method, min(rank or ranks[-1], largest), density, generator_of(seed, host))
 
 
-def _method_of(factors: _Factors, first: LoRA, root: nn.Module) -> LoRA:
+def _method_of(factors: _Factors, first: LoRA, root: ModelView) -> LoRA:
     """Return the LoRA whose adapters hold ``factors`` at scale 1; dropout and the like are those of ``first``."""
     ranks = {host: len(a) for host, (a, _) in factors.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]

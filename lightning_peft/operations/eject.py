@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lightning_peft.core.adapter import base_tensors
 from lightning_peft.core.refusals import refuse_stand_in
-from lightning_peft.core.registry import required
+from lightning_peft.core.registry import required, trained_whole
 from lightning_peft.core.sharding import replace, whole
+from lightning_peft.core.view import ModelView
 from lightning_peft.operations.inject import remove
-from lightning_peft.operations.merge import unmerge
+from lightning_peft.operations.merge import restore_weights
 
 
 def eject(model: nn.Module) -> None:
@@ -21,12 +21,12 @@ def eject(model: nn.Module) -> None:
     Raises:
         PEFTError: There are no adapters.
     """
-    roots = required(model)
-    refuse_stand_in(model, "eject")
-    unmerge(model)
-    for _, root, registry in roots:
-        tensors = base_tensors(root)
-        with torch.no_grad():
-            for name, value in registry.whole.items():
-                replace(tensors[name], whole(value))
-        remove(root, registry)
+    view = ModelView(model)
+    roots = required(view)
+    refuse_stand_in(view, "eject")
+    restore_weights(view)
+    with torch.no_grad():
+        for _, tensor, value in trained_whole(view):
+            replace(tensor, whole(value))
+    for prefix, _, registry in roots:
+        remove(view.part(prefix), registry)

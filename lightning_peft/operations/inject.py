@@ -8,19 +8,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.core.adapter import (
-    Slot,
-    attach,
-    base_parameters,
-    detach,
-    slots,
-    unwrap,
-)
+from lightning_peft.core.adapter import Slot, attach, detach
 from lightning_peft.core.method import PEFTMethod, methods_of
 from lightning_peft.core.refusals import refuse_merged, refuse_stand_in
 from lightning_peft.core.registry import Registry, drop, keep, own_registry, registries, required
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.prepare import Prepared, changing_tensors, parameter_names, prepare, whole_modules
 
@@ -57,17 +52,17 @@ def inject(
     Raises:
         PEFTError: The method does not fit the model; the model is as it was before.
     """
-    model = unwrap(model)
+    view = ModelView(model)
     methods = methods_of(method)
-    registry = own_registry(model)
+    registry = own_registry(view.module)
     if registry is not None and registry.methods.get(name) == methods:
         return [*registry.hosts[name], *registry.chosen]
-    prepared = prepare_injection(model, methods, name, train_also, seed=seed, allow_sharded=allow_sharded)
-    return inject_prepared(model, prepared, name)
+    prepared = prepare_injection(view, methods, name, train_also, seed=seed, allow_sharded=allow_sharded)
+    return inject_prepared(view, prepared, name)
 
 
 def prepare_injection(
-    model: nn.Module,
+    model: ModelView,
     methods: tuple[PEFTMethod, ...],
     name: str,
     train_also: Sequence[str],
@@ -80,7 +75,7 @@ def prepare_injection(
     Raises:
         PEFTError: The methods do not fit the model.
     """
-    registry = own_registry(model)
+    registry = own_registry(model.module)
     whole = whole_modules(model, train_also)
     _check_state(model, registry, name, whole)
     if not allow_sharded:
@@ -95,9 +90,9 @@ def prepare_injection(
     return prepared
 
 
-def inject_prepared(model: nn.Module, prepared: Prepared, name: str) -> list[str]:
+def inject_prepared(model: ModelView, prepared: Prepared, name: str) -> list[str]:
     """Freeze ``model``, attach what was prepared for it, and return what :func:`inject` returns."""
-    registry = own_registry(model) or _freeze(model, name, prepared.whole, prepared.chosen)
+    registry = own_registry(model.module) or _freeze(model, name, prepared.whole, prepared.chosen)
     registry.methods[name] = prepared.methods
     registry.hosts[name] = prepared.hosts
     for host, adapter in prepared.adapters.items():
@@ -112,33 +107,34 @@ def set_adapter(model: nn.Module, name: str) -> None:
     Raises:
         PEFTError: There is no such adapter, or the model is merged.
     """
-    found = required(model)
+    view = ModelView(model)
+    found = required(view)
     known = sorted({adapter for _, _, registry in found for adapter in registry.methods})
     if name not in known:
         raise PEFTError(f"There is no adapter {name!r}. Adapters: {', '.join(known)}.")
-    refuse_merged(model, "switch adapters")
-    refuse_stand_in(model, "switch adapters")
-    for _, root, registry in found:
+    refuse_merged(view, "switch adapters")
+    refuse_stand_in(view, "switch adapters")
+    for prefix, _, registry in found:
         if name not in registry.methods:
             continue
         registry.active = name
-        for _, _, slot in slots(root):
+        for _, _, slot in view.part(prefix).slots:
             slot.activate(name)
 
 
-def remove(root: nn.Module, registry: Registry) -> None:
+def remove(root: ModelView, registry: Registry) -> None:
     """Detach the adapters of ``root``, give its parameters their old ``requires_grad``, forget the registry."""
-    for _, host, _ in list(slots(root)):
+    for _, host, _ in root.slots:
         detach(host)
-    for parameter_name, parameter in base_parameters(root).items():
+    for parameter_name, parameter in root.parameters.items():
         parameter.requires_grad_(registry.requires_grad.get(parameter_name, parameter.requires_grad))
         parameter.grad = None
-    drop(root)
+    drop(root.module)
 
 
-def _freeze(model: nn.Module, name: str, whole: dict[str, nn.Module], chosen: Sequence[str]) -> Registry:
+def _freeze(model: ModelView, name: str, whole: dict[str, nn.Module], chosen: Sequence[str]) -> Registry:
     """Freeze ``model`` but for what is trained whole, and keep on it what :func:`remove` needs."""
-    parameters = base_parameters(model)
+    parameters = model.parameters
     registry = Registry(
         active=name,
         train_also=tuple(whole),
@@ -148,16 +144,16 @@ def _freeze(model: nn.Module, name: str, whole: dict[str, nn.Module], chosen: Se
     for parameter in parameters.values():
         parameter.requires_grad_(False)
         parameter.grad = None
-    trained = {*chosen, *parameter_names(whole)}
+    trained = {*chosen, *parameter_names(model, whole)}
     for parameter_name in trained:
         parameters[parameter_name].requires_grad_(True)
     for tensor_name, tensor in changing_tensors(model, trained).items():
         registry.whole[tensor_name] = _copy(tensor.detach())
-    keep(model, registry)
+    keep(model.module, registry)
     return registry
 
 
-def _check_state(model: nn.Module, registry: Registry | None, name: str, whole: dict[str, nn.Module]) -> None:
+def _check_state(model: ModelView, registry: Registry | None, name: str, whole: dict[str, nn.Module]) -> None:
     if not _NAME.fullmatch(name) or hasattr(nn.ModuleDict, name) or hasattr(Slot, name):
         raise PEFTError(f"The adapter name {name!r} was given; letters, digits, '_' and '-' make a name.")
     if registry is not None and name in registry.methods:
@@ -186,9 +182,10 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_meta or isinstance(tensor, DTensor) else tensor.to("cpu", copy=True)
 
 
-def _refuse_sharded(model: nn.Module) -> None:
-    for parameter_name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor) or "_fsdp_wrapped_module" in parameter_name:
+def _refuse_sharded(model: ModelView) -> None:
+    wrapped = [name for name, module in model.walked if isinstance(module, FullyShardedDataParallel)]
+    for parameter_name, parameter in model.parameters.items():
+        if wrapped or isinstance(parameter, DTensor):
             raise PEFTError(
                 f"{parameter_name!r} is already sharded: adapters injected now would not be kept equal between "
                 "ranks. Inject first, then shard (in configure_model: self.trainer.strategy.inject())."

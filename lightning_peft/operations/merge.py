@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,15 +11,16 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.core.adapter import Adapter, Slot, slots, unwrap
+from lightning_peft.core.adapter import Adapter, Slot
 from lightning_peft.core.refusals import refuse_stand_in
 from lightning_peft.core.registry import required
 from lightning_peft.core.sharding import whole
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_packed, weight_of
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.fold import fold_into, restore, weight_names
 from lightning_peft.operations.inject import remove
-from lightning_peft.targets.select import transformers_models
+from lightning_peft.targets.inner_models import transformers_models
 
 _Host = tuple[str, nn.Module, Slot, Adapter]
 
@@ -72,9 +72,10 @@ def merge(
         PEFTError: There are no adapters; one holds NaN or infinity; ``unload`` and one cannot be merged; or a weight
             that would have to be untied is in pieces. No weight has changed.
     """
-    roots = required(model)
-    refuse_stand_in(model, "merge")
-    active = [(n, h, s, a) for n, h, s in slots(unwrap(model)) if isinstance(a := s.active_adapter, Adapter)]
+    view = ModelView(model)
+    roots = required(view)
+    refuse_stand_in(view, "merge")
+    active = [(n, h, s, a) for n, h, s in view.slots if isinstance(a := s.active_adapter, Adapter)]
     todo = [found for found in active if _can_merge(found[1], found[3], gathered is not nullcontext)]
     kept = tuple(name for name, _, slot, _ in active if not any(slot is found[2] for found in todo))
     if unload and kept:
@@ -87,9 +88,9 @@ def merge(
             + ("; or load the adapter into the model as it was before it was quantised." if packed else ".")
         )
     _refuse_non_finite(todo)
-    shared = _shared_weights(model)
+    shared = view.shared
     if any(isinstance(p, DTensor) for _, host, _, adapter in todo for p in _weights(host, adapter)):
-        refuse_ties(model)
+        refuse_ties(view)
     if gathered is nullcontext:
         _refuse_pieces(todo)
     losses: dict[str, float] = {}
@@ -101,11 +102,11 @@ def merge(
         elif slot.merged is None:
             untied = set() if adapter.follows_ties else shared & {id(weight) for weight in weights}
             losses[name], slot.merged = fold_into(host, adapter, untied, gathered, keep=not unload)
-            slot.merged["tied"] = _declare_untied(model) if untied else []
+            slot.merged["tied"] = _declare_untied(view) if untied else []
             written[id(weights[0])] = slot.merged
     if unload:
-        for _, root, registry in roots:
-            remove(root, registry)
+        for prefix, _, registry in roots:
+            remove(view.part(prefix), registry)
     worst = max(losses, key=lambda name: losses[name], default="")
     mean = sum(losses.values()) / len(losses) if losses else 0.0
     return MergeReport(len(todo), mean, losses.get(worst, 0.0), worst, kept)
@@ -118,8 +119,15 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         PEFTError: There are no adapters.
     """
-    required(model)
-    for _, host, slot in slots(unwrap(model)):
+    view = ModelView(model)
+    required(view)
+    restore_weights(view)
+
+
+@torch.no_grad()
+def restore_weights(model: ModelView) -> None:
+    """Give every merged weight its old values back, if there are some."""
+    for _, host, slot in model.slots:
         if slot.merged is None:
             continue
         restore(host, slot.merged)
@@ -130,13 +138,13 @@ def unmerge(model: nn.Module) -> None:
 
 def is_merged(model: nn.Module) -> bool:
     """Whether adapters are merged into the weights of ``model``."""
-    return any(slot.merged is not None for _, _, slot in slots(unwrap(model)))
+    return any(slot.merged is not None for _, _, slot in ModelView(model).slots)
 
 
-def refuse_ties(model: nn.Module) -> None:
+def refuse_ties(model: ModelView) -> None:
     """Raise :class:`PEFTError` if merging would have to untie a weight, which cannot be done when it is in pieces."""
-    shared = _shared_weights(model)
-    for name, host, slot in slots(unwrap(model)):
+    shared = model.shared
+    for name, host, slot in model.slots:
         adapter = slot.active_adapter
         if adapter is None or not adapter.mergeable or adapter.follows_ties:
             continue
@@ -179,19 +187,13 @@ def _refuse_non_finite(hosts: Sequence[_Host]) -> None:
                 )
 
 
-def _shared_weights(model: nn.Module) -> set[int]:
-    """Ids of parameters that belong to more than one module."""
-    owners = Counter(id(p) for module in unwrap(model).modules() for p in module.parameters(recurse=False))
-    return {parameter for parameter, count in owners.items() if count > 1}
-
-
-def _declare_untied(model: nn.Module) -> list[Any]:
+def _declare_untied(model: ModelView) -> list[Any]:
     """Tell transformers models that head and embedding are no longer one, or saving would keep only one of them."""
     configs: list[Any] = [
         config
-        for module in transformers_models(unwrap(model)).values()
-        for part in module.modules()
-        if getattr(config := cast(Any, getattr(part, "config", None)), "tie_word_embeddings", False) is True
+        for name in transformers_models(model)
+        for _, part in model.part(name).walked
+        if getattr(config := cast(Any, part.__dict__.get("config")), "tie_word_embeddings", False) is True
     ]
     for config in configs:
         config.tie_word_embeddings = False

@@ -14,10 +14,11 @@ from lightning_peft.adapters.bottleneck.rows import BottleneckRows
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.adapters.low_rank.rows import LowRankRows
 from lightning_peft.adapters.rows import GroupedRows
-from lightning_peft.core.adapter import Adapter, Slot, slots, unwrap
+from lightning_peft.core.adapter import Adapter, Slot
 from lightning_peft.core.refusals import refuse_merged
 from lightning_peft.core.registry import required
 from lightning_peft.core.stand_in import stand_in
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 
 
@@ -40,24 +41,24 @@ def adapter_names(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
             several processes; a method does not act on rows by themselves. Within the context: a module is given
             another number of rows.
     """
-    model = unwrap(model)
-    names = _checked(model, names)
+    view = ModelView(model)
+    names = _checked(view, names)
     distinct = list(dict.fromkeys(names))
     rows = torch.tensor([distinct.index(name) for name in names])
     on_device: dict[torch.device, Tensor] = {}
     stand_ins: list[tuple[Slot, Adapter | None]] = []
-    for name, host, slot in slots(model):
+    for name, host, slot in view.slots:
         adapters = [_adapter(name, slot, wanted) for wanted in distinct]
         device = next(host.parameters()).device
         if device not in on_device:
             on_device[device] = rows.to(device)
         stand_ins.append((slot, _for_rows(name, adapters, on_device[device])))
-    _refuse_sequence_first(model)
+    _refuse_sequence_first(view)
     with stand_in(stand_ins):
         yield
 
 
-def _checked(model: nn.Module, names: Sequence[str]) -> list[str]:
+def _checked(model: ModelView, names: Sequence[str]) -> list[str]:
     found = required(model)
     refuse_merged(model, "give each row an adapter of its own")
     if isinstance(names, str) or not all(isinstance(name, str) for name in names) or not names:
@@ -114,8 +115,8 @@ def _for_rows(host: str, adapters: Sequence[Adapter | None], rows: Tensor) -> Ad
     return GroupedRows(host, adapters, rows)
 
 
-def _refuse_sequence_first(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+def _refuse_sequence_first(model: ModelView) -> None:
+    for name, module in model.modules.items():
         if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
             raise PEFTError(
                 f"adapter_names: {name!r} works on tensors [tokens, batch, …]; [batch, tokens, …] was expected. Build "

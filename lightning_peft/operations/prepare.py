@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import CHILD, Adapter, base_parameters, base_tensors, clean_name
+from lightning_peft.core.adapter import CHILD, Adapter
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.select import as_list, match_names, named_modules, require_matches
+from lightning_peft.targets.patterns import as_list, match_names, require_matches
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Prepared:
     """The modules to train whole."""
 
 
-def prepare(model: nn.Module, methods: tuple[PEFTMethod, ...], whole: dict[str, nn.Module], seed: int) -> Prepared:
+def prepare(model: ModelView, methods: tuple[PEFTMethod, ...], whole: dict[str, nn.Module], seed: int) -> Prepared:
     """Make the adapters, in the model's order, without attaching them."""
-    inside = {id(part) for module in whole.values() for part in module.modules()}
+    inside = {id(part) for name in whole for _, part in model.part(name).walked}
     modules: dict[str, nn.Module] = {}
     adapters: dict[str, Adapter] = {}
     owners: dict[str, int] = {}
@@ -42,7 +43,7 @@ def prepare(model: nn.Module, methods: tuple[PEFTMethod, ...], whole: dict[str, 
         trained = list(method.trained(model))
         if not hosts and not trained:
             reason = "train_also trains every module that it selects whole" if selected else "it selects nothing"
-            raise PEFTError(f"{method} has nothing to do in this {type(model).__name__}: {reason}.")
+            raise PEFTError(f"{method} has nothing to do in this {model.kind}: {reason}.")
         if twice := [host for host in hosts if host in owners]:
             other = methods[owners[twice[0]]]
             raise PEFTError(
@@ -53,14 +54,14 @@ def prepare(model: nn.Module, methods: tuple[PEFTMethod, ...], whole: dict[str, 
         owners.update(dict.fromkeys(hosts, position))
         adapters.update(method.adapters(model, hosts, seed) if hosts else {})
         chosen.update(trained)
-    order = [host for host in named_modules(model) if host in owners]
-    chosen -= parameter_names(whole)
-    names = [n for n in base_parameters(model) if n in chosen] if chosen else []
+    order = [host for host in model.modules if host in owners]
+    chosen -= parameter_names(model, whole)
+    names = [n for n in model.parameters if n in chosen] if chosen else []
     by_host = {h: adapters[h] for h in order}
     return Prepared(modules, by_host, {h: owners[h] for h in order}, tuple(names), methods, whole)
 
 
-def prepared_tensors(model: nn.Module, prepared: Prepared, name: str) -> dict[str, Tensor]:
+def prepared_tensors(model: ModelView, prepared: Prepared, name: str) -> dict[str, Tensor]:
     """Return the tensors that an adapter will have in ``model``, by name, and those of the model trained with it."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -69,25 +70,25 @@ def prepared_tensors(model: nn.Module, prepared: Prepared, name: str) -> dict[st
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 found[f"{host}.{CHILD}.{name}.{key}".lstrip(".")] = tensor
-    trained = {*prepared.chosen, *parameter_names(prepared.whole)}
+    trained = {*prepared.chosen, *parameter_names(model, prepared.whole)}
     return {**found, **changing_tensors(model, trained)}
 
 
-def changing_tensors(model: nn.Module, trained: set[str]) -> dict[str, Tensor]:
+def changing_tensors(model: ModelView, trained: set[str]) -> dict[str, Tensor]:
     """Return the tensors that change when the parameters ``trained`` are: they, and running statistics beside them."""
     if not trained:
         return {}
-    base = base_tensors(model)
+    base = model.tensors
     norms = {
         name
-        for name, module in named_modules(model).items()
+        for name, module in model.modules.items()
         if isinstance(module, nn.modules.batchnorm._NormBase)
         if any(f"{name}.{parameter}".lstrip(".") in trained for parameter in module._parameters)
     }
     return {name: t for name, t in base.items() if name in trained or name.rpartition(".")[0] in norms}
 
 
-def whole_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+def whole_modules(model: ModelView, patterns: Sequence[str]) -> dict[str, nn.Module]:
     """Return the outermost modules that ``patterns`` (``train_also``) name.
 
     Raises:
@@ -96,7 +97,7 @@ def whole_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Mod
     patterns = as_list(patterns)
     if not patterns:
         return {}
-    modules = named_modules(model)
+    modules = model.modules
     require_matches(patterns, modules, "train_also")
     names = set().union(*(match_names(pattern, modules) for pattern in patterns))
     outermost = {n: modules[n] for n in modules if n in names and not any(n.startswith(f"{o}.") for o in names)}
@@ -117,6 +118,6 @@ def whole_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Mod
     return outermost
 
 
-def parameter_names(modules: dict[str, nn.Module]) -> set[str]:
+def parameter_names(model: ModelView, modules: Iterable[str]) -> set[str]:
     """Return the full names of all parameters of ``modules``."""
-    return {clean_name(name) for prefix, module in modules.items() for name, _ in module.named_parameters(prefix)}
+    return {f"{prefix}.{name}".lstrip(".") for prefix in modules for name in model.part(prefix).parameters}

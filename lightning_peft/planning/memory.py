@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.core.registry import registries
+from lightning_peft.core.view import ModelView
 from lightning_peft.planning.layout import Layout, Precision
 
 ROOM = 0.9
@@ -98,7 +99,7 @@ def plan(model: nn.Module, layout: Layout, precision: Precision, *, step: int | 
     parameters = list(_parameters(model, layout, precision))
     frozen = [p for p in parameters if not p.trained]
     trained = [p for p in parameters if p.trained]
-    adapted = any(True for _ in registries(model))
+    adapted = bool(registries(ModelView(model)))
     constants = sum(b.numel() * precision.dtype(name, b, layout).itemsize for name, b in model.named_buffers())
     trained_shards = 1 if adapted and layout.kind == "fsdp" else layout.shards
     weights = _held(frozen, layout, layout.shards)

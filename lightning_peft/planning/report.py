@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from lightning_peft.core.registry import registries
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.planning.activations import step_bytes
 from lightning_peft.planning.layout import Layout, Precision
 from lightning_peft.planning.memory import ROOM, Memory, alternatives, plan
-from lightning_peft.targets.select import transformers_models
+from lightning_peft.targets.inner_models import transformers_models
 
 GIB = 2**30
 _UNITS = {GIB: "GiB", 2**20: "MiB", 2**10: "KiB"}
@@ -89,7 +90,7 @@ class _Steps:
         return self._known[key]
 
     def _run(self, batch: Batch, layout: Layout) -> int | None:
-        models = transformers_models(self._module)
+        models = transformers_models(ModelView(self._module))
         if len(models) != 1:
             self.reason = f"they are known for one transformers model, and {len(models)} were found."
             return None
@@ -109,12 +110,13 @@ class _Steps:
 
 
 def _heading(module: nn.Module, layout: Layout, precision: Precision) -> Iterator[tuple[str, str]]:
-    models = list(transformers_models(module).values()) or [module]
+    view = ModelView(module)
+    models = list(transformers_models(view).values()) or [module]
     total = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     yield "model", type(models[0]).__name__
     yield "parameters", f"{total:,}, of which {trained:,} are trained ({trained / max(total, 1):.2%})"
-    for _, _, registry in registries(module):
+    for _, _, registry in registries(view):
         for method in (method for methods in registry.methods.values() for method in methods):
             settings = {key: value for key, value in method.config().items() if value and key != "method"}
             yield "method", " ".join([method.name, *(f"{key}={value}" for key, value in settings.items())])

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import CHILD, clean_name, unwrap
 from lightning_peft.core.registry import registries
 from lightning_peft.core.sharding import local_part, local_slices
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.files import open_tensors, read_json
-from lightning_peft.targets.select import transformers_models
+from lightning_peft.targets.inner_models import transformers_models
 
 _FILE = "model.safetensors"
 _INDEX = f"{_FILE}.index.json"
@@ -106,7 +107,7 @@ def has_meta(module: nn.Module) -> bool:
 
 def _root(model: nn.Module) -> nn.Module:
     """Return the transformers model inside ``model`` if there is one, whose names the files have."""
-    inner = list(transformers_models(model).values())
+    inner = list(transformers_models(ModelView(model)).values())
     if len(inner) > 1:
         raise PEFTError(
             f"{type(model).__name__} holds {len(inner)} transformers models, so it is not clear whose weights to load. "
@@ -163,7 +164,7 @@ def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _check(root: nn.Module, slots: list[Any], names: Mapping[str, Any], source: str) -> None:
-    trained = {name for _, _, registry in registries(root) for name in registry.whole}
+    trained = {name for _, _, registry in registries(ModelView(root)) for name in registry.whole}
     known = {alias for _, own in slots for aliases in own.values() for alias in aliases}
     missing = [
         min(aliases)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.core.adapter import clean_name, slots
+from lightning_peft.core.adapter import clean_name
 from lightning_peft.core.method import method_from_config
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.deepspeed import is_deepspeed
 from lightning_peft.formats.distributed import is_sharded, read_sharded
@@ -42,7 +43,7 @@ class AdapterDirectory:
     """Passed as ``storage_options`` to ``trainer.save_checkpoint``, asks for a directory instead of a file."""
 
 
-def finish(checkpoint: dict[str, Any], model: nn.Module, full: bool) -> None:
+def finish(checkpoint: dict[str, Any], model: ModelView, full: bool) -> None:
     """Add what tells this checkpoint's adapters apart, and take out whatever is not adapter state unless ``full``.
 
     Raises:
@@ -60,16 +61,16 @@ def finish(checkpoint: dict[str, Any], model: nn.Module, full: bool) -> None:
         checkpoint["state_dict"] = {name: state[name] for name in names}
 
 
-def unmerged_state_dict(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+def unmerged_state_dict(state: dict[str, Any], model: ModelView) -> dict[str, Any]:
     """Return ``state``, the state dict of ``model``, with the weights as they are without a merge."""
-    for name, _, slot in slots(model):
+    for name, _, slot in model.slots:
         if slot.merged is not None and slot.merged.get("added_bias"):
             state.pop(f"{name}.bias" if name else "bias")
     return {**state, **values_before_merge(model)}
 
 
 def apply(
-    checkpoint: Mapping[str, Any], model: nn.Module, strict: bool = True, gathered: Gathered = nullcontext
+    checkpoint: Mapping[str, Any], model: ModelView, strict: bool = True, gathered: Gathered = nullcontext
 ) -> None:
     """Load the model part of a checkpoint into ``model``, which has the same adapters and is not merged.
 
@@ -93,12 +94,12 @@ def apply(
     load_adapter_state_dict(model, state, source)
 
 
-def _apply_base(base: Mapping[str, Tensor], model: nn.Module, source: str, strict: bool, gathered: Gathered) -> None:
-    if gathered is not nullcontext or any(isinstance(p, DTensor) for p in model.parameters()):
-        fill(model, base, source, gathered=gathered)
+def _apply_base(base: Mapping[str, Tensor], model: ModelView, source: str, strict: bool, gathered: Gathered) -> None:
+    if gathered is not nullcontext or any(isinstance(p, DTensor) for p in model.parameters.values()):
+        fill(model.module, base, source, gathered=gathered)
         return
     names = adapter_parameters_and_whole(model).keys()
-    missing, extra = model.load_state_dict(base, strict=False)
+    missing, extra = model.module.load_state_dict(base, strict=False)
     missing = [name for name in missing if clean_name(name) not in names]
     if strict and (missing or extra):
         raise PEFTError(f"{source} does not fit the base model. Missing: {missing[:5]}. Superfluous: {extra[:5]}.")
@@ -139,7 +140,7 @@ def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     return saved
 
 
-def write_directory(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], model: nn.Module) -> None:
+def write_directory(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], model: ModelView) -> None:
     """Write ``checkpoint`` as a directory: the adapters in HF PEFT's format, the rest in a file beside them.
 
     Raises:

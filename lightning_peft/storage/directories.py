@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import CHILD, Adapter, adapter_tensors, slots, unwrap
+from lightning_peft.core.adapter import CHILD, Adapter
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.refusals import refuse_merged
 from lightning_peft.core.registry import registries, required
 from lightning_peft.core.seeding import parameters_left_empty
 from lightning_peft.core.sharding import write
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats import hf, own
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, Part, with_adapter, without_adapter
@@ -37,12 +38,11 @@ from lightning_peft.storage.fingerprint import describe_base, refuse_other_base
 from lightning_peft.storage.parts import parts_of
 from lightning_peft.storage.state import (
     adapter_parameters_and_whole,
-    adapter_state_dict,
+    adapter_state,
     check_tensors,
     refuse_other_methods,
 )
-from lightning_peft.targets.inner_models import is_lightning_module
-from lightning_peft.targets.select import transformers_models
+from lightning_peft.targets.inner_models import is_lightning_module, transformers_models
 
 _BESIDE_FILE = "trained_whole.safetensors"
 
@@ -62,17 +62,18 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str | 
     Raises:
         PEFTError: There is no such adapter, or ``path`` cannot be written or is not ours to replace.
     """
-    found = required(model)
+    view = ModelView(model)
+    found = required(view)
     name = name or found[0][2].active
     if not any(name in registry.methods for _, _, registry in found):
         known = sorted({adapter for _, _, registry in found for adapter in registry.methods})
         raise PEFTError(f"There is no adapter {name!r}. Adapters: {', '.join(known)}.")
     with atomic_directory(path) as directory:
-        write_adapters(directory, model, adapter_state_dict(model), names=[name])
+        write_adapters(directory, view, adapter_state(view), names=[name])
 
 
 def write_adapters(
-    directory: Path, model: nn.Module, state: Mapping[str, Tensor], names: Iterable[str] | None = None
+    directory: Path, model: ModelView, state: Mapping[str, Tensor], names: Iterable[str] | None = None
 ) -> dict[str, list[str]]:
     """Write the adapters ``names`` (all, if not given) into an existing directory.
 
@@ -82,7 +83,6 @@ def write_adapters(
     Returns:
         For every tensor of ``state`` written, by name: ``[file, name in the file]``.
     """
-    model = unwrap(model)
     places: dict[str, list[str]] = {}
     parts, beside = parts_of(model, names)
     several = len({part.prefix for part in parts}) > 1
@@ -94,7 +94,7 @@ def write_adapters(
         subdirectory = "/".join(segment for segment in segments if segment)
         for in_file, in_model in _write_part(directory / subdirectory, model, part, state).items():
             places[in_model] = [f"{subdirectory}/{TENSOR_FILE}".lstrip("/"), in_file]
-    beside += [] if names is not None else sorted(state.keys() & adapter_tensors(model).keys() - places.keys())
+    beside += [] if names is not None else sorted(state.keys() & model.adapter_tensors.keys() - places.keys())
     if beside:
         write_tensors(directory / _BESIDE_FILE, {name: state[name] for name in beside})
         places.update({name: [_BESIDE_FILE, name] for name in beside})
@@ -134,31 +134,31 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str = 
         PEFTError: The directory is missing, damaged, holds NaN, or belongs to another base or method. The model is as
             it was before.
     """
-    model = unwrap(model)
-    refuse_merged(model, "load an adapter")
+    view = ModelView(model)
+    refuse_merged(view, "load an adapter")
     directory = Path(path)
     restore_interrupted(directory)
     marker = read_json(directory / MARKER) if (directory / MARKER).is_file() else {}
     if "parts" in marker:
         places = {str(prefix): directory / str(prefix) for prefix in marker["parts"]}
-        if unknown := sorted(places.keys() - dict(model.named_modules()).keys()):
+        if unknown := sorted(places.keys() - view.modules.keys()):
             raise PEFTError(f"{directory} holds an adapter for {unknown[0]!r}; the model has no such part.")
     else:
-        places = {_root_of(model, marker): directory}
-    loads = [_Load.prepare(model, prefix, place, name) for prefix, place in places.items()]
-    beside = _read_beside(model, directory)
+        places = {_root_of(view, marker): directory}
+    loads = [_Load.prepare(view, prefix, place, name) for prefix, place in places.items()]
+    beside = _read_beside(view, directory)
     for load in loads:
         load.run()
     with torch.no_grad():
         for parameter, tensor in beside.items():
-            model.get_parameter(parameter).copy_(tensor)
+            view.parameters[parameter].copy_(tensor)
 
 
 @dataclass
 class _Load:
     """One adapter directory, read and checked against the part of the model that it is for."""
 
-    model: nn.Module
+    model: ModelView
     prefix: str
     tensors: dict[str, Tensor]
     """By name in the model as a whole."""
@@ -169,8 +169,8 @@ class _Load:
     """The adapter to inject, if the model has none of this name."""
 
     @classmethod
-    def prepare(cls, model: nn.Module, prefix: str, directory: Path, name: str) -> _Load:
-        root = model.get_submodule(prefix)
+    def prepare(cls, model: ModelView, prefix: str, directory: Path, name: str) -> _Load:
+        root = model.part(prefix)
         config, file = read_json(directory / CONFIG_FILE), directory / TENSOR_FILE
         marker = read_json(directory / MARKER) if (directory / MARKER).is_file() else {}
         config.pop(UNSAID, None)
@@ -211,12 +211,12 @@ class _Load:
 
     def run(self) -> None:
         if self.prepared is not None:
-            inject_prepared(self.model.get_submodule(self.prefix), self.prepared, self.name)
+            inject_prepared(self.model.part(self.prefix), self.prepared, self.name)
         for key, tensor in self.tensors.items():
             write(self.targets[key], tensor)
 
 
-def _present(model: nn.Module, prefix: str, adapter: str) -> tuple[PEFTMethod, ...] | None:
+def _present(model: ModelView, prefix: str, adapter: str) -> tuple[PEFTMethod, ...] | None:
     """Return the methods of the adapter in the part ``prefix`` of ``model``, if it has one of that name."""
     for found, _, registry in registries(model):
         names = [f"{found}.{name}".lstrip(".") for name in (*registry.hosts.get(adapter, ()), *registry.chosen)]
@@ -229,21 +229,21 @@ def _is_adapter_buffer(name: str, tensor: Tensor) -> bool:
     return not isinstance(tensor, nn.Parameter) and CHILD in name.split(".")
 
 
-def _read_beside(model: nn.Module, directory: Path) -> dict[str, Tensor]:
+def _read_beside(model: ModelView, directory: Path) -> dict[str, Tensor]:
     """Read the modules trained whole that belong to no adapted model."""
     file = directory / _BESIDE_FILE
-    if not is_lightning_module(model) or not file.is_file():
+    if not is_lightning_module(model.module) or not file.is_file():
         return {}
     # What adapters have there is for going on with the training that wrote it.
     tensors = {name: tensor for name, tensor in read_tensors(file).items() if name == without_adapter(name)}
-    parameters = dict(model.named_parameters())
+    parameters = model.parameters
     check_tensors({name: parameters[name].shape for name in tensors if name in parameters}, tensors, str(file))
     return tensors
 
 
-def _refuse_changed_base(root: nn.Module, copies: Mapping[str, Tensor], source: str) -> None:
+def _refuse_changed_base(root: ModelView, copies: Mapping[str, Tensor], source: str) -> None:
     for name, tensor in copies.items():
-        present = root.get_parameter(name)
+        present = root.parameters[name]
         if present.shape != tensor.shape or not torch.allclose(present.cpu(), tensor.to(present.dtype), atol=1e-6):
             raise PEFTError(
                 f"{source} brings its own {name} {list(tensor.shape)}, which is not the model's "
@@ -252,9 +252,9 @@ def _refuse_changed_base(root: nn.Module, copies: Mapping[str, Tensor], source: 
             )
 
 
-def _root_of(model: nn.Module, marker: Mapping[str, Any]) -> str:
+def _root_of(model: ModelView, marker: Mapping[str, Any]) -> str:
     """Return the name of the part of ``model`` that an adapter directory is about."""
-    if not is_lightning_module(model):
+    if not is_lightning_module(model.module):
         return ""
     recorded = marker.get("prefix")
     if marker.get("lightning") and isinstance(recorded, str):
@@ -262,20 +262,20 @@ def _root_of(model: nn.Module, marker: Mapping[str, Any]) -> str:
     inner = list(transformers_models(model))
     if len(inner) == 1:
         return inner[0]
-    if isinstance(recorded, str) and recorded in dict(model.named_modules()):
+    if isinstance(recorded, str) and recorded in model.modules:
         return recorded
     raise PEFTError(
-        f"{type(model).__name__} holds {len(inner)} transformers models, so it is not clear which one the adapter is "
+        f"{model.kind} holds {len(inner)} transformers models, so it is not clear which one the adapter is "
         "for. Pass that model: load_adapter(module.model, path)."
     )
 
 
-def _write_part(directory: Path, model: nn.Module, part: Part, state: Mapping[str, Tensor]) -> dict[str, str]:
+def _write_part(directory: Path, model: ModelView, part: Part, state: Mapping[str, Tensor]) -> dict[str, str]:
     """Write one directory and return the tensors' names in the model by their names in the file.
 
     Left out are those of which the file has another form: a run does not go on from them.
     """
-    root = model.get_submodule(part.prefix)
+    root = model.part(part.prefix)
     lead = f"{part.prefix}." if part.prefix else ""
     counterpart = for_methods(part.methods)
     if counterpart is None:
@@ -292,13 +292,13 @@ def _write_part(directory: Path, model: nn.Module, part: Part, state: Mapping[st
     marker = {"version": 1, "prefix": part.prefix, "base": describe_base(model, part.prefix)}
     if counterpart is not None and (unsaid := counterpart.unsaid(part.methods[0])):
         marker[UNSAID] = unsaid
-    write_json(directory / MARKER, {**marker, "lightning": is_lightning_module(root)})
+    write_json(directory / MARKER, {**marker, "lightning": is_lightning_module(root.module)})
     return {in_file: in_model for in_file, in_model in names.items() if tensors[in_file] is state[in_model]}
 
 
-def _adapters_of(model: nn.Module, lead: str, adapter: str) -> dict[str, Adapter]:
+def _adapters_of(model: ModelView, lead: str, adapter: str) -> dict[str, Adapter]:
     """Return the adapters of that name in the part of ``model`` whose names begin with ``lead``, by host."""
-    found = {name: slot._modules.get(adapter) for name, _, slot in slots(model) if f"{name}.".startswith(lead)}
+    found = {name: slot._modules.get(adapter) for name, _, slot in model.slots if f"{name}.".startswith(lead)}
     return {name: module for name, module in found.items() if isinstance(module, Adapter)}
 
 

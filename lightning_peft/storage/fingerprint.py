@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.core.adapter import base_tensors, slots, unwrap
-from lightning_peft.core.registry import own_registry, registries
+from lightning_peft.core.registry import registries, trained_whole
 from lightning_peft.core.sharding import full_shape, in_zero_pieces, whole
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_packed
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.select import named_modules, transformers_models
+from lightning_peft.targets.inner_models import transformers_models
 
 _MODULES = 64
 _SAMPLES = 4
@@ -26,40 +26,41 @@ _SAMPLES = 4
 _TOLERANCE = 0.02
 
 
-def describe_base(model: nn.Module, prefix: str = "") -> dict[str, Any]:
+def describe_base(model: ModelView, prefix: str = "") -> dict[str, Any]:
     """Return the base's class, its name or path if it has one, and samples of the weights that adapters adapt.
 
     Args:
         model: A model with adapters.
         prefix: The part of it to describe; names of samples are relative to it.
     """
-    model = unwrap(model)
     recorded = _recorded(model, prefix)
-    samples = _samples(model.get_submodule(prefix), _before_training(model)) if recorded is None else recorded
+    samples = _samples(model.part(prefix), _before_training(model)) if recorded is None else recorded
     return {**_identity(model, prefix), "samples": samples}
 
 
-def record_base(model: nn.Module) -> None:
+def record_base(model: ModelView) -> None:
     """Keep samples of the weights with the adapters, for when no process can read them alone any more.
 
     Every process that holds a piece of the weights has to call it.
     """
-    for _, root, registry in registries(model):
+    for prefix, _, registry in registries(model):
         if registry.samples is None:
-            registry.samples = _samples(root, _before_training(root), gather=True)
+            registry.samples = _samples(model.part(prefix), _before_training(model), gather=True)
 
 
-def _recorded(model: nn.Module, prefix: str = "") -> dict[str, list[float]] | None:
-    registry = own_registry(model)
-    if registry is None or registry.samples is None:
-        return None
-    lead = f"{prefix}." if prefix else ""
-    return {name.removeprefix(lead): v for name, v in registry.samples.items() if name.startswith(lead)}
+def _recorded(model: ModelView, prefix: str = "") -> dict[str, list[float]] | None:
+    """Return the samples that were kept, with names relative to ``prefix``."""
+    for root, _, registry in registries(model):
+        if registry.samples is not None and f"{prefix}.".startswith(f"{root}.".lstrip(".")):
+            inside = prefix.removeprefix(root).lstrip(".")
+            lead = f"{inside}." if inside else ""
+            return {name.removeprefix(lead): v for name, v in registry.samples.items() if name.startswith(lead)}
+    return None
 
 
-def _identity(model: nn.Module, prefix: str) -> dict[str, str]:
-    part = model.get_submodule(prefix)
-    named = next(iter(transformers_models(part).values()), part)
+def _identity(model: ModelView, prefix: str) -> dict[str, str]:
+    part = model.part(prefix)
+    named = next(iter(transformers_models(part).values()), part.module)
     path = getattr(getattr(named, "config", None), "_name_or_path", "")
     return {"class": _class_name(named), "name_or_path": str(path or "")}
 
@@ -69,18 +70,17 @@ def _class_name(module: nn.Module) -> str:
     return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
-def refuse_other_base(model: nn.Module, saved: Mapping[str, Any], source: str, prefix: str = "") -> None:
+def refuse_other_base(model: ModelView, saved: Mapping[str, Any], source: str, prefix: str = "") -> None:
     """Check that ``saved``, from :func:`describe_base`, is about the base of ``model``, its part ``prefix``.
 
     Raises:
         PEFTError: It is about another one; both are named.
     """
-    model = unwrap(model)
     present = _identity(model, prefix)
     theirs = saved.get("samples", {})
     ours = _recorded(model, prefix)
     if ours is None:
-        ours = _samples(model.get_submodule(prefix), _before_training(model), list(theirs))
+        ours = _samples(model.part(prefix), _before_training(model), list(theirs))
     pairs = [pair for name in ours.keys() & theirs.keys() for pair in zip(ours[name], theirs[name], strict=False)]
     norm = math.sqrt(sum(b * b for _, b in pairs))
     distance = math.sqrt(sum((a - b) ** 2 for a, b in pairs))
@@ -99,14 +99,14 @@ def _name(base: Mapping[str, Any]) -> str:
 
 
 def _samples(
-    model: nn.Module, trained: Mapping[int, Tensor], names: Sequence[str] | None = None, gather: bool = False
+    model: ModelView, trained: Mapping[int, Tensor], names: Sequence[str] | None = None, gather: bool = False
 ) -> dict[str, list[float]]:
     """Return a few elements of the weights of the adapted modules, or of ``names``, as they are without adapters.
 
     ``trained`` are the old values of parameters that are trained themselves, by id.
     """
-    adapted = {name: slot for name, host, slot in slots(model) if "weight" in host._parameters}
-    modules = named_modules(model)
+    adapted = {name: slot for name, host, slot in model.slots if "weight" in host._parameters}
+    modules = model.modules
     # Methods that adapt no weights leave all of them to choose from.
     candidates = list(adapted) or [name for name, module in modules.items() if "weight" in module._parameters]
     chosen = candidates[:: max(1, len(candidates) // _MODULES)] if names is None else names
@@ -125,12 +125,6 @@ def _samples(
     return found
 
 
-def _before_training(model: nn.Module) -> dict[int, Tensor]:
+def _before_training(model: ModelView) -> dict[int, Tensor]:
     """Return the old values of the base's parameters that are trained whole, by the parameter's id."""
-    return {
-        id(tensor): registry.whole[name]
-        for _, root, registry in registries(model)
-        if registry.whole
-        for name, tensor in base_tensors(root).items()
-        if name in registry.whole
-    }
+    return {id(tensor): value for _, tensor, value in trained_whole(model)}

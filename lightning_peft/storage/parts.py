@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from torch import nn
-
 from lightning_peft.core.registry import Registry, registries
+from lightning_peft.core.view import ModelView
 from lightning_peft.formats.content import Part
 from lightning_peft.formats.counterpart import for_methods
 from lightning_peft.targets.inner_models import InnerModels
 
 
-def parts_of(model: nn.Module, names: Iterable[str] | None) -> tuple[list[Part], list[str]]:
+def parts_of(model: ModelView, names: Iterable[str] | None) -> tuple[list[Part], list[str]]:
     """Return the content of each directory, and the parameters trained whole that have a place in none."""
     parts: dict[tuple[str, str], Part] = {}
     inner = InnerModels(model, _adapted(model))
@@ -49,7 +48,7 @@ def _common_prefix(inner: Iterable[str], registry_prefix: str, names: Mapping[st
     return around[0] if around and len(around[0]) > len(registry_prefix) else registry_prefix
 
 
-def _adapted(model: nn.Module) -> list[str]:
+def _adapted(model: ModelView) -> list[str]:
     """Return the names of all modules that are adapted, or of which a method trains parameters."""
     return [
         f"{prefix}.{name}".lstrip(".")

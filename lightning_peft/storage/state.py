@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import adapter_tensors, base_tensors, clean_name, slots, unwrap
+from lightning_peft.core.adapter import clean_name
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.refusals import refuse_merged
-from lightning_peft.core.registry import registries, required
+from lightning_peft.core.registry import required, trained_whole
 from lightning_peft.core.sharding import from_local_part, full_shape, in_zero_pieces, replace
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.storage.fingerprint import describe_base, refuse_other_base
 
@@ -22,17 +23,12 @@ _VERSION = 1
 _SHOWN = 5
 
 
-def adapter_parameters_and_whole(model: nn.Module) -> dict[str, Tensor]:
+def adapter_parameters_and_whole(model: ModelView) -> dict[str, Tensor]:
     """Return every tensor that belongs to adapters: theirs, and those of the base trained whole, by clean name.
 
     An adapter's tensors are its parameters and its persistent buffers.
     """
-    model = unwrap(model)
-    found = adapter_tensors(model)
-    for prefix, root, registry in registries(model):
-        base = base_tensors(root) if registry.whole else {}
-        found.update({f"{prefix}.{name}" if prefix else name: base[name] for name in registry.whole})
-    return found
+    return {**model.adapter_tensors, **{name: tensor for name, tensor, _ in trained_whole(model)}}
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -43,6 +39,15 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         PEFTError: There are no adapters, or they are in pieces that cannot be returned.
+    """
+    return adapter_state(ModelView(model))
+
+
+def adapter_state(model: ModelView) -> dict[str, Tensor]:
+    """Return what :func:`adapter_state_dict` does.
+
+    Raises:
+        PEFTError: As there.
     """
     required(model)
     parameters = adapter_parameters_and_whole(model)
@@ -56,17 +61,17 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def values_before_merge(model: nn.Module) -> dict[str, Tensor]:
+def values_before_merge(model: ModelView) -> dict[str, Tensor]:
     """Return what merging replaced in the base's parameters, by clean name."""
     return {
         f"{name}.{parameter}" if name else parameter: from_local_part(host.get_parameter(parameter), value.detach())
-        for name, host, slot in slots(unwrap(model))
+        for name, host, slot in model.slots
         for parameter, value in (slot.merged or {}).items()
         if isinstance(value, Tensor)
     }
 
 
-def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], source: str = "The adapter state") -> None:
+def load_adapter_state_dict(model: ModelView, state: Mapping[str, Tensor], source: str = "The adapter state") -> None:
     """Copy ``state``, as :func:`adapter_state_dict` returned it, into ``model``.
 
     Args:
@@ -114,7 +119,7 @@ def check_tensors(shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor],
             raise PEFTError(f"{source}: {name} holds NaN or infinity. Take an earlier checkpoint.")
 
 
-def metadata(model: nn.Module) -> dict[str, Any]:
+def metadata(model: ModelView) -> dict[str, Any]:
     """Return what tells adapter states apart: methods, modules trained whole, and the base; plain types only."""
     return {
         "version": _VERSION,
@@ -123,14 +128,14 @@ def metadata(model: nn.Module) -> dict[str, Any]:
                 "adapters": {name: [m.config() for m in methods] for name, methods in registry.methods.items()},
                 "active": registry.active,
                 "train_also": list(registry.train_also),
-                "base": describe_base(root),
+                "base": describe_base(model, prefix),
             }
-            for prefix, root, registry in required(model)
+            for prefix, _, registry in required(model)
         },
     }
 
 
-def check_metadata(model: nn.Module, saved: Mapping[str, Any], source: str) -> None:
+def check_metadata(model: ModelView, saved: Mapping[str, Any], source: str) -> None:
     """Check that ``saved``, from :func:`metadata`, is about a model with the same base and methods.
 
     Raises:
@@ -140,7 +145,7 @@ def check_metadata(model: nn.Module, saved: Mapping[str, Any], source: str) -> N
         raise PEFTError(
             f"{source} has format version {saved.get('version')!r}; this lightning_peft reads {_VERSION}. Update it."
         )
-    for prefix, root, registry in required(model):
+    for prefix, _, registry in required(model):
         injection = saved["injections"].get(prefix)
         where = f" in {prefix!r}" if prefix else ""
         if injection is None:
@@ -152,7 +157,7 @@ def check_metadata(model: nn.Module, saved: Mapping[str, Any], source: str) -> N
             )
         for name, methods in registry.methods.items():
             refuse_other_methods(methods, injection["adapters"][name], source)
-        refuse_other_base(root, injection["base"], source)
+        refuse_other_base(model, injection["base"], source, prefix)
 
 
 def refuse_other_methods(

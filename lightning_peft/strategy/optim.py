@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.core.adapter import CHILD, clean_name
 from lightning_peft.core.sharding import like
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.storage.state import adapter_parameters_and_whole
 from lightning_peft.strategy.param_groups import drop_groups, learning_rate_ratios, split_groups
@@ -147,7 +148,7 @@ def _placed_like(parameter: nn.Parameter, value: Any) -> Any:
 
 
 def _forgotten(model: nn.Module, homes: Mapping[int, Any]) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in adapter_parameters_and_whole(model).items():
+    for name, parameter in adapter_parameters_and_whole(ModelView(model)).items():
         if isinstance(parameter, nn.Parameter) and parameter.requires_grad and id(parameter) not in homes:
             yield name, parameter
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_peft.core.adapter import clean_name, slots
+from lightning_peft.core.adapter import clean_name
 from lightning_peft.core.registry import method_of, registries
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 
 # The lists in which torch's schedulers keep one entry per param group; first those of learning rates.
@@ -32,8 +33,9 @@ def drop_groups(optimizer: Optimizer, schedulers: Iterable[Any], dropped: Sequen
 def learning_rate_ratios(model: nn.Module) -> dict[int, float]:
     """Return what methods multiply learning rates by, by the parameter's id, where it is not 1."""
     found: dict[int, float] = {}
-    for _, root, registry in registries(model):
-        for host, _, slot in slots(root):
+    view = ModelView(model)
+    for prefix, _, registry in registries(view):
+        for host, _, slot in view.part(prefix).slots:
             for adapter, module in slot.items():
                 method = method_of(registry, adapter, host)
                 found.update({id(p): method.lr_ratio(clean_name(name)) for name, p in module.named_parameters()})

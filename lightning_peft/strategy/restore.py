@@ -14,6 +14,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core import saving
 
+from lightning_peft.core.view import ModelView
 from lightning_peft.storage import checkpoint as files
 
 _load_file = saving.pl_load
@@ -35,7 +36,7 @@ def _load_state_with_adapters(cls: Any, checkpoint: dict[str, Any], *args: Any, 
         model = _load_state(cls, {**checkpoint, "state_dict": {}}, *args, **{**kwargs, "strict": False})
     assert isinstance(model, LightningModule)
     files.inject_from(checkpoint, model)
-    files.apply(checkpoint, model)
+    files.apply(checkpoint, ModelView(model))
     return model
 
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from lightning_peft.core.adapter import Adapter, slots
+from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.registry import registries
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 
 
@@ -57,10 +58,11 @@ def after_step(model: nn.Module, step: int, total_steps: int | None) -> None:
 
 def _active(model: nn.Module) -> Iterator[tuple[PEFTMethod, dict[str, Adapter]]]:
     """Yield the methods of the active adapters of ``model``, each with its adapters by the name of their host."""
-    for _, root, registry in registries(model):
+    view = ModelView(model)
+    for prefix, _, registry in registries(view):
         for position, method in enumerate(registry.methods[registry.active]):
             adapters: dict[str, Adapter] = {}
-            for host, _, slot in slots(root):
+            for host, _, slot in view.part(prefix).slots:
                 adapter = slot.active_adapter
                 if adapter is not None and registry.hosts[slot.active][host] == position:
                     adapters[host] = adapter

@@ -23,10 +23,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_peft.core.adapter import adapter_parameters
 from lightning_peft.core.method import PEFTMethod, methods_of, registered_methods
 from lightning_peft.core.registry import registries
 from lightning_peft.core.sharding import full_shape, map_tensors, whole
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.distributed import split_values
 from lightning_peft.operations.inject import inject
@@ -39,7 +39,7 @@ from lightning_peft.strategy.bases.auto import AUTO, SINGLE_DEVICE, choose_strat
 from lightning_peft.strategy.bases.spawn import PEFTMultiProcessingLauncher
 from lightning_peft.strategy.optim import restrict_to_trainable, state_by_name, state_by_position
 from lightning_peft.strategy.schedule import after_step, before_step, changes_gradients, has_schedule, known_steps
-from lightning_peft.targets.select import transformers_models
+from lightning_peft.targets.inner_models import transformers_models
 
 # Beyond it a merge is reported as a warning. bfloat16 weights lose 3 to 20 % of a typical adapter.
 _MERGE_LOSS_WARNING = 0.01
@@ -176,7 +176,7 @@ class PEFTStrategy(Strategy):
     def _inject(self) -> None:
         """Do so, on both ways: :meth:`inject` is what the module calls, ``setup`` comes here. Bases extend either."""
         module = self._module
-        present = [methods for _, _, registry in registries(module) for methods in registry.methods.values()]
+        present = [methods for _, _, registry in registries(ModelView(module)) for methods in registry.methods.values()]
         for methods in present:
             theirs, ours = ([type(method) for method in found] for found in (methods, self.methods))
             if theirs != ours:
@@ -185,7 +185,11 @@ class PEFTStrategy(Strategy):
                     f"The model already has adapters of method {names[0]}, the strategy was given {names[1]}. Give "
                     "both the same method, or call eject(model) first."
                 )
-        if present and self._train_also and not any(registry.train_also for _, _, registry in registries(module)):
+        if (
+            present
+            and self._train_also
+            and not any(registry.train_also for _, _, registry in registries(ModelView(module)))
+        ):
             raise PEFTError(
                 f"The model already has adapters, so train_also={self._train_also!r} would have no effect. Pass it to "
                 "inject, or leave the injection to the strategy."
@@ -202,7 +206,7 @@ class PEFTStrategy(Strategy):
 
     def inject_in_main_process(self) -> None:
         """Inject where no ``setup`` ran: the process that spawned the workers."""
-        if is_overridden("configure_model", self._module) and not any(registries(self._module)):
+        if is_overridden("configure_model", self._module) and not registries(ModelView(self._module)):
             rank_zero_warn(
                 "The model was built by configure_model in the worker processes, so this process has no model to load "
                 "the trained adapters into. Use load_adapter(model, path) with a checkpoint."
@@ -237,7 +241,7 @@ class PEFTStrategy(Strategy):
             self._held_back = (dict(checkpoint), strict)
             return
         unmerge(self._module)
-        files.apply(checkpoint, self._module, strict, self._gathered)
+        files.apply(checkpoint, ModelView(self._module), strict, self._gathered)
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Set the base strategy up, with the adapters injected on the way.
@@ -295,7 +299,7 @@ class PEFTStrategy(Strategy):
         """Load what was to be loaded before there were adapters."""
         if self._held_back is not None:
             checkpoint, strict = self._held_back
-            files.apply(checkpoint, self._module, strict, self._gathered)
+            files.apply(checkpoint, ModelView(self._module), strict, self._gathered)
             self._held_back = None
 
     def _place_adapters(self) -> None:
@@ -308,7 +312,9 @@ class PEFTStrategy(Strategy):
         Raises:
             PEFTError: One does not; raised on every process.
         """
-        shapes = {name: list(full_shape(p)) for name, p in adapter_parameters_and_whole(self._module).items()}
+        shapes = {
+            name: list(full_shape(p)) for name, p in adapter_parameters_and_whole(ModelView(self._module)).items()
+        }
         first = self.broadcast(shapes)
         differing = sorted(n for n in first.keys() | shapes.keys() if first.get(n) != shapes.get(n))
         count = self.reduce(torch.tensor(float(bool(differing)), device=self.root_device), reduce_op="sum")
@@ -324,7 +330,7 @@ class PEFTStrategy(Strategy):
     def _set_modes(self) -> None:
         """Put transformers models in train mode, and frozen batch norms in eval mode."""
         if self._train_mode:
-            for model in transformers_models(self._module).values():
+            for model in transformers_models(ModelView(self._module)).values():
                 model.train()
         for part in self._module.modules():
             frozen = not any(parameter.requires_grad for parameter in part.parameters())
@@ -375,7 +381,7 @@ class PEFTStrategy(Strategy):
 
     def _warn_without_gradient(self, optimizer: Optimizer) -> None:
         held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-        names = {name: p for name, p in adapter_parameters(self._module).items() if id(p) in held}
+        names = {name: p for name, p in ModelView(self._module).adapter_parameters.items() if id(p) in held}
         idle = [name for name, parameter in names.items() if parameter.grad is None]
         if idle and len(idle) < len(names):
             rank_zero_warn(
@@ -388,7 +394,7 @@ class PEFTStrategy(Strategy):
         if self._full_checkpoints:
             # Where the base strategy gathers a model, it does so for one process only.
             state = {**super().lightning_module_state_dict(), **adapter_state_dict(self._module)}
-            return files.unmerged_state_dict(state, self._module)
+            return files.unmerged_state_dict(state, ModelView(self._module))
         return dict(adapter_state_dict(self._module))
 
     @property
@@ -402,7 +408,7 @@ class PEFTStrategy(Strategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint file, or a directory if ``storage_options`` is an ``AdapterDirectory``."""
-        files.finish(checkpoint, self._module, self._full_checkpoints)
+        files.finish(checkpoint, ModelView(self._module), self._full_checkpoints)
         directory = isinstance(storage_options, files.AdapterDirectory)
         if directory or not self._saves_shards:
             checkpoint = map_tensors(checkpoint, whole)
@@ -411,7 +417,7 @@ class PEFTStrategy(Strategy):
         if not directory:
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
         elif self.is_global_zero:
-            files.write_directory(checkpoint, filepath, self._module)
+            files.write_directory(checkpoint, filepath, ModelView(self._module))
 
     def on_train_end(self) -> None:
         """Merge. Lightning calls this last, after every checkpoint has been written."""

@@ -15,20 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Literal
 
-import regex
 from torch import nn
 
+from lightning_peft.core.view import ModelView, once
 from lightning_peft.core.weights import features, is_linear
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.select import head_modules, in_layers, is_attention_name, named_modules
+from lightning_peft.targets.attention import attention_roots, role_of, surrounding
+from lightning_peft.targets.inner_models import head_modules
+from lightning_peft.targets.layers import in_layers
 
 Kind = Literal["attention", "mlp"]
-
-# What projections are called: `q`, `q_proj`, `query`, `q_lin`; `qkv_proj`, `query_key_value`, `c_attn`, `Wqkv`.
-_ROLES = {"q": "q|query|wq", "k": "k|key|wk", "v": "v|value|wv", "qkv": "w?qkv|attn|in", "kv": "w?kv"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Block:
 
 
 def find_blocks(
-    model: nn.Module, kinds: Iterable[Kind] = ("attention", "mlp"), layers: str | Sequence[int] | None = None
+    model: ModelView, kinds: Iterable[Kind] = ("attention", "mlp"), layers: str | Sequence[int] | None = None
 ) -> list[Block]:
     """Return the blocks of ``model``, in the order of its modules.
 
@@ -63,21 +61,19 @@ def find_blocks(
     Raises:
         PEFTError: There is none of one of the kinds, an MLP of which the form is unknown, or no such layer.
     """
-    modules = named_modules(model)
-    blocks = _every_block(model, modules)
+    blocks = _every_block(model)
     if "mlp" in kinds:
-        _refuse_unknown_mlp(model, modules, blocks, layers)
+        _refuse_unknown_mlp(model, blocks, layers)
     for kind in kinds:
         if not any(block.kind == kind for block in blocks):
-            raise PEFTError(
-                f"No {kind} block was found in this {type(model).__name__}. Name modules to adapt in target_modules."
-            )
-    named = [_with_layer_module(block, modules) for block in blocks if block.kind in set(kinds)]
+            raise PEFTError(f"No {kind} block was found in this {model.kind}. Name modules to adapt in target_modules.")
+    named = [_with_layer_module(block, model.modules) for block in blocks if block.kind in set(kinds)]
     wanted = set(in_layers(model, [block.last for block in named], layers))
     return [block for block in named if block.last in wanted]
 
 
-def shared_inputs(model: nn.Module) -> list[tuple[str, ...]]:
+@once
+def shared_inputs(model: ModelView) -> list[tuple[str, ...]]:
     """Return the names of linear layers that are given the same input, together, in the order of their calls.
 
     These are the query, key and value projections, and the gate and up projections. In cross-attention keys and values
@@ -85,18 +81,20 @@ def shared_inputs(model: nn.Module) -> list[tuple[str, ...]]:
     """
     groups = [
         tuple(block.roles[role] for role in ("q", "k", "v") if role in block.roles) or block.inputs
-        for block in _every_block(model, named_modules(model))
+        for block in _every_block(model)
     ]
     return [names for names in groups if len(names) > 1]
 
 
-def _every_block(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[Block]:
+@once
+def _every_block(model: ModelView) -> list[Block]:
+    modules = model.modules
     order = {name: position for position, name in enumerate(modules)}
-    roots = _attention_roots(modules)
+    roots = attention_roots(model)
     heads = head_modules(model)
     linears = {n: m for n, m in modules.items() if is_linear(m) and id(m) not in heads}
     projections = _by_surrounding(linears)
-    others = _by_surrounding(n for n in linears if not any(part in roots for part in _surrounding(n)))
+    others = _by_surrounding(n for n in linears if not any(part in roots for part in surrounding(n)))
     experts = _by_surrounding(_experts(modules))
     attentions = _by_surrounding(roots)
     found: dict[tuple[str, str], Block] = {}
@@ -111,17 +109,18 @@ def _every_block(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[Blo
     return sorted(found.values(), key=lambda block: order[block.last])
 
 
-def layer_norms(model: nn.Module) -> dict[str, nn.Module]:
+@once
+def layer_norms(model: ModelView) -> dict[str, nn.Module]:
     """Return the LayerNorms and RMSNorms of ``model``, of torch or of the model's own making, by name."""
     return {
         name: module
-        for name, module in named_modules(model).items()
+        for name, module in model.modules.items()
         if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
         if any(True for _ in module.parameters(recurse=False))
     }
 
 
-def widths(name: str, module: nn.Module) -> tuple[int, int]:
+def widths(model: ModelView, name: str) -> tuple[int, int]:
     """Return the sizes of what the module ``name`` gets and gives, in its last dimension.
 
     Of a module with several linear layers these are the first one's input and the last one's output.
@@ -129,11 +128,12 @@ def widths(name: str, module: nn.Module) -> tuple[int, int]:
     Raises:
         PEFTError: It has no linear layers.
     """
+    module = model.modules[name]
     if isinstance(module, nn.MultiheadAttention):
         return module.embed_dim, module.embed_dim
     if isinstance(module, nn.Embedding):
         return module.embedding_dim, module.embedding_dim
-    sizes = [features(part) for part in named_modules(module).values() if is_linear(part)]
+    sizes = [features(part) for part in model.part(name).modules.values() if is_linear(part)]
     if not sizes:
         raise PEFTError(
             f"{name!r} is a {type(module).__name__} without linear layers: the size of its hidden state is not known. "
@@ -142,32 +142,13 @@ def widths(name: str, module: nn.Module) -> tuple[int, int]:
     return sizes[0][0], sizes[-1][1]
 
 
-def _surrounding(name: str) -> list[str]:
-    """Return ``name`` and every module around it, the model itself last."""
-    around = [name]
-    while around[-1]:
-        around.append(around[-1].rpartition(".")[0])
-    return around
-
-
 def _by_surrounding(names: Iterable[str]) -> dict[str, list[str]]:
     """Return those of ``names`` that are inside a module, or are it, by its name."""
     found: dict[str, list[str]] = {}
     for name in names:
-        for around in _surrounding(name):
+        for around in surrounding(name):
             found.setdefault(around, []).append(name)
     return found
-
-
-def _attention_roots(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    roots: dict[str, nn.Module] = {}
-    for name, module in modules.items():
-        named = is_attention_name(name.rsplit(".", 1)[-1]) or isinstance(module, nn.MultiheadAttention)
-        if not (name and named) or any(around in roots for around in _surrounding(name)):
-            continue
-        if any(True for _ in module.parameters()):
-            roots[name] = module
-    return roots
 
 
 def _experts(modules: Mapping[str, nn.Module]) -> set[str]:
@@ -180,17 +161,15 @@ def _experts(modules: Mapping[str, nn.Module]) -> set[str]:
     }
 
 
-def _refuse_unknown_mlp(
-    model: nn.Module, modules: Mapping[str, nn.Module], blocks: Sequence[Block], layers: str | Sequence[int] | None
-) -> None:
+def _refuse_unknown_mlp(model: ModelView, blocks: Sequence[Block], layers: str | Sequence[int] | None) -> None:
     """Raise :class:`PEFTError` if a layer has matrices beside attention, but no linear layers or experts with them."""
     attention = {block.last: block.layer for block in blocks if block.kind == "attention"}
     with_mlp = {block.layer for block in blocks if block.kind == "mlp"}
     without = {attention[last] for last in in_layers(model, attention, layers)} - with_mlp
-    roots = _attention_roots(modules) if without else {}
-    for name, module in modules.items():
+    roots = attention_roots(model) if without else {}
+    for name, module in model.modules.items():
         shapes = [list(p.shape) for p in module._parameters.values() if p is not None and p.dim() > 1]
-        around = _surrounding(name)
+        around = surrounding(name)
         layer = next((part for part in around if part in without), None)
         if shapes and layer is not None and not is_linear(module) and not any(part in roots for part in around):
             raise PEFTError(
@@ -213,16 +192,6 @@ def _layer_of(root: str, attentions: Mapping[str, list[str]], with_others: set[s
         if not parent:
             return nearest
         parent = parent.rpartition(".")[0]
-
-
-@cache
-def role_of(segment: str) -> str:
-    """Return what a linear layer so called computes in attention: ``q``, ``k``, ``v``, ``qkv``, ``kv`` or ``o``."""
-    tokens = regex.split(r"[^a-z]+", segment.lower())
-    roles = [role for role, names in _ROLES.items() if any(regex.fullmatch(names, token) for token in tokens)]
-    if {"q", "k", "v"} <= set(roles):
-        return "qkv"
-    return roles[0] if roles else "o"
 
 
 def _attention(

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import features, is_linear
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.blocks import role_of
-from lightning_peft.targets.select import named_modules
+from lightning_peft.targets.attention import role_of
 
 PART = Literal["q", "k", "v"]
 
@@ -28,13 +28,13 @@ def is_fused(name: str, module: nn.Module) -> bool:
     return is_linear(module) and role_of(name.rpartition(".")[2]) == "qkv"
 
 
-def part_rows(model: nn.Module, name: str) -> dict[str, Tensor]:
+def part_rows(model: ModelView, name: str) -> dict[str, Tensor]:
     """Return the indices of the outputs of the layer ``name`` that are queries, keys and values.
 
     Raises:
         PEFTError: Its layout is not known.
     """
-    modules = named_modules(model)
+    modules = model.modules
     config = _config(modules, name)
     kind = getattr(config, "model_type", None)
     d_in, d_out = features(modules[name])

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import regex
-from torch import nn
 
-from lightning_peft.targets.select import named_modules
+from lightning_peft.core.view import ModelView
 
 
 def suffixes(hosts: Iterable[str], modules: Iterable[str]) -> list[str] | None:
@@ -24,10 +23,10 @@ def suffixes(hosts: Iterable[str], modules: Iterable[str]) -> list[str] | None:
     return None
 
 
-def targets_from(hosts: Iterable[str], root: nn.Module) -> list[str] | str:
+def targets_from(hosts: Iterable[str], root: ModelView) -> list[str] | str:
     """Return ``target_modules`` as this package reads it."""
     hosts = sorted(hosts)
-    return suffixes(hosts, named_modules(root)) or "re:" + "|".join(map(regex.escape, hosts))
+    return suffixes(hosts, root.modules) or "re:" + "|".join(map(regex.escape, hosts))
 
 
 def _ends_in(name: str, endings: set[str]) -> bool:

@@ -18,7 +18,7 @@ from lightning_peft import PEFTError, PEFTStrategy, PromptTuning, adapter_state_
 from lightning_peft.adapters.virtual_tokens.infix import answers
 from lightning_peft.adapters.virtual_tokens.virtual_tokens import find_decoder
 from lightning_peft.callbacks import AdapterCheckpoint
-from lightning_peft.core.adapter import adapter_parameters
+from lightning_peft.core.view import ModelView
 from lightning_peft.tasks.answer_loss import answer_logits
 
 PREFIX, INFIX, LENGTH = 3, 2, 7
@@ -38,7 +38,7 @@ def injected(family: str, name: str) -> tuple[Any, Tensor, dict[str, Tensor]]:
     model, inputs = base(family), build(family)[1]
     inject(model, METHODS[name])
     generator = torch.Generator().manual_seed(5)
-    found = adapter_parameters(model)
+    found = ModelView(model).adapter_parameters
     with torch.no_grad():
         for parameter in found.values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -52,7 +52,7 @@ def base(family: str) -> Any:
 @contextmanager
 def given_to_layers(model: Any, states: list[Tensor], columns: Tensor) -> Iterator[None]:
     """Within it, every layer but the first finds ``states`` in ``columns`` of its input."""
-    decoder = find_decoder(model, "")
+    decoder = find_decoder(ModelView(model), "")
     with ExitStack() as stack:
         for name, state in zip(decoder.layers()[1:], states, strict=False):
 
@@ -208,7 +208,7 @@ def test_a_classifier_reads_the_last_infix_token() -> None:
     ids, labels = torch.randint(3, 50, (2, LENGTH)), torch.tensor([0, 2])
     ids[1, 5:] = 0
     inject(model, METHODS["infix"])
-    prefix, infix = adapter_parameters(model).values()
+    prefix, infix = ModelView(model).adapter_parameters.values()
     result = model.train()(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels)
     result.loss.backward()
     assert infix.grad.abs().max() > 1e-6

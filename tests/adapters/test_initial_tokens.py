@@ -25,7 +25,7 @@ from lightning_peft import (
     save_adapter,
     set_adapter,
 )
-from lightning_peft.core.adapter import adapter_parameters
+from lightning_peft.core.view import ModelView
 from lightning_peft.storage.base_weights import materialise
 
 TEXT = "is this review good or bad"
@@ -43,7 +43,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def prompt(model: nn.Module) -> Tensor:
-    return next(iter(adapter_parameters(model).values()))
+    return next(iter(ModelView(model).adapter_parameters.values()))
 
 
 @pytest.mark.parametrize("number", [4, 6, 15])
@@ -73,7 +73,7 @@ def test_other_prompts() -> None:
     def made(**options: Any) -> Tensor:
         fresh = build("llama")[0]
         inject(fresh, PromptTuning(num_virtual_tokens=5, **options), seed=1)
-        return torch.cat(list(adapter_parameters(fresh).values()))
+        return torch.cat(list(ModelView(fresh).adapter_parameters.values()))
 
     assert torch.equal(made(init_ids=[7, 9]), rows[[7, 9, 7, 9, 7]])
     assert torch.equal(made(init_ids=[7, 9, 11], num_infix_tokens=2), rows[[7, 9, 11, 7, 9, 11, 7]])
@@ -168,7 +168,7 @@ def test_another_adapter_has_no_part_in_what_a_prefix_starts_as() -> None:
     model, inputs = build("llama")
     inject(model, LoRA(r=2, target_modules=["q_proj", "v_proj"]))
     with torch.no_grad():
-        for parameter in adapter_parameters(model).values():
+        for parameter in ModelView(model).adapter_parameters.values():
             parameter.fill_(0.5)
     inject(model, PrefixTuning(num_virtual_tokens=3, init_ids=[7, 9, 11]), name="prefix")
     set_adapter(model, "prefix")

@@ -11,7 +11,7 @@ from families import build, outputs, randomise
 from torch import Tensor, nn
 
 from lightning_peft import PEFTError, PEFTMethod, PrefixTuning, PromptTuning, inject, load_adapter, save_adapter
-from lightning_peft.core.adapter import adapter_parameters
+from lightning_peft.core.view import ModelView
 
 FAMILIES = ("llama", "gpt2", "qwen2")
 METHODS: dict[str, PEFTMethod] = {
@@ -31,7 +31,7 @@ def injected(family: str, name: str, dtype: torch.dtype = torch.float32) -> tupl
     model, inputs = build(family)
     model.to(dtype)
     inject(model, METHODS[name])
-    draw(adapter_parameters(model).values())
+    draw(ModelView(model).adapter_parameters.values())
     return model, inputs
 
 
@@ -47,7 +47,7 @@ def trainable_judge(family: str, path: Path, model: Any) -> Any:
     config = peft.PeftConfig.from_pretrained(path)
     config.inference_mode = False
     judge: Any = peft.get_peft_model(build(family)[0], config).eval().to(model.dtype)
-    ((_, parameter),) = adapter_parameters(model).items()
+    ((_, parameter),) = ModelView(model).adapter_parameters.items()
     judge.prompt_encoder["default"].embedding.weight.data.copy_(parameter.detach())
     return judge
 
@@ -72,7 +72,7 @@ def test_logits_and_gradients_are_those_of_peft(
     assert (ours - theirs)[mask].abs().max() <= bound
     ours[mask].square().sum().backward()
     theirs[mask].square().sum().backward()
-    ((_, parameter),) = adapter_parameters(model).items()
+    ((_, parameter),) = ModelView(model).adapter_parameters.items()
     (other,) = [p for p in judge.parameters() if p.requires_grad]
     assert other.grad.abs().max() > 1e-6
     assert (parameter.grad - other.grad).abs().max() <= bound * other.grad.abs().max().clamp(min=1.0)
@@ -166,7 +166,7 @@ def test_a_prefix_under_activation_checkpointing_leaves_no_cache(family: str) ->
         cache = t.DynamicCache(config=model.config)
         again = model(**inputs, labels=inputs["input_ids"], cache=cache, use_cache=True).loss
         again.backward()
-        (parameter,) = adapter_parameters(model).values()
+        (parameter,) = ModelView(model).adapter_parameters.values()
         losses.append((result.loss, again, parameter.grad))
         if checkpointing:
             assert cache.get_seq_length() == 0
@@ -195,7 +195,7 @@ def test_a_filled_cache_and_activation_checkpointing_are_refused(name: str) -> N
 @pytest.mark.parametrize("name", METHODS)
 def test_virtual_tokens_in_pieces_are_refused(name: str) -> None:
     model, inputs = injected("llama", name)
-    for parameter in adapter_parameters(model).values():
+    for parameter in ModelView(model).adapter_parameters.values():
         # As ZeRO-3 leaves them.
         parameter.ds_shape, parameter.data = parameter.shape, parameter.data.new_empty(0)  # type: ignore[attr-defined]
     with pytest.raises(PEFTError, match="ZeRO-3 has the virtual tokens in pieces"):
@@ -259,7 +259,7 @@ def test_sliding_windows(name: str) -> None:
     )
     model: Any = t.MistralForCausalLM(config).eval()
     inject(model, METHODS[name])
-    draw(adapter_parameters(model).values())
+    draw(ModelView(model).adapter_parameters.values())
     ids = torch.randint(50, (2, 14), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         whole = model(input_ids=ids, use_cache=False).logits
@@ -285,7 +285,7 @@ def test_activation_checkpointing_changes_nothing(name: str, family: str, reentr
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         loss = model.train()(**inputs, labels=inputs["input_ids"]).loss
         loss.backward()
-        return loss.item(), {key: p.grad for key, p in adapter_parameters(model).items()}
+        return loss.item(), {key: p.grad for key, p in ModelView(model).adapter_parameters.items()}
 
     loss, plain = gradients(False)
     again, checkpointed = gradients(True)
@@ -306,7 +306,7 @@ def test_a_projected_prefix_is_folded_on_save(tmp_path: Path) -> None:
         task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=12
     )
     judge = peft.get_peft_model(build("llama")[0], config).eval()
-    encoder, parts = judge.prompt_encoder["default"], adapter_parameters(model)
+    encoder, parts = judge.prompt_encoder["default"], ModelView(model).adapter_parameters
     pairs = {"virtual_tokens": encoder.embedding.weight, "down": encoder.transform[0].weight}
     pairs |= {"down_bias": encoder.transform[0].bias, "up": encoder.transform[2].weight}
     pairs |= {"up_bias": encoder.transform[2].bias}

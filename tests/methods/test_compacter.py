@@ -10,7 +10,7 @@ from families import build, outputs, randomise
 from torch import Tensor, nn
 
 from lightning_peft import Compacter, PEFTError, adapter_state_dict, inject, load_adapter, save_adapter
-from lightning_peft.core.adapter import adapter_parameters
+from lightning_peft.core.view import ModelView
 
 
 def phm(slow: Tensor, s: Tensor, t: Tensor) -> Tensor:
@@ -31,9 +31,9 @@ def test_it_computes_the_paper_s_equation(n: int, bias: bool, placement: Any) ->
         if kind in placement
     ]
     with torch.no_grad():
-        for parameter in adapter_parameters(model).values():
+        for parameter in ModelView(model).adapter_parameters.values():
             parameter.normal_(std=0.5)
-    slow = next(p for name, p in adapter_parameters(model).items() if name.endswith("phm_A"))
+    slow = next(p for name, p in ModelView(model).adapter_parameters.items() if name.endswith("phm_A"))
     for host in hosts:
         linear = model.get_submodule(host)
         own = dict(linear.peft.default.named_parameters())
@@ -50,10 +50,10 @@ def test_it_computes_the_paper_s_equation(n: int, bias: bool, placement: Any) ->
 def test_slow_weights_are_one_tensor_and_get_the_gradient_of_all(tmp_path: Any) -> None:
     model, inputs = build("opt")
     inject(model, Compacter(bottleneck=8), seed=5)
-    names = [name for name in adapter_parameters(model) if name.endswith("phm_A")]
+    names = [name for name in ModelView(model).adapter_parameters if name.endswith("phm_A")]
     assert len(names) == 1
     assert sum(name.endswith("phm_A") for name in adapter_state_dict(model)) == 1
-    draws = adapter_parameters(model)
+    draws = ModelView(model).adapter_parameters
     assert draws[names[0]].std().item() == pytest.approx(0.01, rel=0.4)
     limit = max(p.abs().max().item() for n, p in draws.items() if n.endswith("down_t"))
     assert 0.7 * (6 / 9) ** 0.5 < limit <= (6 / 9) ** 0.5  # Glorot's rule, one column of 32 / 4 rows
@@ -85,7 +85,7 @@ def test_an_n_that_does_not_divide_the_hidden_state_is_refused() -> None:
     model = build("llama")[0]
     with pytest.raises(PEFTError, match=r"n=3 was given, but .*o_proj.* width 32"):
         inject(model, Compacter(bottleneck=6, n=3))
-    assert not adapter_parameters(model)
+    assert not ModelView(model).adapter_parameters
 
 
 def t5_encoder() -> nn.Module:
@@ -104,5 +104,5 @@ def test_counts(make: Callable[[], nn.Module], m: int, d: int, places: int) -> N
     with torch.device("meta"):
         model = make()
     inject(model, Compacter(bottleneck=m, train_norms=False))
-    count = sum(p.numel() for p in adapter_parameters(model).values())
+    count = sum(p.numel() for p in ModelView(model).adapter_parameters.values())
     assert count == 64 + places * 3 * (d + m) == {24: 57_088, 32: 15_040}[m]

@@ -23,8 +23,8 @@ from lightning_peft import DoRA, LoRA, PEFTMethod, PEFTStrategy, eject, save_ada
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.callbacks.summary import summary_table
-from lightning_peft.core.adapter import adapter_parameters
 from lightning_peft.core.sharding import replace, whole
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.merge import is_merged
 
@@ -181,7 +181,7 @@ def fit_from_files(out: Path, strategy: Any, **options: Any) -> dict[str, Any]:
 
 
 def adapters(module: nn.Module) -> dict[str, Tensor]:
-    return {name: whole(parameter).clone() for name, parameter in adapter_parameters(module).items()}
+    return {name: whole(parameter).clone() for name, parameter in ModelView(module).adapter_parameters.items()}
 
 
 def base_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lightning_peft import LoRA, PEFTStrategy
-from lightning_peft.core.adapter import adapter_parameters
 from lightning_peft.core.sharding import whole
+from lightning_peft.core.view import ModelView
 
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -92,7 +92,7 @@ class Llama(L.LightningModule):
             self.record_gradients()
 
     def record_gradients(self) -> None:
-        parameters = adapter_parameters(self)
+        parameters = ModelView(self).adapter_parameters
         grads = {name: whole(p.grad).clone() for name, p in parameters.items()}
         content = {"grads": grads, "calls": self.calls, "dtypes": sorted({str(p.dtype) for p in parameters.values()})}
         torch.save(content, self.out / f"{self.feature}-{self.global_rank}.pt")

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lightning_peft import LoRA, inject
-from lightning_peft.core.adapter import slots
+from lightning_peft.core.view import ModelView
 
 CONFIG = LlamaConfig(
     vocab_size=500, hidden_size=64, intermediate_size=172, num_hidden_layers=3, num_attention_heads=4, use_cache=False
@@ -49,7 +49,7 @@ def fsdp1(sharding: ShardingStrategy) -> dict[str, int]:
         model,
         sharding_strategy=sharding,
         auto_wrap_policy=ModuleWrapPolicy({LlamaDecoderLayer}),
-        ignored_modules=[slot for _, _, slot in slots(model)],
+        ignored_modules=[slot for _, _, slot in ModelView(model).slots],
         use_orig_params=True,
         device_id=DEVICE,
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft import IA3, Compacter, ParallelAdapter, PEFTError, PEFTMethod, SeriesAdapter, eject, inject
 from lightning_peft.core.calls import on_hidden
+from lightning_peft.core.view import ModelView
 from lightning_peft.targets.blocks import Block, find_blocks, layer_norms
 
 LLAMA = ("model.layers.0", ("self_attn.q_proj", "self_attn.o_proj"), ("mlp.gate_proj", "mlp.down_proj"))
@@ -66,7 +67,7 @@ def first_of(blocks: list[Block], kind: str) -> Block:
 @pytest.mark.parametrize("family", sorted(ALL_FAMILIES.keys() - {"sequential"}))
 def test_blocks_are_found(family: str) -> None:
     model, _ = build(family)
-    blocks = find_blocks(model)
+    blocks = find_blocks(ModelView(model))
     layer, attention, mlp = EXPECTED[family]
     for kind, (first, last) in (("attention", attention), ("mlp", mlp)):
         block = first_of(blocks, kind)
@@ -77,7 +78,7 @@ def test_blocks_are_found(family: str) -> None:
     assert sum(block.kind == "attention" for block in blocks) == attentions
     assert sum(block.kind == "mlp" for block in blocks) == layers
     assert len({block.last for block in blocks}) == len(blocks)
-    assert len(find_blocks(model, ["mlp"], layers=[1])) == layers // 2
+    assert len(find_blocks(ModelView(model), ["mlp"], layers=[1])) == layers // 2
 
 
 ROLES = {
@@ -93,12 +94,12 @@ ROLES = {
 
 @pytest.mark.parametrize("family", ROLES)
 def test_projections_have_roles(family: str) -> None:
-    block = first_of(find_blocks(build(family)[0]), "attention")
+    block = first_of(find_blocks(ModelView(build(family)[0])), "attention")
     assert {role: name.rsplit(".", 1)[-1] for role, name in block.roles.items()} == ROLES[family]
 
 
 def test_a_single_layer_is_a_model_too() -> None:
-    blocks = find_blocks(nn.TransformerEncoderLayer(16, 2, 32))
+    blocks = find_blocks(ModelView(nn.TransformerEncoderLayer(16, 2, 32)))
     assert [(b.kind, b.layer, b.first, b.last) for b in blocks] == [
         ("attention", "", "self_attn", "self_attn"),
         ("mlp", "", "linear1", "linear2"),
@@ -114,9 +115,9 @@ class AttentionOnly(nn.Module):
 
 def test_what_is_beside_a_stack_of_layers_is_no_mlp() -> None:
     model = AttentionOnly()
-    assert [b.last for b in find_blocks(model, ["attention"])] == [f"layers.{i}.self_attn" for i in range(3)]
+    assert [b.last for b in find_blocks(ModelView(model), ["attention"])] == [f"layers.{i}.self_attn" for i in range(3)]
     with pytest.raises(PEFTError, match="No mlp block"):
-        find_blocks(model)
+        find_blocks(ModelView(model))
 
 
 class OddExperts(nn.Module):
@@ -153,13 +154,13 @@ def test_experts_of_an_unknown_form_are_refused(method: PEFTMethod, odd: list[in
 
 
 def test_norms_are_found() -> None:
-    assert [name for name in layer_norms(build("t5")[0]) if name.startswith("encoder")] == [
+    assert [name for name in layer_norms(ModelView(build("t5")[0])) if name.startswith("encoder")] == [
         *(f"encoder.block.{i}.layer.{j}.layer_norm" for i in (0, 1) for j in (0, 1)),
         "encoder.final_layer_norm",
     ]
-    assert "model.layers.0.self_attn.q_norm" in layer_norms(build("qwen3")[0])
+    assert "model.layers.0.self_attn.q_norm" in layer_norms(ModelView(build("qwen3")[0]))
     assert not layer_norms(
-        nn.Sequential(nn.BatchNorm1d(3), nn.GroupNorm(1, 3), nn.LayerNorm(3, elementwise_affine=False))
+        ModelView(nn.Sequential(nn.BatchNorm1d(3), nn.GroupNorm(1, 3), nn.LayerNorm(3, elementwise_affine=False)))
     )
 
 
@@ -194,7 +195,7 @@ def test_the_equations_around_a_block(family: str, kind: Any) -> None:
     model, inputs = build(family)
     model.to(dtype)
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-    block = first_of(find_blocks(model), kind)
+    block = first_of(find_blocks(ModelView(model)), kind)
     x, h = capture(model, inputs, block)
     for method, given, scale, function in (
         (ParallelAdapter(placement=[kind], bottleneck=3, scale=2.5, activation="relu"), x, 2.5, torch.relu),
@@ -268,7 +269,7 @@ def test_the_equation_of_pfeiffer(family: str, alias: bool) -> None:
     model, inputs = build(family)
     model.to(dtype)
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-    name = find_blocks(model)[0].layer
+    name = find_blocks(ModelView(model))[0].layer
     layer, seen = model.get_submodule(name), {}
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -304,7 +305,7 @@ def test_pfeiffer_s_place_compiles() -> None:
         inject(model, SeriesAdapter(preset="pfeiffer", bottleneck=3))
         randomise(model)
         expected = outputs(model, inputs)
-        layers = find_blocks(model)[0].layer.rpartition(".")[0]
+        layers = find_blocks(ModelView(model))[0].layer.rpartition(".")[0]
         for layer in model.get_submodule(layers):
             layer.compile(backend="eager", fullgraph=True)
         assert torch.equal(outputs(model, inputs), expected)
@@ -397,4 +398,4 @@ def test_places_that_cannot_be() -> None:
     with pytest.raises(PEFTError, match="there is no layer"):
         inject(build("llama")[0], SeriesAdapter(layers=[9]))
     with pytest.raises(PEFTError, match="No attention block"):
-        find_blocks(nn.Sequential(nn.Linear(2, 2)))
+        find_blocks(ModelView(nn.Sequential(nn.Linear(2, 2))))

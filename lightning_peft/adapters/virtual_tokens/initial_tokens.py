@@ -14,6 +14,7 @@ from lightning_peft.adapters.virtual_tokens.virtual_tokens import Decoder
 from lightning_peft.core.disable import disable
 from lightning_peft.core.registry import registries
 from lightning_peft.core.sharding import in_zero_pieces, whole, write
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 
 
@@ -100,7 +101,7 @@ def embedded(decoder: Decoder, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def observed(method: str, model: nn.Module, decoder: Decoder, **inputs: Any) -> Any:
+def observed(method: str, model: ModelView, decoder: Decoder, **inputs: Any) -> Any:
     """Return what the decoder makes of ``inputs`` without adapters; nothing, if it is on the meta device.
 
     Raises:
@@ -114,7 +115,7 @@ def observed(method: str, model: nn.Module, decoder: Decoder, **inputs: Any) -> 
         )
     if any(parameter.is_meta for parameter in parameters):
         return None
-    with evaluating(decoder.module), disable(model) if any(registries(model)) else nullcontext():
+    with evaluating(decoder.module), disable(model.module) if registries(model) else nullcontext():
         return decoder.module(**inputs)
 
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.sharding import in_zero_pieces
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.select import is_attention_name, named_modules, transformers_models
+from lightning_peft.targets.attention import is_attention_name
+from lightning_peft.targets.inner_models import transformers_models
 
 # transformers renames the argument: `cache` since 5.24, `layer_past` inside some attention blocks.
 _CACHE_NAMES = ("cache", "past_key_values", "layer_past")
@@ -40,7 +42,7 @@ class Decoder:
         return [name.rpartition(".")[0] for name in self.attention]
 
 
-def find_decoder(model: nn.Module, method: str) -> Decoder:
+def find_decoder(model: ModelView, method: str) -> Decoder:
     """Return the decoder of the one transformers model in ``model``.
 
     Raises:
@@ -49,11 +51,11 @@ def find_decoder(model: nn.Module, method: str) -> Decoder:
     found = transformers_models(model)
     if len(found) != 1:
         raise PEFTError(
-            f"{method} works on decoder-only transformers models; this {type(model).__name__} holds {len(found)} "
+            f"{method} works on decoder-only transformers models; this {model.kind} holds {len(found)} "
             "transformers models. Inject into the one that is meant."
         )
     ((root_name, root),) = found.items()
-    modules = named_modules(model)
+    modules = model.modules
     attention = {
         name: module
         for name, module in modules.items()

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from torch import nn
-
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_conv1d
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, require_numbers, targets_for_hf
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.targets.naming import targets_from
-from lightning_peft.targets.select import named_modules
 
 _SAME = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
 
@@ -29,9 +27,9 @@ class AdaLoRAInHF(Counterpart):
     peft_type = "ADALORA"
     parameters: ClassVar[Mapping[str, str]] = {part: part for part in ("lora_A", "lora_B", "lora_E")}
 
-    def config(self, root: nn.Module, method: AdaLoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
+    def config(self, root: ModelView, method: AdaLoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
         """Return the hyper-parameters."""
-        modules, ranks = named_modules(root), {host: method.rank(host) for host in hosts}
+        modules, ranks = root.modules, {host: method.rank(host) for host in hosts}
         lower = {host: r for host, r in ranks.items() if r < method.init_r}
         return {
             **{key: getattr(method, key) for key in _SAME},
@@ -46,7 +44,7 @@ class AdaLoRAInHF(Counterpart):
             or None,
         }
 
-    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+    def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the AdaLoRA, with the ranks that are left."""
         require_numbers(config, (*_SAME, "lora_alpha"), source)
         if config.get("bias", "none") != "none":

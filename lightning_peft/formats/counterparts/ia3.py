@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from torch import nn
-
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_conv1d
 from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, targets_for_hf
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.targets.naming import suffixes, targets_from
-from lightning_peft.targets.select import matches, named_modules
+from lightning_peft.targets.patterns import matches
 
 
 class IA3InHF(Counterpart):
@@ -22,9 +21,9 @@ class IA3InHF(Counterpart):
     peft_type = "IA3"
     parameters: ClassVar[Mapping[str, str]] = {"ia3_l": "ia3_l"}
 
-    def config(self, root: nn.Module, method: IA3, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
+    def config(self, root: ModelView, method: IA3, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
         """Return the targets; HF PEFT wants those whose input is rescaled to be a subset, word for word."""
-        modules = named_modules(root)
+        modules = root.modules
         hosts = {host: modules[host] for host in hosts}
         inputs = method.inputs(root, hosts)
         targets = suffixes(hosts, modules) or sorted(hosts)
@@ -34,7 +33,7 @@ class IA3InHF(Counterpart):
             "fan_in_fan_out": all(is_conv1d(module) for module in hosts.values()),
         }
 
-    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+    def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the IA3."""
         hosts = self.hosts(root, shapes, source)
         inputs = [host for host in hosts if shapes[f"{PREFIX}{host}.ia3_l"][0] == 1]

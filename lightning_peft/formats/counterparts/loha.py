@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from torch import nn
-
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.formats.counterpart import Counterpart, Shapes, refuse_keys, require_numbers, targets_for_hf
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.targets.naming import targets_from
@@ -22,11 +21,11 @@ class LoHaInHF(Counterpart):
         name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     }
 
-    def config(self, root: nn.Module, method: LoHa, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
+    def config(self, root: ModelView, method: LoHa, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
         """Return the hyper-parameters."""
         return {"r": method.r, "alpha": method.alpha, "target_modules": targets_for_hf(hosts, root)}
 
-    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+    def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the LoHa; other ranks or alphas for some modules are refused."""
         require_numbers(config, ("r", "alpha"), source)
         refuse_keys(config, ("rank_pattern", "alpha_pattern"), LoHa, source)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_linear
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import Counterpart, Shapes, refuse_keys, require_numbers, targets_for_hf
@@ -29,7 +30,7 @@ class LoKrInHF(Counterpart):
         """Return the factors, or their halves."""
         return {key: key for key in method.parameters_of(module)} if is_linear(module) else {}
 
-    def config(self, root: nn.Module, method: LoKr, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
+    def config(self, root: ModelView, method: LoKr, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
         """Return the hyper-parameters."""
         return {
             "r": method.r,
@@ -39,7 +40,7 @@ class LoKrInHF(Counterpart):
             "target_modules": targets_for_hf(hosts, root),
         }
 
-    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+    def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the LoKr; other ranks or alphas for some modules are refused."""
         require_numbers(config, ("r", "alpha"), source)
         refuse_keys(config, ("rank_pattern", "alpha_pattern"), LoKr, source)

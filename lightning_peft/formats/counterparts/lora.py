@@ -14,13 +14,14 @@ from lightning_peft.adapters.low_rank.own_weights import factor_shapes, key_of
 from lightning_peft.adapters.low_rank.principal import is_principal
 from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_conv1d
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import PREFIX, UNSAID, Counterpart, Shapes, require_numbers, targets_for_hf
 from lightning_peft.formats.own_weights import ENDINGS, parameter_targets, tensors_of, weights_in
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.targets.naming import targets_from
-from lightning_peft.targets.select import as_list, fullmatch, named_modules
+from lightning_peft.targets.patterns import as_list, fullmatch
 
 _LINEAR = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
 _EMBEDDING = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
@@ -73,9 +74,9 @@ class LoRAInHF(Counterpart):
         """Return other names for embeddings."""
         return _EMBEDDING if isinstance(module, nn.Embedding) else _LINEAR
 
-    def names(self, root: nn.Module, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
+    def names(self, root: ModelView, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
         """Return the name in the model of every tensor, by its name in the file."""
-        modules = named_modules(root)
+        modules = root.modules
         targets = method.targets_of(root, {host: modules[host] for host in hosts})
         return {
             f"{PREFIX}{host}.{suffix}": f"{host}.{CHILD}.{parameter}"
@@ -83,9 +84,9 @@ class LoRAInHF(Counterpart):
             for suffix, parameter in self._tensors_of(modules[host], method, weights).items()
         }
 
-    def config(self, root: nn.Module, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
+    def config(self, root: ModelView, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
         """Return the most common rank and alpha, and the others as patterns."""
-        modules, hosts = named_modules(root), list(hosts)
+        modules, hosts = root.modules, list(hosts)
         targets = method.targets_of(root, {host: modules[host] for host in hosts})
         names = dict.fromkeys(name for host in hosts for name in targets[host].values() or [host])
         fused = method.parts(root, hosts)
@@ -111,11 +112,11 @@ class LoRAInHF(Counterpart):
             "init_lora_weights": "gaussian" if method.init == "gaussian" else True,
         }
 
-    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+    def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the LoRA; refuse what is not plain."""
         _refuse_unknown(config, source)
         targets = self._targets(root, config, shapes, source)
-        modules, ranks, alphas = named_modules(root), {}, {}
+        modules, ranks, alphas = root.modules, {}, {}
         for host, weights in targets.items():
             for name in dict.fromkeys(weights.values() or [host]):
                 ranks[name] = _pattern(config, "rank_pattern", "r", name, source)
@@ -139,7 +140,7 @@ class LoRAInHF(Counterpart):
         return tensors_of(module, weights) if weights else self.parameters_of(module, method)
 
     def _targets(
-        self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str
+        self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str
     ) -> dict[str, dict[str, str]]:
         """Return the adapted modules, each with those of its weights that are changed where they are read."""
         found = self.grouped(shapes, source)

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
 from lightning_peft.adapters.low_rank.principal import is_principal
 from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import PREFIX, UNSAID, Shapes
 from lightning_peft.formats.counterparts.lora import LoRAInHF
@@ -42,11 +41,11 @@ class LoRAFromWeightInHF(LoRAInHF):
         """Return the start."""
         return {"init": method.init}
 
-    def config(self, root: nn.Module, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
+    def config(self, root: ModelView, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
         """Return LoRA's, with twice the rank and an alpha that leaves the scale as it is."""
         return super().config(root, _scaled(method, 2), hosts, chosen)
 
-    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+    def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the LoRA."""
         doubled = super().read(root, config, shapes, source)
         assert isinstance(doubled, LoRA)
@@ -57,7 +56,7 @@ class LoRAFromWeightInHF(LoRAInHF):
             )
         return replace(_scaled(doubled, 0.5), init=str(_said(config)))
 
-    def names(self, root: nn.Module, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
+    def names(self, root: ModelView, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
         """Return the halves of the tensors."""
         found = {}
         for host in hosts:

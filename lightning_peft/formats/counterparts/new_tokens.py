@@ -9,11 +9,11 @@ from torch import nn
 
 from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, targets_for_hf
 from lightning_peft.methods.new_tokens import NewTokens
 from lightning_peft.targets.naming import targets_from
-from lightning_peft.targets.select import named_modules
 
 _ROWS = "trainable_tokens_delta"
 
@@ -25,7 +25,7 @@ class NewTokensInHF(Counterpart):
     peft_type = "TRAINABLE_TOKENS"
     parameters: ClassVar[Mapping[str, str]] = {_ROWS: f"rows.{_ROWS}"}
 
-    def config(self, root: nn.Module, method: NewTokens, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
+    def config(self, root: ModelView, method: NewTokens, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
         """Return the tokens, counted from the first row, and the embeddings."""
         first = _first(root, hosts)
         tokens, *others = [method.tokens(name, embedding) for name, embedding in first.items()]
@@ -36,7 +36,7 @@ class NewTokensInHF(Counterpart):
             )
         return {"token_indices": tokens, "target_modules": targets_for_hf(first, root)}
 
-    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+    def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the method."""
         tokens = config.get("token_indices")
         hosts = self.hosts(root, shapes, source)
@@ -49,22 +49,22 @@ class NewTokensInHF(Counterpart):
                 )
         return NewTokens(token_indices=list(tokens or ()), target_modules=targets_from(_first(root, hosts), root))
 
-    def names(self, root: nn.Module, method: NewTokens, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
+    def names(self, root: ModelView, method: NewTokens, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
         """Return the names of the rows, which are those of the first module that has them."""
         return {f"{PREFIX}{host}.{_ROWS}": f"{host}.{CHILD}.rows.{_ROWS}" for host in _first(root, hosts)}
 
-    def repeats(self, root: nn.Module, method: NewTokens, hosts: Iterable[str]) -> dict[str, str]:
+    def repeats(self, root: ModelView, method: NewTokens, hosts: Iterable[str]) -> dict[str, str]:
         """Return the rows of what shares a weight, a tied head's."""
-        hosts, modules = list(hosts), named_modules(root)
+        hosts, modules = list(hosts), root.modules
         first = {id(module.weight): name for name, module in _first(root, hosts).items()}
         return {f"{PREFIX}{host}.{_ROWS}": f"{first[id(modules[host].weight)]}.{CHILD}.rows.{_ROWS}" for host in hosts}
 
 
-def _first(root: nn.Module, hosts: Iterable[str]) -> dict[str, Any]:
+def _first(root: ModelView, hosts: Iterable[str]) -> dict[str, Any]:
     """Return the first module of each weight."""
     chosen = set(hosts)
     first: dict[int, tuple[str, nn.Module]] = {}
-    for name, module in named_modules(root).items():
+    for name, module in root.modules.items():
         if name in chosen:
             first.setdefault(id(module.weight), (name, module))
     return dict(first.values())

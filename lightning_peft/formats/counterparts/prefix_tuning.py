@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from torch import nn
-
 from lightning_peft.adapters.virtual_tokens.virtual_tokens import find_decoder
 from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.formats.counterpart import Counterpart, Shapes
 from lightning_peft.formats.counterparts.prompt_learning import common_config, tokens_in
 from lightning_peft.methods.prefix_tuning import PrefixTuning, key_value_heads
@@ -23,7 +22,7 @@ class PrefixTuningInHF(Counterpart):
     parameters: ClassVar[Mapping[str, str]] = {"prompt_embeddings": "prefixes.prompt_embeddings"}
 
     def config(
-        self, root: nn.Module, method: PrefixTuning, hosts: Iterable[str], chosen: Iterable[str]
+        self, root: ModelView, method: PrefixTuning, hosts: Iterable[str], chosen: Iterable[str]
     ) -> dict[str, Any]:
         """Return the sizes of the prefix."""
         decoder = find_decoder(root, "PrefixTuning")
@@ -36,12 +35,12 @@ class PrefixTuningInHF(Counterpart):
             "prefix_projection": False,
         }
 
-    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+    def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the prefix tuning, without an MLP: files hold none."""
         return PrefixTuning(num_virtual_tokens=tokens_in(config, shapes, source))
 
     def names(
-        self, root: nn.Module, method: PrefixTuning, hosts: Iterable[str], chosen: Iterable[str]
+        self, root: ModelView, method: PrefixTuning, hosts: Iterable[str], chosen: Iterable[str]
     ) -> dict[str, str]:
         """Return the one tensor."""
         decoder = find_decoder(root, "PrefixTuning")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from torch import nn
-
 from lightning_peft.adapters.virtual_tokens.virtual_tokens import find_decoder
 from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.formats.counterpart import Counterpart, Shapes
 from lightning_peft.formats.counterparts.prompt_learning import common_config, tokens_in
 from lightning_peft.methods.prompt_tuning import PromptTuning
@@ -28,7 +27,7 @@ class PromptTuningInHF(Counterpart):
         return not method.num_infix_tokens and not method.every_layer
 
     def config(
-        self, root: nn.Module, method: PromptTuning, hosts: Iterable[str], chosen: Iterable[str]
+        self, root: ModelView, method: PromptTuning, hosts: Iterable[str], chosen: Iterable[str]
     ) -> dict[str, Any]:
         """Return the sizes of the prompt."""
         decoder = find_decoder(root, "PromptTuning")
@@ -41,12 +40,12 @@ class PromptTuningInHF(Counterpart):
             "prompt_tuning_init": "RANDOM",
         }
 
-    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+    def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the prompt tuning."""
         return PromptTuning(num_virtual_tokens=tokens_in(config, shapes, source))
 
     def names(
-        self, root: nn.Module, method: PromptTuning, hosts: Iterable[str], chosen: Iterable[str]
+        self, root: ModelView, method: PromptTuning, hosts: Iterable[str], chosen: Iterable[str]
     ) -> dict[str, str]:
         """Return the one tensor."""
         decoder = find_decoder(root, "PromptTuning")

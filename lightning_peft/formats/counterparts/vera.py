@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from torch import nn
-
-from lightning_peft.core.adapter import CHILD, slots
+from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_conv1d
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import Counterpart, Shapes, targets_for_hf
 from lightning_peft.methods.vera import VeRA, VeRAAdapter
 from lightning_peft.targets.naming import targets_from
-from lightning_peft.targets.select import named_modules
 
 _SHARED = {"base_model.vera_A": "vera_A", "base_model.vera_B": "vera_B"}
 
@@ -29,10 +27,10 @@ class VeRAInHF(Counterpart):
         "vera_lambda_d": "vera_lambda_d",
     }
 
-    def config(self, root: nn.Module, method: VeRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
+    def config(self, root: ModelView, method: VeRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
         """Return the hyper-parameters; the projections are always saved."""
         hosts = list(hosts)
-        modules = named_modules(root)
+        modules = root.modules
         return {
             "r": method.r,
             "d_initial": method.d_initial,
@@ -44,11 +42,11 @@ class VeRAInHF(Counterpart):
             "fan_in_fan_out": all(is_conv1d(modules[host]) for host in hosts),
         }
 
-    def names(self, root: nn.Module, method: VeRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
+    def names(self, root: ModelView, method: VeRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
         """Return the names of the vectors, and those of the projections, which are the first host's."""
         hosts = list(hosts)
         _refuse_several(root)
-        first = next(name for name in named_modules(root) if name in hosts)
+        first = next(name for name in root.modules if name in hosts)
         shared = {in_file: f"{first}.{CHILD}.projections.{name}" for in_file, name in _SHARED.items()}
         return {**super().names(root, method, hosts, chosen), **shared}
 
@@ -56,7 +54,7 @@ class VeRAInHF(Counterpart):
         """Whether the tensor is a vector or a projection."""
         return name in _SHARED or super().owns(name)
 
-    def read(self, root: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+    def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the VeRA."""
         r, key = config.get("r"), config.get("projection_prng_key", 0)
         for what, value in (("r", r), ("projection_prng_key", key)):
@@ -75,14 +73,14 @@ class VeRAInHF(Counterpart):
         )
 
 
-def _refuse_several(root: nn.Module) -> None:
+def _refuse_several(root: ModelView) -> None:
     found: dict[str, set[int]] = {}
-    for _, _, slot in slots(root):
+    for _, _, slot in root.slots:
         for name, adapter in slot.items():
             if isinstance(adapter, VeRAAdapter):
                 found.setdefault(name, set()).add(id(adapter.projections))
     if any(len(projections) > 1 for projections in found.values()):
         raise PEFTError(
-            f"VeRA was injected into several parts of this {type(root).__name__}, each with random projections of its "
+            f"VeRA was injected into several parts of this {root.kind}, each with random projections of its "
             "own; a directory has place for one pair. Save the parts one by one, or inject into the whole."
         )

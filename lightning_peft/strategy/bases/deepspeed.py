@@ -19,9 +19,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.core.adapter import CHILD, adapter_parameters, base_parameters, clean_name, restore_hooks, slots
+from lightning_peft.core.adapter import CHILD, clean_name, restore_hooks
 from lightning_peft.core.registry import registries
 from lightning_peft.core.sharding import gathered, kept_part, whole
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.deepspeed import TAG, is_deepspeed, read_deepspeed, require_layout, write_layout
 from lightning_peft.formats.files import atomic_directory
@@ -82,20 +83,21 @@ class OnDeepSpeed(_Strategy):
 
     def _inject(self) -> None:
         """Inject, also into a model that was built in pieces."""
-        new = not any(registries(self._module))
+        new = not registries(ModelView(self._module))
         super()._inject()
-        for _, root, registry in registries(self._module) if new else ():
-            base = base_parameters(root)
+        view = ModelView(self._module)
+        for prefix, _, registry in registries(view) if new else ():
+            base = view.part(prefix).parameters
             registry.whole.update({name: whole(base[name]).clone() for name in registry.whole})
 
     def _place_adapters(self) -> None:
         super()._place_adapters()
-        for _, _, slot in slots(self._module):
+        for _, _, slot in ModelView(self._module).slots:
             # DeepSpeed moves the module, but not one that was built in pieces.
             materialise(slot, self.root_device)
-        record_base(self._module)
+        record_base(ModelView(self._module))
         if self.zero_stage_3 and self._merge_on_train_end:
-            refuse_ties(self._module)
+            refuse_ties(ModelView(self._module))
             offload = (self.config["zero_optimization"].get("offload_param") or {}).get("device")
             if offload == "nvme":
                 raise PEFTError(
@@ -115,7 +117,7 @@ class OnDeepSpeed(_Strategy):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [trained] if optimizer is None else [list(group["params"]) for group in optimizer.param_groups]
         values = self._values()
-        for parameter in adapter_parameters(model).values():
+        for parameter in ModelView(model).adapter_parameters.values():
             # DeepSpeed does it, but not in a module that was built, or left by the last run, in pieces.
             _cast(parameter, self._dtype)
         result = super()._setup_model_and_optimizer(model, optimizer, *args)
@@ -129,7 +131,7 @@ class OnDeepSpeed(_Strategy):
         super()._initialize_deepspeed_inference(model)
         self._engine = self.model
         # Lightning has deleted all hooks of all modules.
-        restore_hooks(model)
+        restore_hooks(ModelView(model).slots)
         self._set_adapters(values)
 
     @property
@@ -144,19 +146,19 @@ class OnDeepSpeed(_Strategy):
             name: trained.read(parameter)
             if trained is not None and isinstance(parameter, nn.Parameter) and parameter.requires_grad
             else whole(parameter)
-            for name, parameter in adapter_parameters_and_whole(self._module).items()
+            for name, parameter in adapter_parameters_and_whole(ModelView(self._module)).items()
         }
 
     def _write(self, values: Mapping[str, Tensor]) -> None:
         """Set the float32 copies of what is trained."""
         assert self._trained is not None
-        for name, parameter in adapter_parameters_and_whole(self._module).items():
+        for name, parameter in adapter_parameters_and_whole(ModelView(self._module)).items():
             if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
                 self._trained.write(parameter, values[name])
 
     def _set_adapters(self, values: Mapping[str, Tensor]) -> None:
         """Give adapters that DeepSpeed has cast their exact values, in the dtype of these."""
-        for name, parameter in adapter_parameters(self._module).items():
+        for name, parameter in ModelView(self._module).adapter_parameters.items():
             if parameter.dtype != values[name].dtype:
                 _cast(parameter, values[name].dtype)
                 with gathered([parameter]):

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
 
-from lightning_peft.core.adapter import base_parameters, slots
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.merge import is_merged, refuse_ties
 from lightning_peft.storage.base_weights import allocate, has_meta, materialise
@@ -58,9 +58,9 @@ class OnFSDP(OnShards):
             _refuse_wrapped(self._module)
             _refuse_most(self._module)
             if self._merge_on_train_end:
-                refuse_ties(self._module)
-            record_base(self._module)
-        for _, _, slot in slots(self._module):
+                refuse_ties(ModelView(self._module))
+            record_base(ModelView(self._module))
+        for _, _, slot in ModelView(self._module).slots:
             materialise(slot, self.root_device)
         for parameter in self._left_out():
             parameter.data = parameter.data if parameter.is_meta else parameter.data.to(self.root_device)
@@ -70,7 +70,7 @@ class OnFSDP(OnShards):
 
     def _left_out(self) -> list[nn.Parameter]:
         """Return what FSDP has no part in: adapters, and parameters of the base that are trained."""
-        tensors = adapter_parameters_and_whole(self._module).values()
+        tensors = adapter_parameters_and_whole(ModelView(self._module)).values()
         return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
 
     def _apply_held_back(self) -> None:
@@ -136,7 +136,7 @@ def _refuse_wrapped(module: nn.Module) -> None:
 
 
 def _refuse_most(module: nn.Module) -> None:
-    base = base_parameters(module)
+    base = ModelView(module).parameters
     trained = sum(p.numel() for p in base.values() if p.requires_grad)
     total = sum(p.numel() for p in base.values())
     if trained > total / 2:

@@ -15,9 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from lightning_peft.core.adapter import Adapter, slots
+from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.registry import registries
 from lightning_peft.core.sharding import shard
+from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_transposed
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.eject import eject
@@ -44,15 +45,15 @@ class OnModelParallel(OnShards):
 
         ``fully_shard`` cannot cut up a parameter that is in several of its units.
         """
-        new = not any(registries(self._module))
+        new = not registries(ModelView(self._module))
         super().inject()
         if new and _is_shared(self._module):
             eject(self._module)
 
     def _inject(self) -> None:
-        new = not any(registries(self._module))
+        new = not registries(ModelView(self._module))
         super()._inject()
-        for _, host, slot in slots(self._module) if new else ():
+        for _, host, slot in ModelView(self._module).slots if new else ():
             weight = host._parameters.get("weight")
             if isinstance(weight, DTensor) and _TENSOR in (weight.device_mesh.mesh_dim_names or ()):
                 for adapter in slot.values():
@@ -60,10 +61,10 @@ class OnModelParallel(OnShards):
                     _split(adapter, host, weight, self.device_mesh[_TENSOR])
 
     def _place_adapters(self) -> None:
-        for _, _, slot in slots(self._module):
+        for _, _, slot in ModelView(self._module).slots:
             materialise(slot, self.root_device)
         super()._place_adapters()
-        record_base(self._module)
+        record_base(ModelView(self._module))
 
     def _reshard(self) -> None:
         for module in self._module.modules():
@@ -86,7 +87,7 @@ class OnModelParallel(OnShards):
 
 def _is_shared(module: nn.Module) -> bool:
     """Whether adapters of several hosts have a parameter in common."""
-    every = [id(parameter) for _, _, slot in slots(module) for parameter in slot.parameters()]
+    every = [id(parameter) for _, _, slot in ModelView(module).slots for parameter in slot.parameters()]
     return len(every) != len(set(every))
 
 

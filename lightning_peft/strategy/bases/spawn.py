@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_peft.core.registry import registries
+from lightning_peft.core.view import ModelView
 from lightning_peft.operations.merge import is_merged, merge, unmerge
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class PEFTMultiProcessingLauncher(_MultiProcessingLauncher):
     def _recover_results_in_main_process(self, worker_output: Any, trainer: pl.Trainer) -> None:
         module = trainer.lightning_module
         self._strategy.inject_in_main_process()
-        adapted = any(registries(module))
+        adapted = bool(registries(ModelView(module)))
         if adapted:
             unmerge(module)
         super()._recover_results_in_main_process(worker_output, trainer)

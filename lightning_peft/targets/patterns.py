@@ -1,0 +1,105 @@
+"""What a pattern matches, and what to say if that is nothing."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import regex
+
+from lightning_peft.errors import PEFTError
+
+ALL_LINEAR = "all-linear"
+PRESETS = (ALL_LINEAR, "attention", "mlp")
+
+# A pattern may come from a stranger's file. Backtracking is exponential in the worst case, hence the limit.
+_REGEX_SECONDS = 0.5
+_REGEX_LENGTH = 2000
+
+Names = str | Sequence[str]
+T = TypeVar("T")
+
+
+def as_list(names: Names) -> list[str]:
+    """Return one pattern or several as a list."""
+    return [names] if isinstance(names, str) else list(names)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` names the module ``name``.
+
+    ``"q_proj"`` and ``"self_attn.q_proj"`` match at the end of a name, from a dot on. In such a pattern ``*`` stands
+    for any text within one segment and ``**`` for any text. ``"re:…"`` is a regular expression for the whole name.
+
+    Raises:
+        PEFTError: The regular expression is malformed, too long, or takes too long.
+    """
+    if pattern.startswith("re:"):
+        return fullmatch(pattern[3:], name)
+    if "*" not in pattern:
+        return name == pattern or name.endswith(f".{pattern}")
+    parts = (regex.escape(text, special_only=True) for text in pattern.replace("**", "\0").split("*"))
+    expression = "[^.]*".join(parts).replace("\0", ".*")
+    return fullmatch(rf"(?:.*\.)?{expression}", name)
+
+
+def fullmatch(expression: str, name: str) -> bool:
+    """Whether the regular expression matches the whole of ``name``.
+
+    Raises:
+        PEFTError: It is malformed, too long, or takes too long.
+    """
+    if len(expression) > _REGEX_LENGTH:
+        raise PEFTError(f"A pattern of {len(expression)} characters was given; {_REGEX_LENGTH} is the limit.")
+    try:
+        return regex.fullmatch(expression, name, timeout=_REGEX_SECONDS) is not None
+    except TimeoutError:
+        raise PEFTError(
+            f"The regular expression {expression!r} took more than {_REGEX_SECONDS} s on {name!r}. "
+            "Write it without nested repetition, or list the modules' names."
+        ) from None
+    except regex.error as error:
+        raise PEFTError(f"The regular expression {expression!r} is malformed: {error}.") from error
+
+
+def match_names(pattern: str, modules: Mapping[str, object]) -> set[str]:
+    """Return the names among ``modules`` that ``pattern`` matches."""
+    return {name for name in modules if matches(pattern, name)}
+
+
+def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
+    """Return the value of ``name`` itself or else of the first pattern that matches it, or ``default``."""
+    if name in patterns:
+        return patterns[name]
+    return next((value for pattern, value in patterns.items() if matches(pattern, name)), default)
+
+
+def require_matches(patterns: Iterable[str], names: Mapping[str, object], what: str) -> None:
+    """Raise :class:`PEFTError` for the first pattern that matches none of ``names``."""
+    for pattern in patterns:
+        if not match_names(pattern, names):
+            raise PEFTError(nothing_matched(pattern, names, names, what=what))
+
+
+def nothing_matched(
+    pattern: str, modules: Mapping[str, object], candidates: Mapping[str, object], what: str = "target_modules"
+) -> str:
+    """Return the message for a pattern that matches nothing, or only what cannot be adapted.
+
+    Args:
+        pattern: The pattern.
+        modules: What there is, by name.
+        candidates: What can be adapted of it.
+        what: The option that held the pattern.
+    """
+    others = match_names(pattern, modules) if pattern not in PRESETS else set()
+    if others:
+        kinds = sorted({type(modules[name]).__name__ for name in others})
+        inside = [name for name in candidates if any(name.startswith(f"{other}.") for other in others)]
+        hint = f" Name the modules inside: {', '.join(inside[:5])}." if inside else ""
+        return f"{what}: {pattern!r} matches only modules that cannot be adapted ({', '.join(kinds)}).{hint}"
+    leaves = {name.rsplit(".", 1)[-1] for name in candidates}
+    near = difflib.get_close_matches(pattern.removeprefix("re:"), sorted(leaves | set(candidates)), n=5, cutoff=0.5)
+    near = near or sorted(leaves)[:10]
+    return f"{what}: {pattern!r} matches no module. Nearest names: {', '.join(near) or 'none'}."
