@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers as t
 from families import SMALL, build, outputs, randomise
-from modules import assert_same, loader, trainer
+from modules import assert_same
+from resuming import straight_and_resumed
 from test_hosts import assert_merges, seeded
 from torch import Tensor, nn
 
@@ -17,7 +18,6 @@ from lightning_peft import (
     DoRA,
     LoRA,
     PEFTError,
-    PEFTStrategy,
     adapter_state_dict,
     inject,
     load_adapter,
@@ -25,7 +25,6 @@ from lightning_peft import (
     save_adapter,
     unmerge,
 )
-from lightning_peft.callbacks import AdapterCheckpoint
 
 BASE = {k: v for k, v in SMALL.items() if k != "intermediate_size"}
 MODELS: dict[str, tuple[str, Any]] = {
@@ -214,17 +213,7 @@ class GPT2(pl.LightningModule):
 
 def test_a_run_goes_on_with_the_same_parts(tmp_path: Path) -> None:
     method = LoRA(r=2, target_modules="c_attn", fused_parts=["q", "v"])
-
-    def fit(steps: int, folder: str, **options: Any) -> GPT2:
-        callback = AdapterCheckpoint(dirpath=tmp_path / folder, save_last=True, every_n_train_steps=1)
-        run = trainer(tmp_path, PEFTStrategy(method), callbacks=[callback], max_steps=steps)
-        module = GPT2()
-        run.fit(module, loader(), **options)
-        return module
-
-    straight = fit(4, "straight")
-    fit(2, "halves")
-    resumed = fit(4, "resumed", ckpt_path=tmp_path / "halves" / "last")
+    straight, resumed = straight_and_resumed(tmp_path, GPT2, method)
     assert_same(dict(adapter_state_dict(straight)), dict(adapter_state_dict(resumed)))
     unmerge(straight)
     loaded = GPT2.load_from_checkpoint(tmp_path / "straight" / "last")

@@ -10,11 +10,10 @@ import pytest
 import torch
 from families import GQA, SPECIAL, build, outputs, randomise
 from safetensors.torch import load_file
-from test_inject import assert_same as assert_unchanged
-from test_inject import snapshot
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig, GptOssForCausalLM
+from unchanged import assert_unchanged, snapshot
 
 from lightning_peft import (
     DoRA,

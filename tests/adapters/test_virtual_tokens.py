@@ -8,16 +8,14 @@ import pytest
 import torch
 import transformers as t
 from families import build, outputs, randomise
+from judges.hf_peft import VIRTUAL as METHODS
+from judges.hf_peft import VIRTUAL_FAMILIES as FAMILIES
+from judges.hf_peft import trainable_judge
 from torch import Tensor, nn
 
-from lightning_peft import PEFTError, PEFTMethod, PrefixTuning, PromptTuning, inject, load_adapter, save_adapter
+from lightning_peft import PEFTError, PrefixTuning, PromptTuning, inject, load_adapter, save_adapter
 from lightning_peft.core.view import ModelView
 
-FAMILIES = ("llama", "gpt2", "qwen2")
-METHODS: dict[str, PEFTMethod] = {
-    "prefix": PrefixTuning(num_virtual_tokens=4),
-    "prompt": PromptTuning(num_virtual_tokens=4),
-}
 PADDING = {"none": [[1, 1, 1, 1, 1, 1, 1]] * 2, "left": [[0, 0, 1, 1, 1, 1, 1], [1] * 7], "right": [[1] * 5 + [0] * 2]}
 
 
@@ -40,16 +38,6 @@ def draw(parameters: Any) -> None:
     with torch.no_grad():
         for parameter in parameters:
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-
-
-def trainable_judge(family: str, path: Path, model: Any) -> Any:
-    """peft's model with the configuration that we wrote, and our values: peft trains no prompt that it loads."""
-    config = peft.PeftConfig.from_pretrained(path)
-    config.inference_mode = False
-    judge: Any = peft.get_peft_model(build(family)[0], config).eval().to(model.dtype)
-    ((_, parameter),) = ModelView(model).adapter_parameters.items()
-    judge.prompt_encoder["default"].embedding.weight.data.copy_(parameter.detach())
-    return judge
 
 
 def own_positions(logits: Tensor, name: str, prompt: int = 4) -> Tensor:

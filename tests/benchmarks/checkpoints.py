@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import modules
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -17,7 +16,15 @@ from benchmarks import measure, subjects
 from benchmarks.report import MB, Options, Table, answer
 from lightning_peft import LoRA, PEFTStrategy, inject, save_adapter
 
-QUIET: dict[str, Any] = {**modules.QUIET, "enable_checkpointing": False, "max_steps": 1}
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "max_steps": 1,
+}
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 
 

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from families import FAMILIES, build, outputs, randomise
+from judges.hf_peft import IA3_TARGETS
 from modules import Llama
 from torch import nn
 
@@ -139,17 +140,6 @@ def test_modules_trained_whole(tmp_path: Path) -> None:
     load_adapter(loaded, tmp_path / "theirs")
     assert (outputs(loaded, inputs) - outputs(model, inputs)).abs().max() <= 1e-5
     assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
-
-
-IA3_TARGETS = {
-    "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
-    "qwen2": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
-    "t5": (["k", "v", "wo"], ["wo"]),
-    "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
-    "opt": (["k_proj", "v_proj", "fc2"], ["fc2"]),
-    "bert": (r".*\.(key|value)|.*layer\.\d\.output\.dense", r".*layer\.\d\.output\.dense"),
-    "bloom": (["query_key_value", "mlp.dense_4h_to_h"], ["mlp.dense_4h_to_h"]),
-}
 
 
 def near_one(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Writes ``data/adapterhub.safetensors``: what AdapterHub's package computes, for test_adapterhub.py.
+"""Writes ``data/adapterhub.safetensors``: what AdapterHub's package computes, for adapterhub.py.
 
 Runs in an environment of its own, since that package wants an older transformers:
 ``pip install adapters==1.3.0 transformers==4.57.6 torch safetensors``, then
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 FILE = Path(__file__).parent / "data" / "adapterhub.safetensors"
 SMALL = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 11}
-# The test builds the same models with the same arguments.
+# adapterhub.py builds the same models with the same arguments.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("BertForSequenceClassification", "BertConfig", {**SMALL, "max_position_embeddings": 8}),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 20, "vocab_size": 11}
@@ -40,7 +40,7 @@ def configs(family: str) -> dict[str, adapters.BnConfig]:
         # Its default is Pfeiffer's placement. The method's authors put the adapter before the residual connection.
         "compacter++": CompacterPlusPlusConfig(reduction_factor=2, original_ln_before=False),
     }
-    # In models that normalise before a block it reads the hidden state before the norm: see the test.
+    # In models that normalise before a block it reads the hidden state before the norm: see adapterhub.py.
     return {**found, "parallel": ParBnConfig(reduction_factor=4)} if family == "bert" else found
 
 

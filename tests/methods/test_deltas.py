@@ -1,7 +1,6 @@
 """Methods that change weights, against HF PEFT (files both ways, outputs, gradients, merged weights) and formulas."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +8,17 @@ import peft
 import pytest
 import torch
 from families import build, outputs
+from judges.hf_peft import METHODS, TARGETS, shift, trained
 from modules import SteppedRegression, loader, trainer
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
 from lightning_peft import (
-    AdaLoRA,
     DoRA,
     LoHa,
     LoKr,
     LoRA,
-    NewTokens,
     PEFTError,
-    PEFTMethod,
     PEFTStrategy,
     VeRA,
     inject,
@@ -31,85 +28,12 @@ from lightning_peft import (
 )
 from lightning_peft.callbacks import AdapterCheckpoint
 
-TARGETS = {
-    "llama": ["q_proj", "v_proj", "down_proj"],
-    "gpt2": ["c_attn", "c_fc"],
-    "bert": ["query", "value"],
-    "t5": ["q", "wo"],
-    "gemma3": [],
-    "bart": [],
-    "llama with embeddings": ["embed_tokens", "k_proj"],
-}
-LINEAR = ["llama", "gpt2", "bert", "t5"]
-
-Judge = Callable[[list[str]], peft.PeftConfig]
-Ours = Callable[[list[str]], PEFTMethod]
-METHODS: dict[str, tuple[Ours, Judge, list[str]]] = {
-    "dora": (
-        lambda targets: DoRA(r=4, alpha=12, target_modules=targets),
-        lambda targets: peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets, use_dora=True),
-        [*LINEAR, "llama with embeddings"],
-    ),
-    "vera": (
-        lambda targets: VeRA(r=6, target_modules=targets),
-        lambda targets: peft.VeraConfig(r=6, target_modules=targets, projection_prng_key=7),
-        LINEAR,
-    ),
-    "vera without its projections": (
-        lambda targets: VeRA(r=6, projection_seed=5, target_modules=targets),
-        lambda targets: peft.VeraConfig(r=6, target_modules=targets, projection_prng_key=7, save_projection=False),
-        ["llama", "gpt2"],
-    ),
-    "loha": (
-        lambda targets: LoHa(r=3, alpha=9, target_modules=targets),
-        lambda targets: peft.LoHaConfig(r=3, alpha=9, target_modules=targets),
-        ["llama", "bert", "t5"],
-    ),
-    **{
-        f"lokr {options}": (
-            lambda targets, options=options: LoKr(target_modules=targets, alpha=9, **options),
-            lambda targets, options=options: peft.LoKrConfig(target_modules=targets, alpha=9, **options),
-            ["llama", "bert", "t5"],
-        )
-        # Both factors whole; one or both of low rank; a factor that divides nothing.
-        for options in (
-            {"r": 4},
-            {"r": 2},
-            {"r": 1, "decompose_both": True},
-            {"r": 2, "decompose_factor": 4},
-            {"r": 1, "decompose_factor": 3, "decompose_both": True},
-        )
-    },
-}
-METHODS["adalora"] = (
-    lambda targets: AdaLoRA(init_r=5, target_r=3, alpha=12, target_modules=targets),
-    lambda targets: peft.AdaLoraConfig(init_r=5, target_r=3, lora_alpha=12, total_step=9, target_modules=targets),
-    LINEAR,
-)
-METHODS["new_tokens"] = (
-    lambda targets: NewTokens(token_indices=[7, 3, 49, *range(20, 40)]),
-    lambda targets: peft.TrainableTokensConfig(token_indices=[7, 3, 49, *range(20, 40)]),
-    ["llama", "gpt2", "bert", "t5", "gemma3", "bart"],
-)
 CASES = [(name, family) for name, (_, _, families) in METHODS.items() for family in families]
 
 
 def base(family: str) -> tuple[nn.Module, dict[str, Any]]:
     model, inputs = build(family.split()[0])
     return model.double(), {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-
-
-def shift(model: nn.Module) -> None:
-    """Move what is trained away from its start, without which norms and products of zeros are all the same."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in trained(model):
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    # With another dtype than float32, HF PEFT makes the divisor of AdaLoRA's scale trainable.
-    return [p for name, p in model.named_parameters() if p.requires_grad and "ranknum" not in name]
 
 
 def loaded_by_judge(family: str, path: Path) -> nn.Module:

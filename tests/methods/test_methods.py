@@ -7,27 +7,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
+from all_methods import FAMILY, METHODS, OURS, REFUSED
 from families import ALL_FAMILIES, build, outputs, randomise
-from modules import Llama, Stop, assert_same, loader, trainer
-from test_inject import assert_same as assert_unchanged
-from test_inject import snapshot
+from modules import assert_same
+from resuming import SteppedLlama, logits, straight_and_resumed
 from torch import Tensor, nn
+from unchanged import assert_unchanged, snapshot
 
 import lightning_peft
 from lightning_peft import (
     AdaLoRA,
     BitFit,
-    LoRA,
     NewTokens,
-    ParallelAdapter,
     PEFTError,
     PEFTMethod,
-    PEFTStrategy,
-    PrefixTuning,
-    PromptTuning,
     SeriesAdapter,
     adapter_state_dict,
     eject,
@@ -38,28 +33,9 @@ from lightning_peft import (
     save_adapter,
     unmerge,
 )
-from lightning_peft.callbacks import AdapterCheckpoint
-from lightning_peft.core.method import registered_methods
+from lightning_peft.core.view import ModelView
 from lightning_peft.storage.state import load_adapter_state_dict
 
-OURS = {n: cls for n, cls in registered_methods().items() if cls.__module__.startswith("lightning_peft.methods.")}
-
-# Every method with its defaults, and variants that behave differently enough to go through all of it.
-METHODS: dict[str, PEFTMethod | list[PEFTMethod]] = {
-    **{name: cls() for name, cls in OURS.items()},
-    "new_tokens": NewTokens(token_indices=list(range(3, 50))),
-    "lora with frozen A": LoRA(r=4, freeze_A=True),
-    "lora from the weight": LoRA(r=4, init="pissa"),
-    "bitfit with new biases": BitFit(create_missing=True),
-    "series_adapter of pfeiffer": SeriesAdapter(preset="pfeiffer", bottleneck=4),
-    "series_adapter before the mlp": SeriesAdapter(preset="llm_adapters", placement=["mlp_input"], bottleneck=4),
-    "parallel_adapter everywhere": ParallelAdapter(placement=["attention", "mlp"], bottleneck=4),
-    "prefix_tuning with an mlp": PrefixTuning(prefix_projection=True, encoder_hidden_size=12),
-    "prompt_tuning with infix tokens": PromptTuning(num_virtual_tokens=8, num_infix_tokens=4),
-    "prompt_tuning in every layer": PromptTuning(num_virtual_tokens=8, num_infix_tokens=4, every_layer=True),
-    "prefix_tuning and parallel_adapter": [PrefixTuning(), ParallelAdapter(bottleneck=4)],
-    "bitfit and parallel_adapter": [BitFit(create_missing=True), ParallelAdapter(bottleneck=4)],
-}
 # torch has another kernel for models without gradients and hooks.
 ROUNDING = {"torch_encoder": 1e-6, "torch_decoder": 1e-6}
 # How far from the base model's outputs a method starts, where it is not the identity.
@@ -75,35 +51,6 @@ START = {
     "prompt_tuning": 1.0,
     "prompt_tuning with infix tokens": 1.0,
     "prompt_tuning in every layer": 1.0,
-}
-
-MIXTURES = ("mixtral", "qwen3_moe")
-NO_BIAS = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "t5", *MIXTURES)
-NO_BIAS_IN_MLP = ("qwen2", "falcon", *(family for family in NO_BIAS if family not in MIXTURES))
-BLOCKS = [name for name in METHODS if name.startswith(("series", "parallel", "ia3", "compacter"))] + [
-    "bitfit and parallel_adapter"
-]
-DECODER_ONLY = [name for name in METHODS if name.startswith(("prefix_tuning", "prompt_tuning"))]
-ENCODERS = ("bert", "roberta", "deberta_v2", "distilbert", "vit", "clip", "torch_encoder")
-NO_DECODER = ("sequential", *ENCODERS, "t5", "bart", "whisper", "torch_decoder")
-# Cells that make no sense, with the reason that the error gives.
-REFUSED: dict[tuple[str, str], str] = {
-    **{("bitfit", family): "has no biases" for family in NO_BIAS},
-    **{(method, "sequential"): "No (attention|mlp) block was found" for method in BLOCKS},
-    ("layer_norm_tuning", "sequential"): "has no LayerNorm",
-    # The experts' 3-D parameters belong to no linear layer.
-    **{("ia3", family): "'model.layers.0.mlp'.*no linear layers" for family in MIXTURES},
-    # nn.MultiheadAttention has one parameter for all projections, and never calls its output projection.
-    **{("ia3", family): "MultiheadAttention.*no linear layers" for family in ("torch_encoder", "torch_decoder")},
-    # Both would hang on the MLP's linear layers, which have no biases.
-    **{("bitfit and parallel_adapter", family): "BitFit and ParallelAdapter would both" for family in NO_BIAS_IN_MLP},
-    **{(name, "sequential"): "rank of an update of it is at most 4" for name in ("lora", "dora")},
-    **{
-        ("new_tokens", family): "no input embedding that is known"
-        for family in ("sequential", "vit", "clip", "torch_encoder", "torch_decoder")
-    },
-    ("adalora", "sequential"): "rank of an update of it is at most 8",
-    **{(method, family): "decoder-only transformers models" for method in DECODER_ONLY for family in NO_DECODER},
 }
 
 
@@ -195,7 +142,7 @@ def test_life_cycle(name: str, family: str, tmp_path: Path) -> None:
     assert torch.equal(evaluate(fresh, inputs), tuned)
     state = {key: tensor.clone() for key, tensor in adapter_state_dict(model).items()}
     randomise(model)
-    load_adapter_state_dict(model, state)
+    load_adapter_state_dict(ModelView(model), state)
     assert torch.equal(evaluate(model, inputs), tuned)
 
     report = merge(model)
@@ -210,9 +157,6 @@ def test_life_cycle(name: str, family: str, tmp_path: Path) -> None:
     eject(model)
     assert torch.equal(evaluate(model, inputs), expected)
     assert_unchanged(model, before)
-
-
-FAMILY = {"bitfit": "gpt2"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -272,23 +216,6 @@ def test_a_merge_without_loss_of_the_effect(name: str) -> None:
     assert (outputs(model, inputs) - expected).abs().max() <= 1e-5
 
 
-class Stepped(Llama):
-    """Sees the same batches in a resumed run as in an uninterrupted one."""
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.global_step)
-        ids = torch.randint(32, (2, 6), generator=generator)
-        return self.model(input_ids=ids, labels=ids).loss
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=0.01)
-
-
-def logits(module: pl.LightningModule) -> Tensor:
-    with torch.no_grad():
-        return module.model.eval()(input_ids=torch.arange(6)[None]).logits  # type: ignore[operator, union-attr]
-
-
 RUNS = [*OURS, "prefix_tuning with an mlp", "prefix_tuning and parallel_adapter"]
 STRATEGY: dict[str, PEFTMethod] = {
     "bitfit": BitFit(create_missing=True),
@@ -300,27 +227,17 @@ STRATEGY: dict[str, PEFTMethod] = {
 @pytest.mark.parametrize("name", RUNS)
 def test_fit_resume_and_merge(name: str, tmp_path: Path) -> None:
     method = STRATEGY.get(name) or METHODS[name]
-
-    def fit(steps: int, folder: str, **options: Any) -> Stepped:
-        callback = AdapterCheckpoint(dirpath=tmp_path / folder, save_last=True, every_n_train_steps=1)
-        run = trainer(tmp_path, PEFTStrategy(method), callbacks=[callback, Stop(steps)], max_steps=4)
-        module = Stepped()
-        run.fit(module, loader(), **options)
-        return module
-
-    straight = fit(4, "straight")
-    fit(2, "halves")
-    resumed = fit(4, "resumed", ckpt_path=tmp_path / "halves" / "last")
+    straight, resumed = straight_and_resumed(tmp_path, SteppedLlama, method)
     assert_same(adapter_state_dict(straight), adapter_state_dict(resumed))
-    base = logits(Stepped())
+    base = logits(SteppedLlama())
     assert not torch.equal(logits(straight), base)
     merged = logits(straight)
     unmerge(straight)
     assert (logits(straight) - merged).abs().max() <= 1e-5
-    loaded = Stepped()
+    loaded = SteppedLlama()
     load_adapter(loaded, tmp_path / "straight" / "last")
     assert torch.equal(logits(loaded), logits(straight))
-    loaded = Stepped.load_from_checkpoint(tmp_path / "straight" / "last")
+    loaded = SteppedLlama.load_from_checkpoint(tmp_path / "straight" / "last")
     assert torch.equal(logits(loaded), logits(straight))
 
 

@@ -7,9 +7,10 @@ import peft
 import peft.utils.merge_utils
 import pytest
 import torch
-from families import build, outputs
-from test_inject import assert_same, snapshot
+from families import build, fill, outputs
+from judges.hf_peft import judge_of
 from torch import Tensor, nn
+from unchanged import assert_unchanged, snapshot
 
 from lightning_peft import (
     BitFit,
@@ -31,14 +32,6 @@ WEIGHTS = [0.7, -1.3, 0.5]
 DENSITY = 0.6
 SPARSE = ["magnitude_prune", "ties", "dare_linear", "dare_ties"]
 METHODS = ["cat", "svd", "linear", *SPARSE, *(f"{method}_svd" for method in SPARSE)]
-
-
-def fill(model: nn.Module, name: str, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if f".peft.{name}." in key:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
 def adapted(family: str, ranks: tuple[int, ...] = (3, 3, 3), **options: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -74,17 +67,6 @@ def weighted(model: nn.Module) -> dict[str, Tensor]:
 def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     assert found.keys() == expected.keys()
     return max(float((found[host] - expected[host]).abs().max() / expected[host].abs().max()) for host in expected)
-
-
-def judge_of(model: nn.Module, family: str, path: Path) -> Any:
-    judge: Any = None
-    for name in "abc":
-        save_adapter(model, path / name, name=name)
-        if judge is None:
-            judge = peft.PeftModel.from_pretrained(build(family)[0], path / name, adapter_name=name)
-        else:
-            judge.load_adapter(path / name, adapter_name=name)
-    return judge.eval()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -274,7 +256,7 @@ def test_bad_input_is_named_and_changes_nothing(case: str) -> None:
     before = snapshot(model)
     with pytest.raises(PEFTError, match=message):
         combine(model, **{"adapters": ["a", "b"], "weights": [1.0, 2.0], "name": "new", **options})
-    assert_same(model, before)
+    assert_unchanged(model, before)
 
 
 def test_refused_by_its_state() -> None:

@@ -9,30 +9,9 @@ import pytest
 import torch
 from families import FAMILIES, build, outputs, randomise
 from torch import nn
+from unchanged import assert_unchanged, snapshot
 
 from lightning_peft import LoRA, PEFTError, eject, inject, set_adapter
-
-
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    return {
-        "classes": {name: (id(module), type(module)) for name, module in model.named_modules()},
-        "attributes": {name: list(module.__dict__) for name, module in model.named_modules()},
-        "hooks": {name: len(module._forward_hooks) for name, module in model.named_modules()},
-        "state": {key: (id(value), value.clone()) for key, value in model.state_dict(keep_vars=True).items()},
-        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
-        "training": {name: module.training for name, module in model.named_modules()},
-    }
-
-
-def assert_same(model: nn.Module, before: dict[str, Any]) -> None:
-    after = snapshot(model)
-    state, old = after.pop("state"), before["state"]
-    assert list(state) == list(old)
-    for key, (identity, value) in state.items():
-        assert identity == old[key][0], key
-        assert torch.equal(value, old[key][1]), key
-    for what, value in after.items():
-        assert value == before[what], what
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,7 +31,7 @@ def test_start_is_the_identity_and_ejection_restores(family: str) -> None:
     assert not torch.equal(outputs(model, inputs), expected)
     eject(model)
     assert torch.equal(outputs(model, inputs), expected)
-    assert_same(model, before)
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -235,7 +214,7 @@ def test_bad_input_is_named_and_changes_nothing(case: str) -> None:
     before = snapshot(model)
     with pytest.raises(PEFTError, match=message):
         inject(model, LoRA(**{"r": 2, **options}))
-    assert_same(model, before)
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize(

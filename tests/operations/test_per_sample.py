@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, outputs
-from test_combine import judge_of
+from families import build, fill, outputs
+from judges.hf_peft import judge_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,14 +38,6 @@ from lightning_peft import (
 from lightning_peft.core.method import registered_methods
 
 ROWS = ["a", "b", "", "a", "c"]
-
-
-def fill(model: nn.Module, name: str, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if f".peft.{name}." in key:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
 def batch(family: str, rows: int) -> dict[str, Any]:

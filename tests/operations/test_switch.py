@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, outputs
+from families import build, fill, outputs
 from torch import Tensor, nn
 
 from lightning_peft import (
@@ -33,14 +33,6 @@ def mlp() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
-
-
-def fill(model: nn.Module, name: str, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if f".peft.{name}." in key:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
 
 def with_adapters(model: nn.Module, method: PEFTMethod, count: int) -> list[str]:

@@ -4,17 +4,15 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 from families import build, outputs
-from modules import assert_same, loader, trainer
-from test_methods import Stepped, logits
+from modules import assert_same
+from resuming import SteppedLlama, logits, straight_and_resumed
 from torch import nn
 
-from lightning_peft import PEFTMethod, PEFTStrategy, adapter_state_dict, eject, inject, load_adapter, merge, unmerge
-from lightning_peft.callbacks import AdapterCheckpoint
+from lightning_peft import PEFTMethod, adapter_state_dict, eject, inject, load_adapter, merge, unmerge
 from lightning_peft.core import method as registry
 from lightning_peft.core.method import method_from_config, method_from_name, registered_methods
 
@@ -36,27 +34,18 @@ def rescaling(monkeypatch: pytest.MonkeyPatch) -> PEFTMethod:
 def test_the_life_of_the_method_in_contributing(rescaling: PEFTMethod, tmp_path: Path) -> None:
     assert method_from_name("rescaling") == method_from_config(rescaling.config()) == rescaling
 
-    def fit(steps: int, folder: str, **options: Any) -> Stepped:
-        callback = AdapterCheckpoint(dirpath=tmp_path / folder, save_last=True, every_n_train_steps=1)
-        run = trainer(tmp_path, PEFTStrategy("rescaling"), callbacks=[callback], max_steps=steps)
-        module = Stepped()
-        run.fit(module, loader(), **options)
-        return module
-
-    straight = fit(4, "straight")
-    fit(2, "halves")
-    resumed = fit(4, "resumed", ckpt_path=tmp_path / "halves" / "last")
+    straight, resumed = straight_and_resumed(tmp_path, SteppedLlama, "rescaling")
     assert_same(adapter_state_dict(straight), adapter_state_dict(resumed))
 
-    base, merged = logits(Stepped()), logits(straight)  # the strategy merges at the end
+    base, merged = logits(SteppedLlama()), logits(straight)  # the strategy merges at the end
     assert not torch.allclose(merged, base, atol=1e-4)
     unmerge(straight)
     tuned = logits(straight)
     assert (tuned - merged).abs().max() <= 1e-5
-    loaded = Stepped()
+    loaded = SteppedLlama()
     load_adapter(loaded, tmp_path / "straight" / "last")
     assert torch.equal(logits(loaded), tuned)
-    assert torch.equal(logits(Stepped.load_from_checkpoint(tmp_path / "straight" / "last")), tuned)
+    assert torch.equal(logits(SteppedLlama.load_from_checkpoint(tmp_path / "straight" / "last")), tuned)
     eject(straight)
     assert torch.equal(logits(straight), base)
 

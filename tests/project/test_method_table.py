@@ -2,8 +2,8 @@
 
 import method_table
 import pytest
+from all_methods import FAMILY, METHODS, OURS
 from families import build
-from test_methods import FAMILY, METHODS, OURS
 
 from lightning_peft import inject, merge
 

@@ -160,7 +160,9 @@ def test_norms_are_found() -> None:
     ]
     assert "model.layers.0.self_attn.q_norm" in layer_norms(ModelView(build("qwen3")[0]))
     assert not layer_norms(
-        ModelView(nn.Sequential(nn.BatchNorm1d(3), nn.GroupNorm(1, 3), nn.LayerNorm(3, elementwise_affine=False)))
+        ModelView(
+            ModelView(nn.Sequential(nn.BatchNorm1d(3), nn.GroupNorm(1, 3), nn.LayerNorm(3, elementwise_affine=False)))
+        )
     )
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 # Scripts import what tests share, and one another.
-PATH = os.pathsep.join(str(Path(__file__).parent / folder) for folder in (".", "scripts"))
+PATH = os.pathsep.join(str(Path(__file__).parents[1] / folder) for folder in ("shared", "scripts"))
 
 # What an earlier launch in this process may have set.
 _LEFT_OVER = ("LOCAL_RANK", "NODE_RANK", "MASTER_PORT", "WORLD_SIZE", "PL_GLOBAL_SEED")

@@ -165,3 +165,12 @@ def randomise(model: nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 nn.init.normal_(parameter, std=0.1)
+
+
+def fill(model: nn.Module, name: str, seed: int) -> None:
+    """Give one adapter the values of ``seed``."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if f".peft.{name}." in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)

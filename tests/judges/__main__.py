@@ -1,0 +1,3 @@
+from judges.report import main
+
+main()
