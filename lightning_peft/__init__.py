@@ -12,7 +12,8 @@ from lightning_peft.operations.inject import inject, set_adapter
 from lightning_peft.operations.merge import MergeReport, merge, unmerge
 from lightning_peft.operations.per_sample import adapter_names
 from lightning_peft.storage.base_weights import load_base_weights
-from lightning_peft.storage.directories import load_adapter, save_adapter
+from lightning_peft.storage.loading import load_adapter
+from lightning_peft.storage.saving import save_adapter
 from lightning_peft.storage.state import adapter_state_dict
 from lightning_peft.strategy import PEFTStrategy, register_strategies
 from lightning_peft.strategy.restore import install

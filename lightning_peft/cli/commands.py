@@ -26,7 +26,7 @@ from lightning_peft.formats.files import (
 from lightning_peft.formats.serving import serving_copy
 from lightning_peft.operations.merge import merge as merge_adapters
 from lightning_peft.storage.checkpoint import KEY
-from lightning_peft.storage.directories import load_adapter
+from lightning_peft.storage.loading import load_adapter
 from lightning_peft.tasks.pretrained import Dtype, load_model, load_tokenizer
 
 # HF PEFT's task types, for adapters that do not say what class their base is.

@@ -16,23 +16,17 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank.conv import ConvLoRAAdapter
 from lightning_peft.adapters.low_rank.embedding import EmbeddingLoRAAdapter
-from lightning_peft.adapters.low_rank.fused import FusedLoRAAdapter
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
+from lightning_peft.adapters.low_rank.making import Maker, ranks_and_scales, share_inputs
 from lightning_peft.adapters.low_rank.own_weights import (
-    OwnWeightsLoRAAdapter,
     attention_weights,
-    factor_shapes,
     own_weights,
 )
 from lightning_peft.adapters.low_rank.principal import PrincipalAdapter, is_principal
-from lightning_peft.adapters.low_rank.shared_input import SharedInput
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import PEFTMethod
-from lightning_peft.core.sharding import full_shape
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import features
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.blocks import shared_inputs
 from lightning_peft.targets.fused_parts import is_fused, part_rows
 from lightning_peft.targets.patterns import first_match, require_matches
 from lightning_peft.targets.select import select
@@ -171,7 +165,7 @@ class LoRA(PEFTMethod):
 
     def within(self, adapters: Mapping[str, Adapter]) -> LoRA:
         """Return the method with the ranks, the alphas and the names of its modules instead of patterns."""
-        pairs = [pair for host, adapter in adapters.items() for pair in _ranks_and_scales(host, adapter)]
+        pairs = [pair for host, adapter in adapters.items() for pair in ranks_and_scales(host, adapter)]
         ranks = {name: r for name, r, _ in pairs}
         alphas = {name: self._alpha_of(r, scale) for name, r, scale in pairs}
         return replace(
@@ -197,20 +191,16 @@ class LoRA(PEFTMethod):
 
     def adapters(self, model: ModelView, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
         """Make the adapters of ``hosts``; those of layers with one input share its product with their A."""
-        targets, fused = self.targets_of(model, hosts), self.parts(model, hosts)
+        targets, fused, maker = self.targets_of(model, hosts), self.parts(model, hosts), self._maker(seed)
         made: dict[str, Adapter] = {}
         for host, module in hosts.items():
             if targets[host]:
-                made[host] = self._of_weights(host, module, targets[host], seed)
+                made[host] = maker.of_weights(host, module, targets[host])
             elif host in fused:
-                made[host] = self._of_parts(host, module, fused[host], seed)
+                made[host] = maker.of_parts(host, module, fused[host])
             else:
                 made[host] = self.adapter(host, module, seed)
-        for names in shared_inputs(model):
-            members = [adapter for name in names if isinstance(adapter := made.get(name), LoRAAdapter)]
-            shared = SharedInput(*members)
-            for adapter in members:
-                adapter.shared_input = shared
+        share_inputs(model, made)
         return made
 
     def parts(self, model: ModelView, hosts: Iterable[str]) -> dict[str, dict[str, Tensor]]:
@@ -232,41 +222,11 @@ class LoRA(PEFTMethod):
 
     def adapter(self, name: str, module: nn.Module, seed: int) -> LoRAAdapter:
         """Make the adapter that stands beside ``module``."""
-        r, scale = self._rank_and_scale(name)
-        kind = next(kind for kind in self._kinds if kind.serves(module))
-        shapes = kind.shapes(module, r)
-        self._refuse_rank(name, r, math.prod(shapes["lora_A"][1:]), shapes["lora_B"][0])
-        if refusal := kind.refusal(module, r, self.dropout, self.freeze_A):
-            raise PEFTError(f"{type(self).__name__}: {name!r} cannot be adapted: {refusal}. Exclude it.")
-        adapter = kind(module, r, scale, self.dropout, self.init, seed, name)
-        if self.freeze_A:
-            adapter.freeze_A()
-        return adapter
+        return self._maker(seed).beside(name, module)
 
-    def _of_parts(self, host: str, module: nn.Module, rows: Mapping[str, Tensor], seed: int) -> LoRAAdapter:
-        r, scale = self._rank_and_scale(host)
-        self._refuse_rank(host, r, features(module)[0], min(map(len, rows.values())))
-        adapter = FusedLoRAAdapter(module, rows, r, scale, self.dropout, self.init, seed, host)
-        if self.freeze_A:
-            adapter.freeze_A()
-        return adapter
-
-    def _of_weights(self, host: str, module: nn.Module, weights: Mapping[str, str], seed: int) -> Adapter:
-        """Make the adapter of weights that ``module`` reads itself."""
-        if self.dropout:
-            raise PEFTError(
-                f"{type(self).__name__}: dropout={self.dropout} was given, but {host!r} (a {type(module).__name__}) "
-                "reads its weights itself: there is no low-rank term to drop inputs of. Set dropout=0, or exclude it."
-            )
-        ranks, scales = {}, {}
-        for weight, name in weights.items():
-            ranks[weight], scales[weight] = self._rank_and_scale(name)
-            (_, d_in), (d_out, _) = factor_shapes(module, weight, ranks[weight])
-            self._refuse_rank(name, ranks[weight], d_in, d_out)
-        adapter = OwnWeightsLoRAAdapter(module, ranks, scales, self.init, seed, host)
-        if self.freeze_A:
-            adapter.freeze_A()
-        return adapter
+    def _maker(self, seed: int) -> Maker:
+        me = type(self).__name__
+        return Maker(me, self._kinds, self._rank_and_scale, self.dropout, self.init, self.freeze_A, seed)
 
     def _rank_and_scale(self, name: str) -> tuple[int, float]:
         r, alpha = self.rank_and_alpha(name)
@@ -274,13 +234,6 @@ class LoRA(PEFTMethod):
 
     def _scale(self, r: int, alpha: float) -> float:
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
-
-    def _refuse_rank(self, name: str, r: int, d_in: int, d_out: int) -> None:
-        if r > min(d_in, d_out):
-            raise PEFTError(
-                f"{type(self).__name__}: r={r} was given, but {name!r} is {d_in} → {d_out}: the rank of an update of "
-                f"it is at most {min(d_in, d_out)}. Take a smaller r, set rank_pattern={{{name!r}: …}}, or exclude it."
-            )
 
     def _adaptable(self, module: nn.Module) -> bool:
         changed = self._changes_weights and isinstance(module, nn.MultiheadAttention)
@@ -293,12 +246,3 @@ class LoRA(PEFTMethod):
     @property
     def _changes_weights(self) -> bool:
         return self.changes_weights and not is_principal(self.init)
-
-
-def _ranks_and_scales(host: str, adapter: Adapter) -> list[tuple[str, int, float]]:
-    """Return ``(name, rank, scale)`` of what an adapter changes: its host, or weights of it by names of their own."""
-    if isinstance(adapter, OwnWeightsLoRAAdapter):
-        return [(name, factors.r, factors.scale) for name, factors in adapter.changed(host)]
-    assert isinstance(adapter, LoRAAdapter)
-    parts = len(adapter.sizes) if isinstance(adapter, FusedLoRAAdapter) else 1
-    return [(host, full_shape(adapter.lora_A)[0] // parts, adapter.scale)]

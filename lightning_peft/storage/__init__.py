@@ -1,5 +1,6 @@
 """Adapter state in memory, in directories and in checkpoints. Imports what is below, and formats."""
 
-from lightning_peft.storage.directories import load_adapter, save_adapter
+from lightning_peft.storage.loading import load_adapter
+from lightning_peft.storage.saving import save_adapter
 
 __all__ = ["load_adapter", "save_adapter"]

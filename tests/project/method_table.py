@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-import lightning_peft.storage.directories  # noqa: F401 (registers what is known of HF PEFT's format)
+import lightning_peft.storage.loading  # noqa: F401 (registers what is known of HF PEFT's format)
 from lightning_peft.core.method import PEFTMethod, registered_methods
 from lightning_peft.formats.counterpart import for_methods
 

@@ -1,9 +1,9 @@
-"""Adapters in directories: saving and loading."""
+"""Reading adapters from directories."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,113 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import CHILD, Adapter
+from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.refusals import refuse_merged
-from lightning_peft.core.registry import registries, required
+from lightning_peft.core.registry import registries
 from lightning_peft.core.seeding import parameters_left_empty
 from lightning_peft.core.sharding import write
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats import hf, own
-from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, Part, with_adapter, without_adapter
-from lightning_peft.formats.counterpart import UNSAID, for_methods
+from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, with_adapter, without_adapter
+from lightning_peft.formats.counterpart import UNSAID
 from lightning_peft.formats.files import (
     MARKER,
-    atomic_directory,
     read_json,
     read_tensors,
     restore_interrupted,
-    write_json,
-    write_tensors,
 )
-from lightning_peft.formats.pieces import joined, take, whole_of
+from lightning_peft.formats.pieces import take, whole_of
 from lightning_peft.operations.inject import inject_prepared, prepare_injection
 from lightning_peft.operations.prepare import Prepared, prepared_tensors
-from lightning_peft.storage.fingerprint import describe_base, refuse_other_base
-from lightning_peft.storage.parts import parts_of
+from lightning_peft.storage.fingerprint import refuse_other_base
+from lightning_peft.storage.saving import BESIDE_FILE, adapters_of, converted
 from lightning_peft.storage.state import (
     adapter_parameters_and_whole,
-    adapter_state,
     check_tensors,
     refuse_other_methods,
 )
 from lightning_peft.targets.inner_models import is_lightning_module, transformers_models
-
-_BESIDE_FILE = "trained_whole.safetensors"
-
-
-def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> None:
-    """Write an adapter as a directory, in HF PEFT's format if HF PEFT has the method.
-
-    ``PeftModel.from_pretrained(base, path)`` reads that. Other methods, and several methods together, are written in a
-    format of this package's own, which HF PEFT refuses. A LightningModule that holds one model gives that model's
-    adapter; one that holds several gives a subdirectory for each.
-
-    Args:
-        model: A model with adapters, merged or not.
-        path: The directory to write; one that this function wrote before is replaced, atomically.
-        name: Which adapter; the active one if not given.
-
-    Raises:
-        PEFTError: There is no such adapter, or ``path`` cannot be written or is not ours to replace.
-    """
-    view = ModelView(model)
-    found = required(view)
-    name = name or found[0][2].active
-    if not any(name in registry.methods for _, _, registry in found):
-        known = sorted({adapter for _, _, registry in found for adapter in registry.methods})
-        raise PEFTError(f"There is no adapter {name!r}. Adapters: {', '.join(known)}.")
-    with atomic_directory(path) as directory:
-        write_adapters(directory, view, adapter_state(view), names=[name])
-
-
-def write_adapters(
-    directory: Path, model: ModelView, state: Mapping[str, Tensor], names: Iterable[str] | None = None
-) -> dict[str, list[str]]:
-    """Write the adapters ``names`` (all, if not given) into an existing directory.
-
-    Modules trained whole that belong to no adapted model, such as a head beside it, go into a file of their own: HF
-    PEFT has no place for them. So do buffers that it does not write, if all adapters are written.
-
-    Returns:
-        For every tensor of ``state`` written, by name: ``[file, name in the file]``.
-    """
-    places: dict[str, list[str]] = {}
-    parts, beside = parts_of(model, names)
-    several = len({part.prefix for part in parts}) > 1
-    adapters = [part.adapter for part in parts]
-    primary = "default" if "default" in adapters else adapters[0]
-    for part in parts:
-        # HF PEFT puts every adapter but "default" into a subdirectory of its name.
-        segments = [part.prefix if several else "", "" if part.adapter == primary else part.adapter]
-        subdirectory = "/".join(segment for segment in segments if segment)
-        for in_file, in_model in _write_part(directory / subdirectory, model, part, state).items():
-            places[in_model] = [f"{subdirectory}/{TENSOR_FILE}".lstrip("/"), in_file]
-    beside += [] if names is not None else sorted(state.keys() & model.adapter_tensors.keys() - places.keys())
-    if beside:
-        write_tensors(directory / _BESIDE_FILE, {name: state[name] for name in beside})
-        places.update({name: [_BESIDE_FILE, name] for name in beside})
-    if several:
-        write_json(directory / MARKER, {"version": 1, "parts": sorted({part.prefix for part in parts})})
-    return places
-
-
-def read_adapters(directory: Path, places: Mapping[str, list[str]]) -> dict[str, Tensor]:
-    """Read back what :func:`write_adapters` wrote, given what it returned.
-
-    Raises:
-        PEFTError: A file is missing or damaged, or lacks a tensor.
-    """
-    files = {}
-    for file in {place[0] for place in places.values()}:
-        if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise PEFTError(f"{directory} names the file {file!r}, which lies outside of it. It is not read.")
-        files[file] = read_tensors(directory / file)
-    try:
-        return {name: take(files[file], in_file) for name, (file, in_file) in places.items()}
-    except KeyError as error:
-        raise PEFTError(f"{directory} lacks the tensor {error}: it is damaged. Take another checkpoint.") from error
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> None:
@@ -196,8 +117,8 @@ class _Load:
         present, prepared = _present(model, prefix, name), None
         if present is not None:
             refuse_other_methods(present, [method.config() for method in content.methods], source, names_only=True)
-            adapters = _adapters_of(model, lead, name)
-            tensors = {key: _converted(adapters, key, tensor, back=True) for key, tensor in tensors.items()}
+            adapters = adapters_of(model, lead, name)
+            tensors = {key: converted(adapters, key, tensor, back=True) for key, tensor in tensors.items()}
             targets = {key: t for key, t in adapter_parameters_and_whole(model).items() if key.startswith(lead)}
             targets = {key: t for key, t in targets.items() if with_adapter(without_adapter(key), name) == key}
         else:
@@ -231,7 +152,7 @@ def _is_adapter_buffer(name: str, tensor: Tensor) -> bool:
 
 def _read_beside(model: ModelView, directory: Path) -> dict[str, Tensor]:
     """Read the modules trained whole that belong to no adapted model."""
-    file = directory / _BESIDE_FILE
+    file = directory / BESIDE_FILE
     if not is_lightning_module(model.module) or not file.is_file():
         return {}
     # What adapters have there is for going on with the training that wrote it.
@@ -270,42 +191,18 @@ def _root_of(model: ModelView, marker: Mapping[str, Any]) -> str:
     )
 
 
-def _write_part(directory: Path, model: ModelView, part: Part, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Write one directory and return the tensors' names in the model by their names in the file.
+def read_adapters(directory: Path, places: Mapping[str, list[str]]) -> dict[str, Tensor]:
+    """Read back what :func:`write_adapters` wrote, given what it returned.
 
-    Left out are those of which the file has another form: a run does not go on from them.
+    Raises:
+        PEFTError: A file is missing or damaged, or lacks a tensor.
     """
-    root = model.part(part.prefix)
-    lead = f"{part.prefix}." if part.prefix else ""
-    counterpart = for_methods(part.methods)
-    if counterpart is None:
-        relative = [name.removeprefix(lead) for name in state if name.startswith(lead)]
-        names, config = own.tensor_names(part, relative), own.config_of(root, part)
-    else:
-        names, config = hf.tensor_names(root, part, counterpart), hf.config_of(root, part, counterpart)
-    names = {in_file: lead + with_adapter(in_root, part.adapter) for in_file, in_root in names.items()}
-    directory.mkdir(parents=True, exist_ok=True)
-    adapters = {} if counterpart is None else _adapters_of(model, lead, part.adapter)
-    tensors = {in_file: _converted(adapters, in_model, state[in_model]) for in_file, in_model in names.items()}
-    write_tensors(directory / TENSOR_FILE, joined(tensors))
-    write_json(directory / CONFIG_FILE, config)
-    marker = {"version": 1, "prefix": part.prefix, "base": describe_base(model, part.prefix)}
-    if counterpart is not None and (unsaid := counterpart.unsaid(part.methods[0])):
-        marker[UNSAID] = unsaid
-    write_json(directory / MARKER, {**marker, "lightning": is_lightning_module(root.module)})
-    return {in_file: in_model for in_file, in_model in names.items() if tensors[in_file] is state[in_model]}
-
-
-def _adapters_of(model: ModelView, lead: str, adapter: str) -> dict[str, Adapter]:
-    """Return the adapters of that name in the part of ``model`` whose names begin with ``lead``, by host."""
-    found = {name: slot._modules.get(adapter) for name, _, slot in model.slots if f"{name}.".startswith(lead)}
-    return {name: module for name, module in found.items() if isinstance(module, Adapter)}
-
-
-def _converted(adapters: Mapping[str, Adapter], name: str, tensor: Tensor, back: bool = False) -> Tensor:
-    """Return the tensor ``name`` of a model in the form that a file has, or ``back`` in that of the model."""
-    host, _, rest = name.rpartition(f"{CHILD}.")
-    adapter = adapters.get(host.removesuffix("."))
-    if adapter is None or not rest or CHILD not in name.split("."):
-        return tensor
-    return (adapter.from_file if back else adapter.to_file)(rest.partition(".")[2], tensor)
+    files = {}
+    for file in {place[0] for place in places.values()}:
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise PEFTError(f"{directory} names the file {file!r}, which lies outside of it. It is not read.")
+        files[file] = read_tensors(directory / file)
+    try:
+        return {name: take(files[file], in_file) for name, (file, in_file) in places.items()}
+    except KeyError as error:
+        raise PEFTError(f"{directory} lacks the tensor {error}: it is damaged. Take another checkpoint.") from error

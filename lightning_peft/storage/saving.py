@@ -1,0 +1,130 @@
+"""Writing adapters as directories."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import CHILD, Adapter
+from lightning_peft.core.registry import required
+from lightning_peft.core.view import ModelView
+from lightning_peft.errors import PEFTError
+from lightning_peft.formats import hf, own
+from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, Part, with_adapter
+from lightning_peft.formats.counterpart import UNSAID, for_methods
+from lightning_peft.formats.files import (
+    MARKER,
+    atomic_directory,
+    write_json,
+    write_tensors,
+)
+from lightning_peft.formats.pieces import joined
+from lightning_peft.storage.fingerprint import describe_base
+from lightning_peft.storage.parts import parts_of
+from lightning_peft.storage.state import (
+    adapter_state,
+)
+from lightning_peft.targets.inner_models import is_lightning_module
+
+BESIDE_FILE = "trained_whole.safetensors"
+"""What is trained whole and belongs to no adapted model."""
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> None:
+    """Write an adapter as a directory, in HF PEFT's format if HF PEFT has the method.
+
+    ``PeftModel.from_pretrained(base, path)`` reads that. Other methods, and several methods together, are written in a
+    format of this package's own, which HF PEFT refuses. A LightningModule that holds one model gives that model's
+    adapter; one that holds several gives a subdirectory for each.
+
+    Args:
+        model: A model with adapters, merged or not.
+        path: The directory to write; one that this function wrote before is replaced, atomically.
+        name: Which adapter; the active one if not given.
+
+    Raises:
+        PEFTError: There is no such adapter, or ``path`` cannot be written or is not ours to replace.
+    """
+    view = ModelView(model)
+    found = required(view)
+    name = name or found[0][2].active
+    if not any(name in registry.methods for _, _, registry in found):
+        known = sorted({adapter for _, _, registry in found for adapter in registry.methods})
+        raise PEFTError(f"There is no adapter {name!r}. Adapters: {', '.join(known)}.")
+    with atomic_directory(path) as directory:
+        write_adapters(directory, view, adapter_state(view), names=[name])
+
+
+def write_adapters(
+    directory: Path, model: ModelView, state: Mapping[str, Tensor], names: Iterable[str] | None = None
+) -> dict[str, list[str]]:
+    """Write the adapters ``names`` (all, if not given) into an existing directory.
+
+    Modules trained whole that belong to no adapted model, such as a head beside it, go into a file of their own: HF
+    PEFT has no place for them. So do buffers that it does not write, if all adapters are written.
+
+    Returns:
+        For every tensor of ``state`` written, by name: ``[file, name in the file]``.
+    """
+    places: dict[str, list[str]] = {}
+    parts, beside = parts_of(model, names)
+    several = len({part.prefix for part in parts}) > 1
+    adapters = [part.adapter for part in parts]
+    primary = "default" if "default" in adapters else adapters[0]
+    for part in parts:
+        # HF PEFT puts every adapter but "default" into a subdirectory of its name.
+        segments = [part.prefix if several else "", "" if part.adapter == primary else part.adapter]
+        subdirectory = "/".join(segment for segment in segments if segment)
+        for in_file, in_model in _write_part(directory / subdirectory, model, part, state).items():
+            places[in_model] = [f"{subdirectory}/{TENSOR_FILE}".lstrip("/"), in_file]
+    beside += [] if names is not None else sorted(state.keys() & model.adapter_tensors.keys() - places.keys())
+    if beside:
+        write_tensors(directory / BESIDE_FILE, {name: state[name] for name in beside})
+        places.update({name: [BESIDE_FILE, name] for name in beside})
+    if several:
+        write_json(directory / MARKER, {"version": 1, "parts": sorted({part.prefix for part in parts})})
+    return places
+
+
+def _write_part(directory: Path, model: ModelView, part: Part, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write one directory and return the tensors' names in the model by their names in the file.
+
+    Left out are those of which the file has another form: a run does not go on from them.
+    """
+    root = model.part(part.prefix)
+    lead = f"{part.prefix}." if part.prefix else ""
+    counterpart = for_methods(part.methods)
+    if counterpart is None:
+        relative = [name.removeprefix(lead) for name in state if name.startswith(lead)]
+        names, config = own.tensor_names(part, relative), own.config_of(root, part)
+    else:
+        names, config = hf.tensor_names(root, part, counterpart), hf.config_of(root, part, counterpart)
+    names = {in_file: lead + with_adapter(in_root, part.adapter) for in_file, in_root in names.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    adapters = {} if counterpart is None else adapters_of(model, lead, part.adapter)
+    tensors = {in_file: converted(adapters, in_model, state[in_model]) for in_file, in_model in names.items()}
+    write_tensors(directory / TENSOR_FILE, joined(tensors))
+    write_json(directory / CONFIG_FILE, config)
+    marker = {"version": 1, "prefix": part.prefix, "base": describe_base(model, part.prefix)}
+    if counterpart is not None and (unsaid := counterpart.unsaid(part.methods[0])):
+        marker[UNSAID] = unsaid
+    write_json(directory / MARKER, {**marker, "lightning": is_lightning_module(root.module)})
+    return {in_file: in_model for in_file, in_model in names.items() if tensors[in_file] is state[in_model]}
+
+
+def adapters_of(model: ModelView, lead: str, adapter: str) -> dict[str, Adapter]:
+    """Return the adapters of that name in the part of ``model`` whose names begin with ``lead``, by host."""
+    found = {name: slot._modules.get(adapter) for name, _, slot in model.slots if f"{name}.".startswith(lead)}
+    return {name: module for name, module in found.items() if isinstance(module, Adapter)}
+
+
+def converted(adapters: Mapping[str, Adapter], name: str, tensor: Tensor, back: bool = False) -> Tensor:
+    """Return the tensor ``name`` of a model in the form that a file has, or ``back`` in that of the model."""
+    host, _, rest = name.rpartition(f"{CHILD}.")
+    adapter = adapters.get(host.removesuffix("."))
+    if adapter is None or not rest or CHILD not in name.split("."):
+        return tensor
+    return (adapter.from_file if back else adapter.to_file)(rest.partition(".")[2], tensor)
