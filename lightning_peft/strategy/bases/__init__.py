@@ -1,4 +1,7 @@
-"""What differs by base strategy, one file for each."""
+"""What differs by base strategy, one file for each.
+
+Imports core, operations, formats, storage and strategy.
+"""
 
 from __future__ import annotations
 
