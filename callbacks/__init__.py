@@ -1,4 +1,7 @@
-"""Callbacks, imported as ``lightning_peft.callbacks``."""
+"""Callbacks, imported as ``lightning_peft.callbacks``.
+
+Imports core, formats and storage.
+"""
 
 from lightning_peft.callbacks.checkpoint import AdapterCheckpoint
 from lightning_peft.callbacks.summary import PEFTSummary

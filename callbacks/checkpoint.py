@@ -11,7 +11,10 @@ from torch.distributed import all_gather_object
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.files import restore_all_interrupted
 from lightning_peft.storage.checkpoint import AdapterDirectory
-from lightning_peft.strategy import PEFTStrategy
+
+
+class WritesDirectories:
+    """A strategy's ``save_checkpoint`` that writes a directory if it is given an ``AdapterDirectory``."""
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -34,7 +37,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         Raises:
             PEFTError: The trainer's strategy is no ``PEFTStrategy``, or some processes found no checkpoint to resume.
         """
-        if not isinstance(trainer.strategy, PEFTStrategy):
+        if not isinstance(trainer.strategy, WritesDirectories):
             raise PEFTError(
                 f"AdapterCheckpoint was given with strategy {type(trainer.strategy).__name__}, which has no adapters. "
                 "Use Trainer(strategy=PEFTStrategy(...)), or ModelCheckpoint."

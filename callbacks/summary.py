@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback, ModelSummary
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.core.registry import registries
 from lightning_peft.core.sharding import full_shape
 from lightning_peft.core.view import ModelView
-from lightning_peft.strategy.optim import state_elements
 
 
 class PEFTSummary(Callback):
@@ -55,6 +56,24 @@ def summary_table(module: pl.LightningModule, optimizers: Iterable[Optimizer], s
         lines.append(("checkpoint", f"{_size(factor * _bytes(trained))}; of the whole model {_size(full)}"))
     width = max(len(key) for key, _ in lines)
     return "\n".join(["", *(f"  {key:<{width}}  {value}" for key, value in lines)])
+
+
+def state_elements(optimizer: Optimizer) -> int | None:
+    """Return how many state elements ``optimizer`` keeps per parameter element (AdamW: 2), or ``None`` if unknown.
+
+    Found by one step of a new optimizer of its kind on a small parameter.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed wraps the one that was configured
+    accepted = inspect.signature(type(optimizer)).parameters
+    options = {key: value for key, value in optimizer.defaults.items() if key in accepted}
+    probe = nn.Parameter(torch.zeros(8, 8))
+    probe.grad = torch.zeros_like(probe)
+    try:
+        twin = type(optimizer)([probe], **options)
+        twin.step(lambda: 0.0)
+    except Exception:  # an optimizer of someone else's, whose constructor is not torch's
+        return None
+    return sum(v.numel() for v in twin.state[probe].values() if isinstance(v, Tensor)) // probe.numel()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,1 +1,4 @@
-"""What several methods share. Imports core and targets."""
+"""What several methods share: a package for each kind of adapter, and rows of a batch with adapters of their own.
+
+Imports core.
+"""

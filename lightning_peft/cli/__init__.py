@@ -1,4 +1,7 @@
-"""The command ``lightning-peft``. Imports everything."""
+"""The command ``lightning-peft``.
+
+Imports core, operations, formats, storage, planning, callbacks, strategy, strategy.bases and tasks.
+"""
 
 from lightning_peft.cli.command_line import COMMANDS, PEFTCLI, RUNS, main
 

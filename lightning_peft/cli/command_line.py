@@ -29,7 +29,7 @@ from lightning_peft.cli.plan import show_plan
 from lightning_peft.core.method import registered_methods
 from lightning_peft.errors import PEFTError
 from lightning_peft.strategy import PEFTStrategy
-from lightning_peft.strategy.bases import base_names
+from lightning_peft.strategy.bases.names import base_names
 
 PROG = "lightning-peft"
 DESCRIPTION = "Parameter-efficient fine-tuning for any LightningModule, as one Trainer flag."

@@ -26,7 +26,7 @@ from lightning_peft.operations.inject import inject
 from lightning_peft.planning.layout import Layout, Precision
 from lightning_peft.planning.report import GIB, Batch, report
 from lightning_peft.strategy import PEFTStrategy
-from lightning_peft.strategy.bases import base_names
+from lightning_peft.strategy.bases.names import base_names
 from lightning_peft.tasks import CausalLM, SequenceClassification
 from lightning_peft.tasks.pretrained import meta_model
 

@@ -1,1 +1,4 @@
-"""How an adapter hangs on a module: slots, hooks, what was injected, weights in pieces. Imports ``errors`` alone."""
+"""How an adapter hangs on a module: slots and hooks, what was injected, seeds, weights in pieces.
+
+Imports no other package.
+"""

@@ -50,17 +50,16 @@ def _today(fullname: str) -> str | None:
     package, _, name = fullname.partition(".")
     if package != _PACKAGE:
         return None
-    if name in MOVED:
-        return MOVED[name]
     first, _, rest = name.partition(".")
-    return f"{MOVED[first]}.{rest}" if rest and first in ("bases", "low_rank") else None
+    return MOVED.get(name) or (f"{MOVED[first]}.{rest}" if rest and first in MOVED else None)
 
 
 def keep_old_names() -> None:
     """Let modules be imported by the names that they had in release 0.1."""
     if any(isinstance(finder, _Moved) for finder in sys.meta_path):
         return
-    sys.meta_path.append(_Moved())
+    # Before Python's own finder, which would find what is in a moved package a second time, by the package's path.
+    sys.meta_path.insert(0, _Moved())
     package = sys.modules[_PACKAGE]
     for old, new in MOVED.items():
         module = sys.modules.get(f"{_PACKAGE}.{new}")

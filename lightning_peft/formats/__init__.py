@@ -1,1 +1,4 @@
-"""Adapters on disk: HF PEFT's format, both ways."""
+"""Adapters on disk: HF PEFT's format both ways, our own, and those of sharded checkpoints.
+
+Imports core, targets, adapters.low_rank and formats.counterparts.
+"""

@@ -1,4 +1,7 @@
-"""One file per method. Importing this package registers them all; ``__all__`` is what the package exports."""
+"""One file per method. Importing this package registers them all; ``__all__`` is what the package exports.
+
+Imports core, targets, adapters.bottleneck, adapters.low_rank and adapters.virtual_tokens.
+"""
 
 import pkgutil
 from importlib import import_module

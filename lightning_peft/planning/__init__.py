@@ -1,1 +1,4 @@
-"""Memory per device, worked out before anything is loaded."""
+"""Memory per device, worked out before anything is loaded.
+
+Imports core, targets and adapters.virtual_tokens.
+"""

@@ -1,4 +1,7 @@
-"""Adapter state in memory, in directories and in checkpoints. Imports what is below, and formats."""
+"""Adapter state in memory, in directories and in checkpoints.
+
+Imports core, targets, operations and formats.
+"""
 
 from lightning_peft.storage.loading import load_adapter
 from lightning_peft.storage.saving import save_adapter

@@ -1,5 +1,9 @@
-"""The Lightning strategy: the lifecycle of a run, and what differs by base strategy. Imports everything below."""
+"""The Lightning strategy: one flag that turns a run into a parameter-efficient one.
 
-from lightning_peft.strategy.strategy import PEFTStrategy, register_strategies
+Imports core, targets, operations, formats, storage, callbacks and strategy.bases.
+"""
+
+from lightning_peft.strategy.registration import register_strategies
+from lightning_peft.strategy.strategy import PEFTStrategy
 
 __all__ = ["PEFTStrategy", "register_strategies"]

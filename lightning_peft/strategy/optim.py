@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -122,24 +121,6 @@ def state_by_position(optimizer: Optimizer, saved: Mapping[str, Any], model: nn.
         if saved["state"][name]
     }
     return {**saved, "state": state, "param_groups": groups}
-
-
-def state_elements(optimizer: Optimizer) -> int | None:
-    """Return how many state elements ``optimizer`` keeps per parameter element (AdamW: 2), or ``None`` if unknown.
-
-    Found by one step of a new optimizer of its kind on a small parameter.
-    """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed wraps the one that was configured
-    accepted = inspect.signature(type(optimizer)).parameters
-    options = {key: value for key, value in optimizer.defaults.items() if key in accepted}
-    probe = nn.Parameter(torch.zeros(8, 8))
-    probe.grad = torch.zeros_like(probe)
-    try:
-        twin = type(optimizer)([probe], **options)
-        twin.step(lambda: 0.0)
-    except Exception:  # an optimizer of someone else's, whose constructor is not torch's
-        return None
-    return sum(v.numel() for v in twin.state[probe].values() if isinstance(v, torch.Tensor)) // probe.numel()
 
 
 def _placed_like(parameter: nn.Parameter, value: Any) -> Any:

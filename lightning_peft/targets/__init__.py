@@ -1,1 +1,4 @@
-"""What a model is made of: patterns, blocks, parts, inner models. Imports core."""
+"""What a model is made of: patterns, blocks, parts of fused layers, inner models.
+
+Imports core.
+"""

@@ -1,4 +1,7 @@
-"""Ready LightningModules and DataModules, so that a config alone can run."""
+"""Ready LightningModules and DataModules, so that a config alone can run.
+
+Imports adapters.virtual_tokens.
+"""
 
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.classification_data import ClassificationData

@@ -2,10 +2,14 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 from modules import Regression, loader, trainer
+from torch import nn
+from torch.optim import SGD, AdamW
 
 from lightning_peft import LoRA, PEFTStrategy
 from lightning_peft.callbacks import PEFTSummary
+from lightning_peft.callbacks.summary import state_elements
 
 
 def fit(tmp_path: Path, caplog: pytest.LogCaptureFixture, **options: object) -> str:
@@ -55,3 +59,11 @@ def test_silent_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
 def test_a_summary_of_the_users_is_not_doubled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = fit(tmp_path, caplog, enable_model_summary=True, callbacks=[PEFTSummary()], enable_checkpointing=False)
     assert text.count("trained of") == 1
+
+
+def test_state_elements() -> None:
+    parameter = [nn.Parameter(torch.zeros(3))]
+    assert state_elements(SGD(parameter, lr=0.1)) == 0
+    assert state_elements(SGD(parameter, lr=0.1, momentum=0.9)) == 1
+    assert state_elements(AdamW(parameter)) == 2
+    assert state_elements(AdamW(parameter, amsgrad=True)) == 3

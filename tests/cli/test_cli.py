@@ -128,6 +128,13 @@ def test_help_of_a_run_is_complete(command: str, capsys: pytest.CaptureFixture[s
         assert re.search(rf"^  (-c CONFIG, )?--{option}\b", printed, re.MULTILINE)
 
 
+def test_help_offers_one_strategy_of_this_package() -> None:
+    """What differs by base strategy are classes of strategies too, but none to choose."""
+    printed = in_a_process(sys.executable, "-m", "lightning_peft", "fit", "--help").stdout
+    section = printed.partition("--trainer.strategy STRATEGY")[2].partition("\n  --")[0]
+    assert re.findall(r"lightning_peft[\w.]+", section) == ["lightning_peft.PEFTStrategy"]
+
+
 def test_help_of_the_strategy_documents_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--trainer.strategy.help=PEFTStrategy"])

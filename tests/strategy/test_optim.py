@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedulers
 
 from lightning_peft import LoRA, PEFTError, PEFTStrategy, inject
-from lightning_peft.strategy.optim import restrict_to_trainable, state_by_name, state_by_position, state_elements
+from lightning_peft.strategy.optim import restrict_to_trainable, state_by_name, state_by_position
 
 ADAPTERS = [f"net.{layer}.peft.default.lora_{which}" for layer in (0, 2) for which in "AB"]
 
@@ -326,11 +326,3 @@ def test_an_optimizer_without_state_needs_none() -> None:
     optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     saved = state_by_name(optimizer, optimizer.state_dict(), model)
     optimizer.load_state_dict(state_by_position(optimizer, saved, model))
-
-
-def test_state_elements() -> None:
-    parameter = [nn.Parameter(torch.zeros(3))]
-    assert state_elements(SGD(parameter, lr=0.1)) == 0
-    assert state_elements(SGD(parameter, lr=0.1, momentum=0.9)) == 1
-    assert state_elements(AdamW(parameter)) == 2
-    assert state_elements(AdamW(parameter, amsgrad=True)) == 3

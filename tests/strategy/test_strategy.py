@@ -6,7 +6,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+    StrategyRegistry,
+)
 from lightning.pytorch.tuner import Tuner
 from modules import (
     LateRegression,
@@ -23,9 +31,13 @@ from modules import (
 from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
 
-import lightning_peft.strategy as strategy_module
 from lightning_peft import LoRA, PEFTError, PEFTStrategy, merge, unmerge
 from lightning_peft.operations.merge import is_merged
+from lightning_peft.strategy import lifecycle
+from lightning_peft.strategy.bases import behaviour
+from lightning_peft.strategy.bases.plain import PlainState
+from lightning_peft.strategy.bases.spawn import PEFTMultiProcessingLauncher
+from lightning_peft.strategy.lifecycle import Lifecycle
 
 
 def lora(**options: Any) -> PEFTStrategy:
@@ -159,6 +171,36 @@ def test_pickle(base: str) -> None:
     assert isinstance(strategy, DDPStrategy) == (base == "ddp")
     assert strategy.methods == (LoRA(r=3),)
     assert strategy._train_mode is False
+
+
+class OwnPEFTStrategy(PEFTStrategy):
+    """A user's own, which adds something."""
+
+    def added(self) -> str:
+        return "mine"
+
+
+@pytest.mark.parametrize("base", ["auto", "ddp"])
+def test_a_class_of_the_users_own_stays_what_it_is(tmp_path: Path, base: str) -> None:
+    run = trainer(tmp_path, pickle.loads(pickle.dumps(OwnPEFTStrategy(LoRA(r=2), base=base))))
+    run.fit(Regression(), loader())
+    assert isinstance(run.strategy, OwnPEFTStrategy)
+    assert run.strategy.added() == "mine"
+    assert isinstance(run.strategy, SingleDeviceStrategy if base == "auto" else DDPStrategy)
+
+
+@pytest.mark.parametrize("base", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
+def test_the_order_of_classes(base: type[Strategy]) -> None:
+    """What differs by base comes first, the user's own base last; Lightning's ways with sharded state are out of it."""
+
+    class OwnBase(base):  # type: ignore[misc, valid-type]
+        pass
+
+    strategy = object.__new__(PEFTStrategy)
+    strategy._become(object.__new__(OwnBase))
+    expected = [*behaviour(base), PEFTStrategy, Lifecycle, PlainState, OwnBase, base, Strategy]
+    assert [kind for kind in type(strategy).__mro__ if kind in expected] == expected
+    assert strategy.restore_checkpoint_after_setup is False
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -374,7 +416,7 @@ def _refuse_merge(*args: Any) -> Any:
 def test_the_tuner_never_merges(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, run = Tunable(), trainer(tmp_path, max_epochs=2)
     with monkeypatch.context() as patch:
-        patch.setattr(strategy_module, "merge", _refuse_merge)
+        patch.setattr(lifecycle, "merge", _refuse_merge)
         if what == "lr_find":
             Tuner(run).lr_find(module, num_training=6, min_lr=1e-4, max_lr=1e-1, early_stop_threshold=None)
         else:
@@ -479,7 +521,7 @@ def test_workers_that_build_the_model_warn_in_the_main_process(tmp_path: Path) -
     run.strategy.connect(module)
     assert isinstance(run.strategy, PEFTStrategy)
     with pytest.warns(UserWarning, match="built by configure_model in the worker processes"):
-        run.strategy.inject_in_main_process()
+        PEFTMultiProcessingLauncher(run.strategy, "spawn")._inject(module)
 
 
 @pytest.mark.parametrize("callback", [WeightAveraging(), StochasticWeightAveraging(0.1)])

@@ -1,1 +1,4 @@
-"""Bottlenecks beside and behind modules, and where they tap a residual stream. Imports core."""
+"""Bottlenecks beside and behind modules, and where they tap a residual stream.
+
+Imports core and adapters.
+"""

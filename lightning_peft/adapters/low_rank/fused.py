@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
+from lightning_peft.adapters.low_rank.shared_input import Member
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of
 from lightning_peft.errors import PEFTError
@@ -40,7 +41,7 @@ class FusedLoRAAdapter(LoRAAdapter):
         if "rows" in self._buffers:
             self.get_buffer("rows").copy_(torch.tensor(self._rows))
 
-    def joins(self, other: LoRAAdapter) -> bool:
+    def joins(self, other: Member) -> bool:
         """Share no product with others."""
         return False
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_peft.adapters.low_rank.products import add_low_rank, frozen_matrix, is_large, product_dtype
-from lightning_peft.adapters.low_rank.shared_input import SharedInput
+from lightning_peft.adapters.low_rank.shared_input import Member, SharedInput
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of, with_input
 from lightning_peft.core.seeding import fill
@@ -72,7 +72,7 @@ class LoRAAdapter(Adapter):
         else:
             nn.init.normal_(values, std=1 / len(values), generator=generator)
 
-    def joins(self, other: LoRAAdapter) -> bool:
+    def joins(self, other: Member) -> bool:
         """Whether one product with the A of both can serve both, if they are given the same input."""
         mine, others = self.lora_A, other.lora_A
         same = (self.dropout, self.training, mine.dtype) == (other.dropout, other.training, others.dtype)

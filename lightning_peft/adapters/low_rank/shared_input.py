@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_peft.adapters.low_rank.products import First, Following
 
-if TYPE_CHECKING:
-    from lightning_peft.adapters.low_rank.linear import LoRAAdapter
+
+class Member(Protocol):
+    """An adapter as it is seen from here: s · B A x, with dropout of x while it is in training."""
+
+    @property
+    def lora_A(self) -> Tensor:
+        """A, ``[r, in]``."""
+
+    @property
+    def lora_B(self) -> Tensor:
+        """B, ``[out, r]``."""
+
+    scale: float
+    dropout: float
+    training: bool
+
+    def joins(self, other: Member) -> bool:
+        """Whether one product with the A of both can serve both, if they are given the same input."""
 
 
 class SharedInput:
@@ -21,7 +37,7 @@ class SharedInput:
     tensor, as the key projection in cross-attention is, starts anew: an expectation that fails costs a product.
     """
 
-    def __init__(self, *members: LoRAAdapter) -> None:
+    def __init__(self, *members: Member) -> None:
         self.members = members
         self.call: tuple[Tensor, Tensor, Tensor | None] | None = None
         """While a layer is called: what it was to be called with, the same without its graph, and the frozen weight."""
@@ -36,7 +52,7 @@ class SharedInput:
     def __getstate__(self) -> dict[str, object]:
         return {"members": self.members}
 
-    def __setstate__(self, state: dict[str, tuple[LoRAAdapter, ...]]) -> None:
+    def __setstate__(self, state: dict[str, tuple[Member, ...]]) -> None:
         self.__init__(*state["members"])  # type: ignore[misc]
 
     def _knows(self, x: Tensor) -> bool:
@@ -52,7 +68,7 @@ class SharedInput:
         self.call = x, read, weight
         return read
 
-    def add(self, member: LoRAAdapter, output: Tensor) -> Tensor:
+    def add(self, member: Member, output: Tensor) -> Tensor:
         """Return ``output`` of the layer of ``member``, for which :meth:`read` was called, with the term added."""
         assert self.call is not None
         (x, read, weight), self.call = self.call, None
@@ -64,8 +80,8 @@ class SharedInput:
         added: Tensor = Following.apply(output, x, weight, *found, member.scale)
         return added
 
-    def _first(self, member: LoRAAdapter, x: Tensor, read: Tensor, weight: Tensor | None, output: Tensor) -> Tensor:
-        behind: list[LoRAAdapter] = []
+    def _first(self, member: Member, x: Tensor, read: Tensor, weight: Tensor | None, output: Tensor) -> Tensor:
+        behind: list[Member] = []
         if member is not self.members[-1]:
             behind = [m for m in self.members[self.members.index(member) + 1 :] if m.joins(member)]
         every_a, every_b = [member.lora_A], [member.lora_B]

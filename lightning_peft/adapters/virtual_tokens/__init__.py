@@ -1,1 +1,4 @@
-"""Tokens that a model is given beside its input: on the text, and on keys and values. Imports core and targets."""
+"""Tokens that a model is given beside its input: on the text, and on keys and values.
+
+Imports core and targets.
+"""

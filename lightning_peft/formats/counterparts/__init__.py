@@ -1,4 +1,7 @@
-"""One file per method that HF PEFT has too. Importing this package registers them all."""
+"""One file per method that HF PEFT has too. Importing this package registers them all.
+
+Imports core, targets, adapters.low_rank, adapters.virtual_tokens, methods and formats.
+"""
 
 import pkgutil
 from importlib import import_module

@@ -10,7 +10,7 @@ from lightning.pytorch.accelerators import Accelerator, XLAAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.strategy.bases import strategy_from_name
+from lightning_peft.strategy.bases.names import strategy_from_name
 
 AUTO = "auto"
 SINGLE_DEVICE = SingleDeviceStrategy.strategy_name

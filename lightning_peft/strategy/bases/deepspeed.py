@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
@@ -31,22 +31,16 @@ from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage.base_weights import materialise
 from lightning_peft.storage.fingerprint import record_base
 from lightning_peft.storage.state import adapter_parameters_and_whole
+from lightning_peft.strategy.bases.plain import PlainState
 from lightning_peft.strategy.bases.zero import ZeroState
+from lightning_peft.strategy.lifecycle import Lifecycle
 from lightning_peft.strategy.optim import restrict_to_trainable
 from lightning_peft.strategy.schedule import changes_gradients
-
-if TYPE_CHECKING:
-    from lightning_peft.strategy import PEFTStrategy
-
-    class _Strategy(PEFTStrategy, DeepSpeedStrategy):
-        pass
-else:
-    _Strategy = object
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class OnDeepSpeed(_Strategy):
+class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
     """What ``PEFTStrategy`` does differently on ``DeepSpeedStrategy``."""
 
     config: dict[str, Any]
@@ -206,19 +200,8 @@ class OnDeepSpeed(_Strategy):
         frozen = super().lightning_module_state_dict() if self._full_checkpoints else {}
         return {**frozen, **self._values()}
 
-    def on_train_end(self) -> None:
-        """Merge the exact adapters."""
-        if self._is_real_run():
-            self._set_adapters(self._values())
-        super().on_train_end()
-
-
-class EngineFiles(DeepSpeedStrategy):
-    """Stands below ``PEFTStrategy``: has DeepSpeed write beside its place, and moves what is whole there."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write DeepSpeed's directory; or a single file, if there is no optimizer."""
-        assert isinstance(self, OnDeepSpeed)
+    def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None) -> None:
+        """Write DeepSpeed's directory, beside its place until it is whole; a single file, if there is no optimizer."""
         if self._trained is None:
             return Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
         if "://" in os.fspath(filepath):
@@ -227,9 +210,15 @@ class EngineFiles(DeepSpeedStrategy):
         with ExitStack() as stack:
             staging = stack.enter_context(atomic_directory(filepath)) if self.is_global_zero else None
             directory: Path = self.broadcast(staging)  # type: ignore[assignment]
-            super().save_checkpoint(checkpoint, str(directory), storage_options)
+            super()._write_checkpoint(checkpoint, str(directory), storage_options)
             if self.is_global_zero:
                 write_layout(directory, self._stage, self.world_size, self._trained.names())
+
+    def on_train_end(self) -> None:
+        """Merge the exact adapters."""
+        if self._is_real_run():
+            self._set_adapters(self._values())
+        super().on_train_end()
 
 
 def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> None:

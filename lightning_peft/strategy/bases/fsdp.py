@@ -26,14 +26,13 @@ from lightning_peft.operations.merge import is_merged, refuse_ties
 from lightning_peft.storage.base_weights import allocate, has_meta, materialise
 from lightning_peft.storage.fingerprint import record_base
 from lightning_peft.storage.state import adapter_parameters_and_whole
+from lightning_peft.strategy.bases.plain import PlainState
 from lightning_peft.strategy.bases.sharded import OnShards
 
 
-class OnFSDP(OnShards):
+class OnFSDP(OnShards, PlainState, FSDPStrategy):
     """What ``PEFTStrategy`` does differently on ``FSDPStrategy``."""
 
-    kwargs: dict[str, Any]
-    _state_dict_type: str
     _wrapped: FullyShardedDataParallel | None = None
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -24,16 +25,15 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.operations.eject import eject
 from lightning_peft.storage.base_weights import materialise
 from lightning_peft.storage.fingerprint import record_base
+from lightning_peft.strategy.bases.plain import PlainState
 from lightning_peft.strategy.bases.sharded import OnShards
 
 _DATA, _TENSOR = "data_parallel", "tensor_parallel"
 
 
-class OnModelParallel(OnShards):
+class OnModelParallel(OnShards, PlainState, ModelParallelStrategy):
     """What ``PEFTStrategy`` does differently on ``ModelParallelStrategy``."""
 
-    device_mesh: DeviceMesh
-    _save_distributed_checkpoint: bool
     _takes_sharded = True
 
     @property

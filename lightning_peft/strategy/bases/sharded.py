@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,14 +13,10 @@ from torch import Tensor, nn
 from lightning_peft.core.sharding import local_part
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.merge import is_merged
-
-if TYPE_CHECKING:
-    from lightning_peft.strategy import PEFTStrategy as _Strategy
-else:
-    _Strategy = object
+from lightning_peft.strategy.lifecycle import Lifecycle
 
 
-class OnShards(_Strategy):
+class OnShards(Lifecycle):
     """Averages gradients that the base strategy does not, and leaves no gathered weights behind.
 
     Adapters that every process holds whole have their gradients averaged after each backward pass, in one all-reduce.

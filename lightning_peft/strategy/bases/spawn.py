@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_peft.core.registry import registries
 from lightning_peft.core.view import ModelView
 from lightning_peft.operations.merge import is_merged, merge, unmerge
-
-if TYPE_CHECKING:
-    from lightning_peft.strategy import PEFTStrategy
+from lightning_peft.strategy.lifecycle import Lifecycle
 
 
 class PEFTMultiProcessingLauncher(_MultiProcessingLauncher):
@@ -22,7 +22,7 @@ class PEFTMultiProcessingLauncher(_MultiProcessingLauncher):
     that are not injected in the main process would be dropped without a word, and a merge would be forgotten.
     """
 
-    _strategy: PEFTStrategy  # type: ignore[assignment]
+    _strategy: Lifecycle  # type: ignore[assignment]
 
     def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> Any:
         module = trainer.lightning_module
@@ -37,10 +37,20 @@ class PEFTMultiProcessingLauncher(_MultiProcessingLauncher):
 
     def _recover_results_in_main_process(self, worker_output: Any, trainer: pl.Trainer) -> None:
         module = trainer.lightning_module
-        self._strategy.inject_in_main_process()
+        self._inject(module)
         adapted = bool(registries(ModelView(module)))
         if adapted:
             unmerge(module)
         super()._recover_results_in_main_process(worker_output, trainer)
         if adapted and worker_output.extra["lightning_peft_merged"]:
             merge(module)
+
+    def _inject(self, module: pl.LightningModule) -> None:
+        """Inject in this process, in which no ``setup`` ran."""
+        if is_overridden("configure_model", module) and not registries(ModelView(module)):
+            rank_zero_warn(
+                "The model was built by configure_model in the worker processes, so this process has no model to load "
+                "the trained adapters into. Use load_adapter(model, path) with a checkpoint."
+            )
+        else:
+            self._strategy.inject()

@@ -1,0 +1,218 @@
+"""The lifecycle of a run, in the order in which a run calls it: from ``connect`` to ``on_train_end``.
+
+In the order of classes :class:`Lifecycle` stands above a Lightning strategy, which ``super()`` is, and below
+:class:`~lightning_peft.strategy.strategy.PEFTStrategy`, which chooses that one. What differs by base is in ``bases``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_peft.callbacks.checkpoint import WritesDirectories
+from lightning_peft.callbacks.summary import PEFTSummary
+from lightning_peft.core.registry import registries
+from lightning_peft.core.sharding import map_tensors, whole
+from lightning_peft.core.view import ModelView
+from lightning_peft.formats.distributed import split_values
+from lightning_peft.operations.inject import inject
+from lightning_peft.operations.merge import is_merged, merge, unmerge
+from lightning_peft.storage import checkpoint as files
+from lightning_peft.storage.base_weights import Gathered, load_base_weights
+from lightning_peft.storage.state import adapter_state_dict
+from lightning_peft.strategy import refusals
+from lightning_peft.strategy.training import Training
+from lightning_peft.targets.inner_models import transformers_models
+
+# Beyond it a merge is reported as a warning. bfloat16 weights lose 3 to 20 % of a typical adapter.
+_MERGE_LOSS_WARNING = 0.01
+
+
+class Lifecycle(WritesDirectories, Training):
+    """What becomes of a model and its adapters in a run."""
+
+    _base_name: str
+    _full_checkpoints: bool
+    _merge_on_train_end: bool
+    _train_also: list[str]
+    _train_mode: bool
+    _base_weights: str | None
+
+    _base_class: ClassVar[type[Strategy] | None] = None
+    _takes_sharded: ClassVar[bool] = False
+    """Whether adapters of a model that is sharded already are kept equal between processes."""
+    _gathered: Gathered = staticmethod(nullcontext)  # type: ignore[assignment]
+    """Called with a module, makes a context in which its parameters are whole."""
+
+    _is_set_up = False
+    _held_back: tuple[Mapping[str, Any], bool] | None = None
+    """A checkpoint that was to be loaded before there were adapters, and whether strictly."""
+
+    @abstractmethod
+    def __init__(self) -> None:
+        """Set the options above. It is abstract, so that no class below ``PEFTStrategy`` is offered to a user."""
+
+    def connect(self, model: pl.LightningModule) -> None:
+        """Attach the module, and this run's summary to the trainer's callbacks."""
+        super().connect(model)
+        self._is_set_up, self._held_back = False, None
+        callbacks = model.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, PEFTSummary) for callback in callbacks):
+            callbacks.insert(0, PEFTSummary())
+
+    def inject(self) -> None:
+        """Inject the adapters into the connected module; does nothing if it has some already.
+
+        Called at ``setup``. A module that shards its parameters in ``configure_model`` calls it there first, as
+        ``self.trainer.strategy.inject()``.
+
+        Raises:
+            PEFTError: The method does not fit the model, or the model has adapters of another method.
+        """
+        self._inject()
+
+    def _inject(self) -> None:
+        """Do so, on both ways: :meth:`inject` is what the module calls, ``setup`` comes here. Bases extend either."""
+        module = self._module
+        present = [methods for _, _, registry in registries(ModelView(module)) for methods in registry.methods.values()]
+        if present:
+            refusals.refuse_other_methods(present, self.methods)
+            refusals.refuse_late_train_also(module, self._train_also)
+            return
+        if self._base_weights:
+            refusals.refuse_reading_late_weights(self.methods)
+        # One seed for all ranks: without it each would start from other values where nothing broadcasts them.
+        seed = self.broadcast(torch.initial_seed())
+        inject(module, self.methods, train_also=self._train_also, seed=seed, allow_sharded=self._takes_sharded)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint file, or a directory written by ``AdapterCheckpoint``."""
+        if files.is_directory(checkpoint_path):
+            return files.read_directory(checkpoint_path, weights_only)
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def _load_base_weights(self) -> None:
+        """Load the frozen weights, if they are to come from files."""
+        # Merged weights hold what the adapters learnt.
+        if self._base_weights is not None and not is_merged(self._module):
+            load_base_weights(self._module, self._base_weights, gathered=self._gathered)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load adapter state; strict about adapters whatever ``strict`` says.
+
+        On one device and under DDP, Lightning calls this before ``setup``, when there are no adapters yet: the state is
+        held back until they are injected.
+
+        Raises:
+            PEFTError: The checkpoint has no adapters, other ones, or those of another base model.
+        """
+        if not self._is_set_up:
+            # Fail before the model is moved and optimizers are made.
+            files.checkpoint_metadata(checkpoint)
+            self._held_back = (dict(checkpoint), strict)
+            return
+        unmerge(self._module)
+        files.apply(checkpoint, ModelView(self._module), strict, self._gathered)
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Set the base strategy up, with the adapters injected on the way.
+
+        That is right after ``convert_module``, the one call that every base strategy makes: a quantising plugin
+        replaces linear layers there, adapters' included, and wrapping and optimizers come later.
+        """
+        refusals.refuse_averaging(trainer)
+        self.precision_plugin = plugin = self.precision_plugin
+        convert = plugin.convert_module
+
+        def convert_and_inject(module: nn.Module) -> nn.Module:
+            converted: nn.Module = convert(module)
+            self._prepare(trainer)
+            return converted
+
+        plugin.convert_module = convert_and_inject  # type: ignore[method-assign]
+        try:
+            super().setup(trainer)
+        finally:
+            del plugin.convert_module
+        refusals.refuse_unserved(self, self._base_name, self._is_set_up)
+
+    def _prepare(self, trainer: pl.Trainer) -> None:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        self._inject()
+        self._place_adapters()
+        refusals.refuse_different_ranks(self, self._module)
+        if fitting or self._held_back is not None:
+            unmerge(self._module)
+        self._apply_held_back()
+        self._is_set_up = True
+        if fitting:
+            self._stepped = set()
+            self._set_modes()
+
+    def _apply_held_back(self) -> None:
+        """Load what was to be loaded before there were adapters."""
+        if self._held_back is not None:
+            checkpoint, strict = self._held_back
+            files.apply(checkpoint, ModelView(self._module), strict, self._gathered)
+            self._held_back = None
+
+    def _place_adapters(self) -> None:
+        """Put the adapters where they belong, before the base strategy moves or wraps the module."""
+        self._load_base_weights()
+
+    def _set_modes(self) -> None:
+        """Put transformers models in train mode, and frozen batch norms in eval mode."""
+        if self._train_mode:
+            for model in transformers_models(ModelView(self._module)).values():
+                model.train()
+        for part in self._module.modules():
+            frozen = not any(parameter.requires_grad for parameter in part.parameters())
+            if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats and frozen:
+                # Running statistics are no adapter state: if they moved, a resumed run would not have them.
+                part.eval()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return adapter state, or everything with ``checkpoint="full"``; a merge is not seen in either."""
+        if self._full_checkpoints:
+            # Where the base strategy gathers a model, it does so for one process only.
+            state = {**super().lightning_module_state_dict(), **adapter_state_dict(self._module)}
+            return files.unmerged_state_dict(state, ModelView(self._module))
+        return dict(adapter_state_dict(self._module))
+
+    @property
+    def _saves_shards(self) -> bool:
+        """Whether the base strategy writes every process's pieces of a checkpoint into one directory."""
+        return False
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint file, or a directory if ``storage_options`` is an ``AdapterDirectory``."""
+        files.finish(checkpoint, ModelView(self._module), self._full_checkpoints)
+        directory = isinstance(storage_options, files.AdapterDirectory)
+        if directory or not self._saves_shards:
+            checkpoint = map_tensors(checkpoint, whole)
+        else:
+            split_values(checkpoint)
+        if not directory:
+            self._write_checkpoint(checkpoint, filepath, storage_options)
+        elif self.is_global_zero:
+            files.write_directory(checkpoint, filepath, ModelView(self._module))
+
+    def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None) -> None:
+        """Write a checkpoint as the base strategy does."""
+        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def on_train_end(self) -> None:
+        """Merge. Lightning calls this last, after every checkpoint has been written."""
+        super().on_train_end()
+        if self._merge_on_train_end and self._is_real_run() and not is_merged(self._module):
+            report = merge(self._module, gathered=self._gathered)
+            (rank_zero_warn if report.largest_loss > _MERGE_LOSS_WARNING else rank_zero_info)(str(report))

@@ -1,0 +1,93 @@
+"""What a run does with optimizers: they hold what is trained, and methods act around their steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_peft.callbacks.summary import PEFTSummary
+from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.view import ModelView
+from lightning_peft.errors import PEFTError
+from lightning_peft.strategy.optim import restrict_to_trainable, state_by_name, state_by_position
+from lightning_peft.strategy.schedule import after_step, before_step, changes_gradients, has_schedule, known_steps
+
+
+class Training(Strategy):
+    """Optimizers of adapters: their param groups, their steps and their state. ``super()`` is the base strategy."""
+
+    methods: tuple[PEFTMethod, ...]
+    _total_steps: int | None = None
+    _stepped: set[int]
+    """The optimizers that have stepped in this run, by id."""
+
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """Call ``configure_optimizers`` and restrict what it returned to what is trained."""
+        super().setup_optimizers(trainer)
+        schedulers = [config.scheduler for config in self.lr_scheduler_configs]
+        restrict_to_trainable(self.optimizers, schedulers, self._module)
+        if has_schedule(self.methods):
+            self._total_steps = steps = known_steps(self.methods, trainer.estimated_stepping_batches)
+            if steps is not None and self._is_real_run():
+                for method in self.methods:
+                    method.check_steps(steps)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load optimizer states, which are saved by parameter name."""
+        saved = checkpoint["optimizer_states"]
+        if len(saved) != len(self.optimizers):
+            raise PEFTError(
+                f"The checkpoint has the states of {len(saved)} optimizers, configure_optimizers made "
+                f"{len(self.optimizers)}. Make those that it was saved with."
+            )
+        states = [state_by_position(o, s, self._module) for o, s in zip(self.optimizers, saved, strict=True)]
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Step, and after the first one name the adapters that got no gradient."""
+
+        def closure_and_more() -> Any:
+            result = closure()
+            scaler = getattr(self.precision_plugin, "scaler", None)
+            before_step(self._module, 1.0 if scaler is None else scaler.get_scale())
+            return result
+
+        scheduled = closure_and_more if changes_gradients(self.methods) else closure
+        output = super().optimizer_step(optimizer, scheduled, model, **kwargs)
+        if id(optimizer) not in self._stepped:
+            self._stepped.add(id(optimizer))
+            self._warn_without_gradient(optimizer)
+        if has_schedule(self.methods):
+            # Lightning counts this step when it has returned.
+            after_step(self._module, self._module.trainer.global_step + 1, self._total_steps)
+        return output
+
+    def _warn_without_gradient(self, optimizer: Optimizer) -> None:
+        held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        names = {name: p for name, p in ModelView(self._module).adapter_parameters.items() if id(p) in held}
+        idle = [name for name, parameter in names.items() if parameter.grad is None]
+        if idle and len(idle) < len(names):
+            rank_zero_warn(
+                f"{len(idle)} adapter parameters got no gradient in the first step, so their modules were not called: "
+                f"{', '.join(idle[:5])}. If they never are, leave them out with exclude_modules."
+            )
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the optimizer's state by parameter name."""
+        return state_by_name(optimizer, super().optimizer_state(optimizer), self._module)
+
+    def _is_real_run(self) -> bool:
+        # The learning-rate finder and the batch-size scaler run short fits of their own, for which they put other
+        # callbacks in place of the trainer's.
+        trainer = self._module.trainer
+        return not trainer.fast_dev_run and any(isinstance(c, PEFTSummary) for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
