@@ -27,6 +27,7 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.targets.blocks import shared_inputs
 from lightning_peft.targets.fused_parts import is_fused, part_rows
 from lightning_peft.targets.patterns import first_match, require_matches
 from lightning_peft.targets.select import select
@@ -200,7 +201,7 @@ class LoRA(PEFTMethod):
                 made[host] = maker.of_parts(host, module, fused[host])
             else:
                 made[host] = self.adapter(host, module, seed)
-        share_inputs(model, made)
+        share_inputs(shared_inputs(model), made)
         return made
 
     def parts(self, model: ModelView, hosts: Iterable[str]) -> dict[str, dict[str, Tensor]]:

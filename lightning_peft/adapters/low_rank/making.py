@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,10 +15,8 @@ from lightning_peft.adapters.low_rank.own_weights import OwnWeightsLoRAAdapter, 
 from lightning_peft.adapters.low_rank.shared_input import SharedInput
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.sharding import full_shape
-from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import features
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.blocks import shared_inputs
 
 _Freezable = TypeVar("_Freezable", LoRAAdapter, FusedLoRAAdapter, OwnWeightsLoRAAdapter)
 
@@ -93,9 +91,9 @@ class Maker:
             )
 
 
-def share_inputs(model: ModelView, made: Mapping[str, Adapter]) -> None:
-    """Have the adapters of layers that are given the same input share its product with their A."""
-    for names in shared_inputs(model):
+def share_inputs(groups: Iterable[Sequence[str]], made: Mapping[str, Adapter]) -> None:
+    """Have the adapters of layers that are given the same input, which ``groups`` names, share its product with A."""
+    for names in groups:
         members = [adapter for name in names if isinstance(adapter := made.get(name), LoRAAdapter)]
         shared = SharedInput(*members)
         for adapter in members:
