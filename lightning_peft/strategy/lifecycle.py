@@ -82,17 +82,16 @@ class Lifecycle(WritesDirectories, Training):
 
     def _inject(self) -> None:
         """Do so, on both ways: :meth:`inject` is what the module calls, ``setup`` comes here. Bases extend either."""
-        module = self._module
-        present = [methods for _, _, registry in registries(ModelView(module)) for methods in registry.methods.values()]
-        if present:
-            refusals.refuse_other_methods(present, self.methods)
-            refusals.refuse_late_train_also(module, self._train_also)
+        view = ModelView(self._module)
+        if registries(view):
+            refusals.refuse_other_methods(view, self.methods)
+            refusals.refuse_late_train_also(view, self._train_also)
             return
         if self._base_weights:
             refusals.refuse_reading_late_weights(self.methods)
         # One seed for all ranks: without it each would start from other values where nothing broadcasts them.
         seed = self.broadcast(torch.initial_seed())
-        inject(module, self.methods, train_also=self._train_also, seed=seed, allow_sharded=self._takes_sharded)
+        inject(self._module, self.methods, train_also=self._train_also, seed=seed, allow_sharded=self._takes_sharded)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint file, or a directory written by ``AdapterCheckpoint``."""
@@ -149,7 +148,7 @@ class Lifecycle(WritesDirectories, Training):
         fitting = trainer.state.fn == TrainerFn.FITTING
         self._inject()
         self._place_adapters()
-        refusals.refuse_different_ranks(self, self._module)
+        refusals.refuse_different_ranks(self, ModelView(self._module))
         if fitting or self._held_back is not None:
             unmerge(self._module)
         self._apply_held_back()

@@ -8,7 +8,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import Strategy
-from torch import nn
 
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.registry import registries
@@ -32,12 +31,13 @@ def refuse_averaging(trainer: pl.Trainer) -> None:
             )
 
 
-def refuse_other_methods(present: Sequence[Sequence[PEFTMethod]], given: Sequence[PEFTMethod]) -> None:
-    """Check that each adapter that is ``present`` in the model is of the methods ``given`` to the strategy.
+def refuse_other_methods(view: ModelView, given: Sequence[PEFTMethod]) -> None:
+    """Check that each adapter of a model is of the methods ``given`` to the strategy.
 
     Raises:
         PEFTError: One is of others.
     """
+    present = [methods for _, _, registry in registries(view) for methods in registry.methods.values()]
     for methods in present:
         theirs, ours = ([type(method) for method in found] for found in (methods, given))
         if theirs != ours:
@@ -48,13 +48,13 @@ def refuse_other_methods(present: Sequence[Sequence[PEFTMethod]], given: Sequenc
             )
 
 
-def refuse_late_train_also(module: nn.Module, train_also: Sequence[str]) -> None:
-    """Check that ``train_also`` had an effect when the adapters of ``module`` were injected.
+def refuse_late_train_also(view: ModelView, train_also: Sequence[str]) -> None:
+    """Check that ``train_also`` had an effect when the adapters of a model were injected.
 
     Raises:
         PEFTError: It had none.
     """
-    if train_also and not any(registry.train_also for _, _, registry in registries(ModelView(module))):
+    if train_also and not any(registry.train_also for _, _, registry in registries(view)):
         raise PEFTError(
             f"The model already has adapters, so train_also={train_also!r} would have no effect. Pass it to "
             "inject, or leave the injection to the strategy."
@@ -74,13 +74,13 @@ def refuse_reading_late_weights(methods: Sequence[PEFTMethod]) -> None:
         )
 
 
-def refuse_different_ranks(strategy: Strategy, module: nn.Module) -> None:
+def refuse_different_ranks(strategy: Strategy, view: ModelView) -> None:
     """Check that every process trains the same adapters: a collective over different ones would hang or mix them.
 
     Raises:
         PEFTError: One does not; raised on every process.
     """
-    shapes = {name: list(full_shape(p)) for name, p in adapter_parameters_and_whole(ModelView(module)).items()}
+    shapes = {name: list(full_shape(p)) for name, p in adapter_parameters_and_whole(view).items()}
     first = strategy.broadcast(shapes)
     differing = sorted(n for n in first.keys() | shapes.keys() if first.get(n) != shapes.get(n))
     count = strategy.reduce(torch.tensor(float(bool(differing)), device=strategy.root_device), reduce_op="sum")
