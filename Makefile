@@ -38,11 +38,15 @@ quickstart: $(INSTALLED) ## Fine-tune SmolLM2-135M-Instruct by LoRA to write SQL
 quickstart-fast: $(INSTALLED) ## The same with fewer steps and questions, as a check
 	$(BIN)/python examples/quickstart.py --fast
 
+# Tests run in a process for each core, at most four: some start processes of their own. The tests of a file stay
+# together, since they share what is costly to make.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
 test: lint ## Lint, then run the tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(INSTALLED) ## Run the tests that take minutes
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

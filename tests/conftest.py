@@ -1,6 +1,13 @@
-"""Every test, also of a part of them, starts from what `modules` sets."""
+"""Every test, also of a part of them, starts from what is set here."""
+
+import os
 
 import pytest
+
+# Before anything reads them, here and in processes that tests start. Threads cost more than they bring on small models,
+# and nothing may wait for a model hub.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

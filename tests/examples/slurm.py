@@ -11,7 +11,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from network import clean_environment, wait_for
+from launch import clean_environment
+from network import wait_for
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 

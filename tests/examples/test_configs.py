@@ -11,8 +11,8 @@ import pytest
 import torch
 from cluster import language_model, questions
 from jsonargparse import Namespace
+from launch import clean_environment
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from network import clean_environment
 from safetensors import safe_open
 
 from lightning_peft import LoRA, PEFTStrategy

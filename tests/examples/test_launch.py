@@ -19,7 +19,7 @@ import pytest
 import schemas
 import yaml
 from cluster import config, language_model, questions
-from network import clean_environment
+from launch import clean_environment
 from test_configs import CONFIGS, ROOT, Parsed
 
 LAUNCH = ROOT / "examples" / "launch"

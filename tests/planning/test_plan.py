@@ -1,8 +1,6 @@
 """Planned bytes against bytes measured on the CPU, and against the numbers of papers and formulas written here."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 import shard_script
 import torch
 import transformers as t
+from launch import run_script
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -252,10 +251,7 @@ def test_a_frozen_base_saves_less_and_the_model_is_left_alone() -> None:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     out = tmp_path_factory.mktemp("shards")
-    done = subprocess.run(
-        [sys.executable, shard_script.__file__, str(out)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_script(shard_script.__file__, out)
     ranks = [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)]
     return {name: {kind: max(rank[name][kind] for rank in ranks) for kind in found} for name, found in ranks[0].items()}
 

@@ -20,7 +20,7 @@ def run(*command: str | Path, cwd: Path, expect: int = 0, **variables: str) -> s
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env=os.environ | variables,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables,
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,

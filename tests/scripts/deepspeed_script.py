@@ -42,6 +42,10 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:
+        from deepspeed.ops import __compatible_ops__
+
+        # Its kernel for messages between processes of one machine is for inference, and takes a minute to compile.
+        __compatible_ops__["deepspeed_shm_comm"] = False
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
@@ -405,7 +409,6 @@ def on_gpu(out: Path, tag: str, stage: int, offload: bool, **options: Any) -> tu
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     what, out = sys.argv[1], Path(sys.argv[2])
     os.environ["DS_ACCELERATOR"] = "cuda" if what == "gpu" else "cpu"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from distributed_script import BASES, CPUFSDPStrategy, Recorded, Sharded
+from distributed_script import BASES, CPUFSDPStrategy, Recorded, Sharded, finish
 from modules import adapter_state, loader, trainer
 from torch import Tensor, nn
 from torch.distributed import fsdp
@@ -65,7 +65,6 @@ def run(out: Path, base: str, devices: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     for name in TESTED:
         run(Path(sys.argv[1]), name, 2)
-    torch.distributed.destroy_process_group()
+    finish()

@@ -1,11 +1,14 @@
-"""Trains on two processes and leaves what each rank ended with in a directory: ``distributed_script.py BASE OUT``."""
+"""Trains on two processes, on one base strategy after the other, and leaves what each rank ended with.
+
+``distributed_script.py BASES OUT SINGLE``, with commas between names; each base has a folder of its name in ``OUT``.
+"""
 
 import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import lightning as L
@@ -120,7 +123,7 @@ def fsdp1(**options: Any) -> FSDPStrategy:
     return CPUFSDPStrategy(auto_wrap_policy={nn.Linear}, **options)
 
 
-STARTED_HERE = ("ddp_spawn", "ddp_fork", "ddp_notebook")
+STARTED_HERE = ("ddp_fork", "ddp_notebook", "ddp_spawn")
 """Strategies that start all workers from this process, for one run each."""
 BASES: dict[str, tuple[Callable[[], Strategy | str], type[Recorded]]] = {
     "auto": (lambda: "auto", Recorded),
@@ -141,6 +144,9 @@ BASES: dict[str, tuple[Callable[[], Strategy | str], type[Recorded]]] = {
     "both": (lambda: parallel(2, 2), SplitAndSharded),
 }
 
+
+STARTS = (STARTED_HERE, tuple(base for base in BASES if base not in ("auto", "both", *STARTED_HERE)), ("both",))
+"""Bases that follow one another in the same processes, since most of the time goes into starting them."""
 
 # On a CPU, where gathered parameters are already, offloading them there frees memory that is still read (torch 2.13).
 NO_FULL_STATE = ("fsdp", "fsdp_by_size", "fsdp_whole")
@@ -241,9 +247,9 @@ def evaluate(out: Path, base: str, devices: int) -> None:
         torch.save({"loss": loss, "outputs": torch.tensor(outputs[0].tolist())}, out / "evaluate.pt")
 
 
-def main() -> None:
-    base, out, single = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
+def everything(base: str, out: Path, single: Path) -> None:
+    """Do on one base what the tests look at; ``single`` holds checkpoints of one process."""
+    out.mkdir(exist_ok=True)
     devices = 4 if base == "both" else 2
     run(out, "two", base, devices, 2)
     run(out, "three", base, devices, 3, out / "two-directories" / "last")
@@ -255,11 +261,21 @@ def main() -> None:
         trained_whole(out, base, devices)
         if base not in NO_FULL_STATE:
             whole_checkpoints(out, base, devices)
+
+
+def finish() -> NoReturn:
+    """End this process of several."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     # Now and then a thread of torch's outlives FSDP1, and aborts the process when the interpreter ends.
     sys.stdout.flush()
     os._exit(0)
+
+
+def main() -> None:
+    for base in sys.argv[1].split(","):
+        everything(base, Path(sys.argv[2], base), Path(sys.argv[3]))
+    finish()
 
 
 if __name__ == "__main__":

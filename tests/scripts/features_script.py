@@ -1,6 +1,7 @@
-"""What training a transformers model on two processes comes to: ``features_script.py BASE OUT``.
+"""What training a transformers model on two processes comes to, on one base strategy after the other.
 
 For every feature of training, the gradients of the adapters in the first step, and the adapters after three.
+``features_script.py BASES OUT``, with commas between names; each base has a folder of its name in ``OUT``.
 """
 
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from distributed_script import CPUFSDPStrategy, parallel
+from distributed_script import CPUFSDPStrategy, finish, parallel
 from modules import adapter_state, loader, trainer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -127,11 +128,14 @@ def run(out: Path, base: str, feature: str, devices: int) -> None:
 
 
 def main() -> None:
-    base, out = sys.argv[1], Path(sys.argv[2])
-    torch.set_num_threads(1)
-    for feature in FEATURES:
-        run(out, base, feature, 2)
-    torch.distributed.destroy_process_group()
+    for base in sys.argv[1].split(","):
+        out = Path(sys.argv[2], base)
+        out.mkdir(exist_ok=True)
+        for feature in FEATURES:
+            run(out, base, feature, 2)
+        # What is compiled for one base is of no use to another, and torch compiles a function a few times only.
+        torch.compiler.reset()
+    finish()
 
 
 if __name__ == "__main__":

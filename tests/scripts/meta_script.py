@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from distributed_script import CPUFSDPStrategy, parallel
+from distributed_script import CPUFSDPStrategy, finish, parallel
 from modules import adapter_state, trainer
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
@@ -89,7 +89,6 @@ class Late(L.LightningModule):
 
 def main() -> None:
     base, weights, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    torch.set_num_threads(1)
     L.seed_everything(0)
     below = (
         CPUFSDPStrategy(auto_wrap_policy={LlamaDecoderLayer, torch.nn.Embedding}) if base == "fsdp" else parallel(2, 1)
@@ -118,7 +117,7 @@ def main() -> None:
     strategy.setup, strategy.save_checkpoint = measured_setup, measured_save
     fitted.fit(module, DataLoader(torch.randint(0, 4096, (2, 8)), batch_size=1))
     torch.save(sizes, out / f"sizes-{os.environ.get('LOCAL_RANK', 0)}.pt")
-    torch.distributed.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

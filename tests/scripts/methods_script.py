@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 import transformers as t
-from distributed_script import CPUFSDPStrategy, parallel
+from distributed_script import CPUFSDPStrategy, finish, parallel
 from families import SMALL
 from lightning.pytorch.strategies import Strategy
 from modules import loader, trainer
@@ -112,12 +112,11 @@ def run(out: Path, tag: str, name: str, base: str, devices: int, epochs: int, re
 
 def main() -> None:
     out, bases, names = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3].split(",")
-    torch.set_num_threads(1)
     for base in bases:
         for name in names:
             run(out, f"{base}-{name}-two", name, base, 2, 2)
             run(out, f"{base}-{name}-three", name, base, 2, 3, out / f"{base}-{name}-two-saved" / "last")
-    torch.distributed.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from distributed_script import BASES, Recorded, fsdp1
+from distributed_script import BASES, Recorded, finish, fsdp1
 from modules import loader, trainer
 from torch import nn
 
@@ -74,7 +74,6 @@ def fit(out: Path, base: Any, method: PEFTMethod, module: Recorded, resume: Path
 
 def main() -> None:
     out = Path(sys.argv[1])
-    torch.set_num_threads(1)
     messages: dict[str, str] = {}
 
     def refused(case: str, base: Any, method: PEFTMethod, module: Recorded, resume: Path | None = None) -> None:
@@ -95,7 +94,7 @@ def main() -> None:
         refused(f"split-{name}", BASES["tensor"][0](), method, WithoutBias(out, "split"))
     rank = torch.distributed.get_rank()
     (out / f"messages-{rank}.json").write_text(json.dumps(messages))
-    torch.distributed.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

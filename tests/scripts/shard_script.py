@@ -1,7 +1,6 @@
 """Shards a model over two processes with plain torch and writes down what each holds: ``shard_script.py OUT``."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,6 @@ def tensor_parallel() -> dict[str, int]:
 
 
 def work(rank: int, out: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
     found = {
         "FULL_SHARD": fsdp1(ShardingStrategy.FULL_SHARD),
@@ -102,5 +100,4 @@ def work(rank: int, out: str) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"
     mp.start_processes(work, args=(sys.argv[1],), nprocs=2, start_method="fork")

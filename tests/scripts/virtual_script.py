@@ -1,4 +1,7 @@
-"""Trains virtual tokens on a language model, on two processes or one: ``virtual_script.py BASE OUT``."""
+"""Trains virtual tokens on a language model, on two processes or one.
+
+``virtual_script.py BASES OUT``, with commas between names; each base has a folder of its name in ``OUT``.
+"""
 
 import sys
 from collections.abc import Callable
@@ -7,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from distributed_script import CPUFSDPStrategy, parallel
+from distributed_script import CPUFSDPStrategy, finish, parallel
 from lightning.pytorch.strategies import Strategy
 from modules import Llama, adapter_state, loader, trainer
 from torch import Tensor, nn
@@ -88,9 +91,8 @@ def run(out: Path, name: str, base: str, epochs: int, resume: bool = False) -> N
     fitted.fit(module_class(out, tag), loader(8), ckpt_path=out / f"{name}-1" / "last" if resume else None)
 
 
-def main() -> None:
-    base, out = sys.argv[1], Path(sys.argv[2])
-    torch.set_num_threads(1)
+def every_method(base: str, out: Path) -> None:
+    out.mkdir(exist_ok=True)
     for name in METHODS:
         if (base, name) in REFUSED:
             try:
@@ -100,8 +102,12 @@ def main() -> None:
             continue
         run(out, name, base, 1)
         run(out, name, base, 2, resume=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    for base in sys.argv[1].split(","):
+        every_method(base, Path(sys.argv[2], base))
+    finish()
 
 
 if __name__ == "__main__":

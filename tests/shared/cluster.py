@@ -16,7 +16,8 @@ import lightning.pytorch as pl
 import torch
 import transformers as t
 import yaml
-from network import clean_environment, wait_for
+from launch import clean_environment
+from network import wait_for
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lightning_peft import adapter_state_dict

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch import PATH
+from launch import clean_environment
 
 
 @dataclass
@@ -49,14 +49,6 @@ class Node:
         for process in self.processes:
             process.wait(timeout=30)
         self.processes.clear()
-
-
-def clean_environment() -> dict[str, str]:
-    """This process's environment without what a launcher may have left in it, for a process that finds the tests."""
-    ours = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {key: value for key, value in os.environ.items() if key not in ours and not key.startswith("SLURM_")}
-    path = os.pathsep.join(filter(None, [PATH, os.environ.get("PYTHONPATH")]))
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
 
 def why_not() -> str | None:

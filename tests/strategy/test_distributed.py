@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,18 @@ def base(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@cache
+def started(bases: tuple[str, ...], single: Path) -> Path:
+    """What processes left that went through ``bases`` one after the other, each in a folder of its name."""
+    out = single.with_name(f"{single.name}-{bases[0]}")
+    out.mkdir()
+    run_script(distributed_script.__file__, ",".join(bases), out, single)
+    return out
+
+
 @pytest.fixture(scope="module")
-def out(base: str, single: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp(base)
-    run_script(distributed_script.__file__, base, path, single)
-    return path
+def out(base: str, single: Path) -> Path:
+    return started(next(bases for bases in distributed_script.STARTS if base in bases), single) / base
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Virtual tokens in two processes, against one process on the same global batches."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from modules import Llama, assert_same
 from virtual_script import METHODS
 
 from lightning_peft import load_adapter
+
+QUICK = ("ddp", "fsdp")
 
 # Float32 sums in another order.
 BOUND = 1e-6
@@ -25,11 +28,16 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp", pytest.param("fsdp2", marks=pytest.mark.slow)])
-def out(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp(request.param)
-    run_script(virtual_script.__file__, request.param, path)
+@cache
+def started(bases: tuple[str, ...], path: Path) -> Path:
+    """What two processes left that went through ``bases`` one after the other."""
+    run_script(virtual_script.__file__, ",".join(bases), path)
     return path
+
+
+@pytest.fixture(scope="module", params=[*QUICK, pytest.param("fsdp2", marks=pytest.mark.slow)])
+def out(request: pytest.FixtureRequest, single: Path) -> Path:
+    return started(QUICK if request.param in QUICK else (request.param,), single) / str(request.param)
 
 
 def skip_refused(out: Path, name: str) -> None:
