@@ -51,10 +51,9 @@ test-slow: $(INSTALLED) ## Run the tests that take minutes
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-# litgpt and loralib go without their dependencies: of both only the module with the layers is used.
+# litgpt goes without its dependencies, which ask for other versions of what is here: only its layers are used.
 $(BENCH): $(INSTALLED)
 	@echo "==> $(VENV): installing what benchmarks compare with"
-	@$(PIP) --editable '.[dev,bench]'
 	@$(PIP) --no-deps litgpt
 	@touch $@
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from benchmarks.plot import draw
+from benchmarks.plot import draw_run
 from benchmarks.report import OUT
 
 QUESTIONS = (
@@ -33,8 +33,8 @@ def main() -> int:
         command = [sys.executable, "-m", f"benchmarks.{question}", *sys.argv[1:]]
         if subprocess.run(command, check=False).returncode:
             failed.append(question)
-    picture = draw(OUT)
-    print(f"Tables in {OUT}, " + (f"a picture in {picture}." if picture else "no picture: matplotlib is missing."))
+    picture = draw_run(OUT)
+    print(f"Tables in {OUT}, " + (f"a picture in {picture}." if picture else "no picture: there is nothing to draw."))
     if failed:
         print(f"Failed: {', '.join(failed)}.")
     return len(failed)

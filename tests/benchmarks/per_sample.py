@@ -30,7 +30,7 @@ def main(options: Options) -> list[Table]:
     config = peft.LoraConfig(r=8, target_modules=list(subjects.LLAMA_TARGETS))
     theirs = peft.get_peft_model(theirs, config, adapter_name=names[0]).eval()
     for name in names:
-        lightning_peft.operations.inject(mine, lightning_peft.LoRA(r=8), name=name)
+        lightning_peft.inject(mine, lightning_peft.LoRA(r=8), name=name)
         if name != names[0]:
             theirs.add_adapter(name, config)
 

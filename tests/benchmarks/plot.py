@@ -1,14 +1,18 @@
-"""A picture of the tables: one bar for each variant."""
+"""Pictures of tables as SVG: panels of bars."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import zip_longest
 from pathlib import Path
 
 from benchmarks import variants
 from benchmarks.measure import Spread
 from benchmarks.report import Table, read
 
-PANELS = {
+TABLES = {
     "step_time": ("step / bound", "time of a step / frozen bound"),
     "kept_bytes": ("/ frozen bound", "bytes kept for backward / frozen bound"),
     "peak_memory": ("/ full", "peak memory / full fine-tuning"),
@@ -16,37 +20,66 @@ PANELS = {
     "step_time_cuda": ("step / bound", "time of a step / frozen bound, on a GPU"),
     "peak_memory_cuda": ("/ full", "peak memory / full fine-tuning, on a GPU"),
 }
+"""The tables that a run's picture shows: which column, and what it is."""
+OURS, OTHERS = "#e8710a", "#9aa0a6"
+# In pixels: of a line, of a letter, of the longest bar and the figure behind it, between panels.
+LINE, LETTER, BAR, FIGURE, GAP = 15, 6, 120, 36, 18
 
 
-def draw(folder: Path) -> Path | None:
-    """Draw what is in ``folder`` into a picture there; nothing without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
+@dataclass(frozen=True)
+class Panel:
+    """Bars under a title, and what is written beside each."""
+
+    title: str
+    bars: Sequence[tuple[str, float]]
+
+
+def draw(panels: Sequence[Panel], columns: int) -> str:
+    """Return an SVG of ``panels``, so many in a row."""
+    label = max(len(name) for panel in panels for name, _ in panel.bars) * LETTER
+    width = label + BAR + FIGURE + GAP
+    body, top = [], GAP
+    for row in zip_longest(*[iter(panels)] * columns):
+        shown = [panel for panel in row if panel]
+        for number, panel in enumerate(shown):
+            body += _panel(panel, GAP + number * width, top, label)
+        top += (1 + max(len(panel.bars) for panel in shown)) * LINE + GAP
+    size = f'width="{GAP + min(columns, len(panels)) * width}" height="{top}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">'
+    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *body, "</svg>\n"])
+
+
+def _panel(panel: Panel, left: int, top: int, label: int) -> Iterator[str]:
+    longest = max(value for _, value in panel.bars)
+    yield f'<text x="{left}" y="{top + 4}" font-weight="bold">{escape(panel.title)}</text>'
+    for number, (name, value) in enumerate(panel.bars, start=1):
+        middle, length = top + number * LINE, round(BAR * value / longest)
+        colour = OURS if variants.OURS in name else OTHERS
+        yield f'<text x="{left + label}" y="{middle + 4}" text-anchor="end">{escape(name)}</text>'
+        yield f'<rect x="{left + label + 4}" y="{middle - 5}" width="{length}" height="10" fill="{colour}"/>'
+        yield f'<text x="{left + label + length + 8}" y="{middle + 4}">{value:.2f}</text>'
+
+
+def draw_run(folder: Path) -> Path | None:
+    """Draw the tables of a run into a picture beside them, if it has any to draw."""
+    found = {name: folder / f"{name}.json" for name in TABLES}
+    panels = [panel_of(read(path), *TABLES[name]) for name, path in found.items() if path.is_file()]
+    if not panels:
         return None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    tables = {name: read(folder / f"{name}.json") for name in PANELS if (folder / f"{name}.json").is_file()}
-    figure, axes = pyplot.subplots(1, max(len(tables), 1), figsize=(5 * max(len(tables), 1), 8), squeeze=False)
-    for axis, (name, table) in zip(axes[0], tables.items(), strict=False):
-        labels, values = bars(table, PANELS[name][0])
-        colours = ["tab:orange" if variants.OURS in label else "tab:gray" for label in labels]
-        axis.barh(labels, values, color=colours)
-        axis.invert_yaxis()
-        axis.tick_params(axis="y", labelsize=6)
-        axis.set_title(PANELS[name][1], fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path := folder / "bench.png", dpi=150)
-    pyplot.close(figure)
+    (path := folder / "bench.svg").write_text(draw(panels, len(panels)))
     return path
 
 
-def bars(table: Table, column: str) -> tuple[list[str], list[float]]:
-    """Return a label and a value for each row: what stands left of the first number is the label."""
-    position, labels, values = list(table.columns).index(column), [], []
-    for row in table.rows:
-        if isinstance(value := row[position], Spread | float | int):
-            labels.append(", ".join(str(cell) for cell in row[:3] if isinstance(cell, str)))
-            values.append(value.median if isinstance(value, Spread) else float(value))
-    return labels, values
+def panel_of(table: Table, column: str, title: str) -> Panel:
+    """Return a bar for each row that has a number in ``column``; its label is the texts that the row begins with."""
+    position = list(table.columns).index(column)
+    labels = [", ".join(str(cell) for cell in row[:3] if isinstance(cell, str)) for row in table.rows]
+    cells = [row[position] for row in table.rows]
+    return Panel(
+        title, [(label, number(cell)) for label, cell in zip(labels, cells, strict=True) if not isinstance(cell, str)]
+    )
+
+
+def number(cell: Spread | float | int) -> float:
+    """Return the one number that stands for a cell."""
+    return cell.median if isinstance(cell, Spread) else float(cell)

@@ -40,14 +40,24 @@ class Table:
     columns: Sequence[str]
     rows: list[list[Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    machine: str = ""
+    """What it was measured on."""
+    quick: bool = False
+    """Measured on small models, in few rounds: it says that a question runs, not what the answer is."""
 
     def markdown(self) -> str:
-        lines = [self.columns, ["---"] * len(self.columns), *[[_text(cell) for cell in row] for row in self.rows]]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return "\n\n".join([f"**{self.title}**", table, *self.notes]) + "\n"
+        on = [f"On {self.machine}."] if self.machine else []
+        return "\n\n".join([f"**{self.title}**", grid(self.columns, self.rows), *on, *self.notes]) + "\n"
 
 
-def _text(cell: Any) -> str:
+def grid(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return rows under their head, in Markdown."""
+    lines = [columns, ["---"] * len(columns), *[[text(cell) for cell in row] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def text(cell: Any) -> str:
+    """Return a cell as it is shown."""
     if not isinstance(cell, float | int):
         return str(cell)
     return f"{cell:,.3g}" if isinstance(cell, float) and abs(cell) < 1000 else f"{cell:,.0f}"
@@ -70,10 +80,9 @@ def answer(question: Callable[[Options], list[Table]]) -> None:
         if given.device != "cpu":
             # Beside the CPU's table, not in its place.
             table.name += f"_{given.device}"
-            table.notes.insert(0, f"On {machine(given.device)}.")
+        table.machine, table.quick = machine(given.device), given.quick
         print(table.markdown(), flush=True)
-        content = {**asdict(table), "quick": given.quick, "machine": machine(given.device)}
-        (options.out / f"{table.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        write(table, options.out)
 
 
 def machine(device: str) -> str:
@@ -84,11 +93,18 @@ def machine(device: str) -> str:
     return f"{torch.get_num_threads()} threads of {names[0] if names else 'a CPU'}, torch {torch.__version__}"
 
 
+def write(table: Table, folder: Path) -> None:
+    """Write a table as JSON, a row a line."""
+    rows = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in asdict(table)["rows"])
+    rest = json.dumps({**asdict(table), "rows": []}, indent=1, ensure_ascii=False)
+    (folder / f"{table.name}.json").write_text(rest.replace('"rows": []', f'"rows": [\n  {rows}\n ]') + "\n")
+
+
 def read(path: Path) -> Table:
     """Read a table back from JSON."""
     content = json.loads(path.read_text())
-    rows = [[Spread(**cell) if isinstance(cell, dict) else cell for cell in row] for row in content["rows"]]
-    return Table(content["name"], content["title"], content["columns"], rows, content["notes"])
+    rows = [[Spread(**cell) if isinstance(cell, dict) else cell for cell in row] for row in content.pop("rows")]
+    return Table(**content, rows=rows)
 
 
 def _cpuinfo() -> list[str]:

@@ -1,19 +1,23 @@
-"""The README's table of methods, made from the registry.
+"""What pages say of every method, made from the registry: the README's table, and each method's hyper-parameters.
 
-`PYTHONPATH=tests python tests/project/method_table.py` writes it into the README.
+`PYTHONPATH=tests python tests/project/method_table.py` writes both between their marks.
 """
 
+import dataclasses
 import inspect
 import re
-import sys
 from pathlib import Path
+
+from docstring_parser import parse
 
 import lightning_peft.storage.loading  # noqa: F401 (registers what is known of HF PEFT's format)
 from lightning_peft.core.method import PEFTMethod, registered_methods
 from lightning_peft.formats.counterpart import for_methods
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+README, METHODS = ROOT / "README.md", ROOT / "examples" / "docs" / "methods.md"
 PLACE = re.compile(r"(<!-- methods: .*? -->\n)(.*?)(<!-- /methods -->)", flags=re.DOTALL)
+"""Once in each of both."""
 
 
 def row(method: type[PEFTMethod]) -> str:
@@ -32,19 +36,50 @@ def row(method: type[PEFTMethod]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def ours() -> list[type[PEFTMethod]]:
+    """Return this package's methods: tests and users register others."""
+    return [cls for cls in registered_methods().values() if cls.__module__.startswith("lightning_peft.methods.")]
+
+
 def table() -> str:
-    ours = [cls for cls in registered_methods().values() if cls.__module__.startswith("lightning_peft.methods.")]
     head = "| method | paper | merges | trained parameters | HF PEFT's format | on |\n|---|---|---|---|---|---|\n"
-    return head + "".join(f"{row(cls)}\n" for cls in ours)
+    return head + "".join(f"{row(cls)}\n" for cls in ours())
 
 
-def in_readme() -> str:
-    found = PLACE.search(README.read_text())
-    assert found is not None, "README.md has lost the marks <!-- methods: … --> and <!-- /methods -->."
-    return found[2]
+def section(method: type[PEFTMethod]) -> str:
+    """Give a method's name, what its docstring says of it, and a row for each hyper-parameter."""
+    said = parse(method.__doc__ or "")
+    words = [said.short_description, said.long_description]
+    lines = [f"### {method.__name__}", "", f"`{method.name}`", "", *(f"{markdown(part)}\n" for part in words if part)]
+    meaning = {argument.arg_name: argument.description or "" for argument in said.params}
+    fields = dataclasses.fields(method)
+    if fields:
+        lines += ["| hyper-parameter | default | |", "|---|---|---|"]
+        lines += [f"| `{f.name}` | `{getattr(method(), f.name)!r}` | {cell(meaning[f.name])} |" for f in fields]
+        lines.append("")
+    return "\n".join(lines) + "\n"
+
+
+def markdown(docstring: str) -> str:
+    """Return the text of a docstring with code marked as in Markdown."""
+    return re.sub(r":\w+:`(?:[\w.]+\.)?(\w+)`", r"`\1`", docstring).replace("``", "`")
+
+
+def cell(docstring: str) -> str:
+    return " ".join(markdown(docstring).split()).replace("|", "\\|")
+
+
+def written() -> dict[Path, str]:
+    """Return what each page should hold."""
+    made = {README: table(), METHODS: "\n" + "".join(map(section, ours()))}
+    return {path: between_marks(path, text) for path, text in made.items()}
+
+
+def between_marks(path: Path, text: str) -> str:
+    before, mark, _, end, after = PLACE.split(path.read_text())
+    return before + mark + text + end + after
 
 
 if __name__ == "__main__":
-    in_readme()
-    README.write_text(PLACE.sub(lambda found: found[1] + table() + found[3], README.read_text()))
-    sys.stdout.write(table())
+    for path, text in written().items():
+        path.write_text(text)

@@ -1,4 +1,4 @@
-"""The README's table says what the methods are."""
+"""The README's table and the page of methods say what the methods are."""
 
 import method_table
 import pytest
@@ -8,8 +8,9 @@ from families import build
 from lightning_peft import inject, merge
 
 
-def test_the_readme_holds_the_table() -> None:
-    assert method_table.in_readme() == method_table.table(), "Run tests/project/method_table.py"
+def test_the_pages_hold_what_methods_say() -> None:
+    for path, text in method_table.written().items():
+        assert path.read_text() == text, "Run: PYTHONPATH=tests python tests/project/method_table.py"
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -1,4 +1,4 @@
-"""The memory table of the README is what the command prints. A failure shows the lines that belong there."""
+"""The memory table of `examples/docs/large_models.md` is what the command prints. A failure shows its lines."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from lightning_peft.cli import main
 from lightning_peft.planning import report
 from lightning_peft.planning.activations import step_bytes
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).resolve().parents[2] / "examples" / "docs" / "large_models.md").read_text()
 SHAPES = {
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
@@ -92,5 +92,5 @@ def each_step_once() -> Any:
 @pytest.mark.parametrize("model", ["1B", "8B", pytest.param("70B", marks=pytest.mark.slow)])
 def test_the_table_is_what_the_command_prints(model: str, tmp_path: Path) -> None:
     lines = [line(model, devices, nodes, tmp_path) for devices, nodes in WORLDS]
-    shown = [row for row in README.splitlines() if row.startswith(f"| {model} |")]
+    shown = [row for row in PAGE.splitlines() if row.startswith(f"| {model} |")]
     assert shown == lines, "\n" + "\n".join(lines)
