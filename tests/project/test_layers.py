@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "targets": "core",
     "adapters": "core",
     "adapters.bottleneck": "core adapters",
-    "adapters.low_rank": "core targets adapters",
+    "adapters.low_rank": "core adapters",
     "adapters.virtual_tokens": "core targets",
     "methods": "core targets adapters.bottleneck adapters.low_rank adapters.virtual_tokens",
     "operations": "core targets adapters adapters.bottleneck adapters.low_rank methods",
