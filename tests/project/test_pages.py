@@ -6,6 +6,7 @@ from pathlib import Path
 import pages
 import pytest
 from pages import ROOT
+from test_layers import KNOW_LIGHTNING, MAY_IMPORT
 
 # Where a path in a sentence may begin, beside the page's own folder.
 PLACES = [ROOT / folder for folder in (".", "lightning_peft", "examples/configs", "examples/launch")]
@@ -46,6 +47,13 @@ def test_every_page_is_reached_from_the_readme() -> None:
 
 
 @every_page
+def test_tables_are_tables(page: Path) -> None:
+    """GitHub shows one whose lines have different numbers of cells as text."""
+    for table in re.findall(r"(?:^\|.*\|\n)+", pages.prose(page), flags=re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
+
+
+@every_page
 def test_a_path_in_a_sentence_exists(page: Path) -> None:
     for code in set(pages.inline(page)) - OF_USERS:
         if FILE_OR_FOLDER.fullmatch(code):
@@ -65,9 +73,15 @@ def rows(chapter: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
 
 
-def test_contributing_lists_every_room() -> None:
-    packages = {path.parent.name for path in (ROOT / "lightning_peft").glob("*/__init__.py")}
-    assert {cells[0].strip("`/") for cells in rows("The house")} == packages
+def test_contributing_says_what_every_room_imports() -> None:
+    """As ``test_layers.py`` has it by package, taken together by room."""
+    true: dict[str, set[str]] = {}
+    for package, names in MAY_IMPORT.items():
+        room = package.partition(".")[0]
+        lightning = {"Lightning"} if package in KNOW_LIGHTNING else set()
+        true.setdefault(room, set()).update(lightning, {name.partition(".")[0] for name in names.split()} - {room})
+    said = {room.strip("`/"): set(re.findall(r"\w+", imports)) - {"nothing"} for room, _, imports in rows("The house")}
+    assert said == true
 
 
 def test_private_names_are_used_where_contributing_says() -> None:

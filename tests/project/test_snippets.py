@@ -186,3 +186,5 @@ def test_a_command_runs(command: str, workplace: Path, monkeypatch: pytest.Monke
     else:
         # A benchmark writes to the root of the repository if it is not told otherwise.
         in_a_shell(command + (" --out bench" if "benchmarks" in command else ""), workplace)
+    # The pages speak of `last`: it has to be that of the last run.
+    assert [path.name for path in Path(".quickstart/checkpoints").glob("last*")] == ["last"]
