@@ -7,8 +7,6 @@ of one process on the same global batch.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,11 @@ import lightning.pytorch as pl
 import torch
 import transformers as t
 import yaml
-from launch import clean_environment
 from network import wait_for
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lightning_peft import adapter_state_dict
+from lightning_peft.cli import PEFTCLI
 
 CHARACTERS = "0123456789?"
 
@@ -119,7 +117,5 @@ def config(folder: Path, *, nodes: int, batch: int, out: Path, hold: int | None 
 
 
 def run_alone(run: Path, *arguments: str) -> None:
-    """Run the command of a config in a process of its own."""
-    command = [sys.executable, "-m", "lightning_peft", "fit", f"--config={run}", *arguments]
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Run the command of a config in this process."""
+    PEFTCLI(["fit", f"--config={run}", *arguments])

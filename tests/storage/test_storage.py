@@ -177,15 +177,20 @@ def test_a_crash_between_the_two_renames_is_mended(directory: Path) -> None:
     assert torch.equal(outputs(model, inputs), outputs(adapted(), inputs))
 
 
-@pytest.mark.parametrize("mode", [0o555, 0o000], ids=["read-only", "closed"])
-def test_a_directory_without_permission(tmp_path: Path, mode: int) -> None:
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    folder.chmod(mode)
-    for parent in [tmp_path, *tmp_path.parents]:
-        if parent.stat().st_uid == os.getuid() and parent.name.startswith(("pytest-", tmp_path.name)):
+MODES = {"read-only": 0o555, "closed": 0o000}
+
+
+@pytest.fixture(scope="module")
+def without_permission(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder of each mode, and what a process printed that tried to save into them."""
+    root = tmp_path_factory.mktemp("permissions")
+    for name, mode in MODES.items():
+        (root / name).mkdir()
+        (root / name).chmod(mode)
+    for parent in [root, *root.parents]:
+        if parent.stat().st_uid == os.getuid() and parent.name.startswith(("pytest-", "popen-", root.name)):
             parent.chmod(parent.stat().st_mode | 0o055)
-    # Permissions do not bind root: the attempt is made as nobody.
+    # Permissions do not bind root: the attempts are made as nobody.
     program = f"""
         import os, torch
         from lightning_peft import LayerNormTuning, LoRA, PEFTError, inject, save_adapter
@@ -193,13 +198,21 @@ def test_a_directory_without_permission(tmp_path: Path, mode: int) -> None:
         inject(model, LoRA(r=1))
         if os.getuid() == 0:
             os.setuid(65534)
-        try:
-            save_adapter(model, {str(folder / "adapter")!r})
-        except PEFTError as error:
-            print("refused:", error)
+        for mode in {list(MODES)}:
+            try:
+                save_adapter(model, f"{root}/{{mode}}/adapter")
+            except PEFTError as error:
+                print(mode, "refused:", error)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120)
-    assert "refused: Cannot write" in done.stdout, done.stdout + done.stderr
-    assert "Permission denied" in done.stdout
-    folder.chmod(0o755)
-    assert not list(folder.iterdir())
+    return root, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_directory_without_permission(mode: str, without_permission: tuple[Path, str]) -> None:
+    root, printed = without_permission
+    (line,) = [line for line in printed.splitlines() if line.startswith(f"{mode} refused: ")] or [printed]
+    assert "Cannot write" in line
+    assert "Permission denied" in line
+    (root / mode).chmod(0o755)
+    assert not list((root / mode).iterdir())

@@ -69,7 +69,13 @@ def checkpoint(path: Path) -> dict[str, Any]:
     return trainer(path.parent).strategy.load_checkpoint(path, weights_only=True)
 
 
-@pytest.mark.parametrize("tag", RUNS)
+@pytest.fixture(params=RUNS)
+def tag(request: pytest.FixtureRequest, base: str) -> str:
+    if base == "ddp_spawn" and request.param in ("file", "one"):
+        pytest.skip("as with ddp_fork: the workers differ in how they start")
+    return str(request.param)
+
+
 def test_ranks_are_equal_and_merged(out: Path, tag: str) -> None:
     ranks = [load(file) for file in sorted(out.glob(f"{tag}-rank*.pt"))]
     assert len(ranks) > 1
@@ -79,7 +85,6 @@ def test_ranks_are_equal_and_merged(out: Path, tag: str) -> None:
         assert rank["merged"]
 
 
-@pytest.mark.parametrize("tag", RUNS)
 def test_many_processes_learn_what_one_does(out: Path, single: Path, tag: str) -> None:
     # "three" and "file" went on from a directory and a file of this base, "one" from those of one process.
     alone, together = load(single / f"{RUNS[tag]}-rank0.pt"), load(out / f"{tag}-rank0.pt")
