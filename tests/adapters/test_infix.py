@@ -5,19 +5,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import transformers as t
 from families import build
-from modules import Llama, assert_same, loader, trainer
+from modules import Llama, assert_same
+from resuming import straight_and_resumed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_peft import PEFTError, PEFTStrategy, PromptTuning, adapter_state_dict, inject, load_adapter
+from lightning_peft import PEFTError, PromptTuning, adapter_state_dict, inject, load_adapter
 from lightning_peft.adapters.virtual_tokens.infix import answers
 from lightning_peft.adapters.virtual_tokens.virtual_tokens import find_decoder
-from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.core.view import ModelView
 from lightning_peft.tasks.answer_loss import answer_logits
 
@@ -242,16 +241,8 @@ class Answering(Llama):
 
 
 def test_fit_save_load_and_resume(tmp_path: Path) -> None:
-    def fit(steps: int, folder: str, **options: Any) -> pl.LightningModule:
-        callback = AdapterCheckpoint(dirpath=tmp_path / folder, save_last=True, every_n_train_steps=1)
-        run = trainer(tmp_path, PEFTStrategy(METHODS["layers"]), callbacks=[callback], max_steps=steps)
-        module = Answering()
-        run.fit(module, loader(), **options)
-        return module
-
-    straight = fit(4, "straight")
-    fit(2, "halves")
-    assert_same(adapter_state_dict(straight), adapter_state_dict(fit(4, "resumed", ckpt_path=tmp_path / "halves/last")))
+    straight, resumed = straight_and_resumed(tmp_path, Answering, METHODS["layers"])
+    assert_same(adapter_state_dict(straight), adapter_state_dict(resumed))
     module = Answering()
     load_adapter(module, tmp_path / "straight" / "last")
     assert_same(adapter_state_dict(straight), adapter_state_dict(module))

@@ -8,12 +8,11 @@ import peft
 import pytest
 import torch
 from families import build, outputs
-from lightning.pytorch.callbacks import ModelCheckpoint
-from modules import SteppedRegression, Stop, assert_same, loader, trainer
+from modules import SteppedRegression, assert_same
+from resuming import straight_and_resumed
 from torch import nn
 
-from lightning_peft import DoRA, LoRA, PEFTError, PEFTStrategy, inject, load_adapter, merge, save_adapter
-from lightning_peft.callbacks import AdapterCheckpoint
+from lightning_peft import DoRA, LoRA, PEFTError, inject, load_adapter, merge, save_adapter
 from lightning_peft.cli import main
 from lightning_peft.core.registry import own_registry
 
@@ -154,18 +153,9 @@ def test_our_files_bring_the_method_back(options: dict[str, Any], tmp_path: Path
 @pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
 @pytest.mark.parametrize("kind", ["directory", "file"])
 def test_a_resumed_run_ends_bit_for_bit_as_a_straight_one(init: str, kind: str, tmp_path: Path) -> None:
-    def fit(folder: str, stop: int, **options: Any) -> SteppedRegression:
-        module = SteppedRegression()
-        checkpoint: Any = AdapterCheckpoint if kind == "directory" else ModelCheckpoint
-        saved = checkpoint(dirpath=tmp_path / folder, save_last=True, every_n_train_steps=1)
-        run = trainer(tmp_path, PEFTStrategy(LoRA(r=2, init=init)), callbacks=[saved, Stop(stop)], max_steps=4)
-        run.fit(module, loader(), **options)
-        return module
-
-    straight = fit("straight", 4)
-    fit("halves", 2)
-    last = tmp_path / "halves" / ("last" if kind == "directory" else "last.ckpt")
-    assert_same(dict(straight.state_dict()), dict(fit("resumed", 4, ckpt_path=last).state_dict()))
+    method = LoRA(r=2, init=init)
+    straight, resumed = straight_and_resumed(tmp_path, SteppedRegression, method, file=kind == "file")
+    assert_same(dict(straight.state_dict()), dict(resumed.state_dict()))
 
 
 def test_a_fast_decomposition_finds_the_largest_singular_values() -> None:

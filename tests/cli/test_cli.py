@@ -12,9 +12,10 @@ import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.loggers import CSVLogger
+from modules import Llama
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lightning_peft import LoRA, PEFTStrategy, adapter_state_dict, inject, save_adapter
 from lightning_peft.cli import COMMANDS, PEFTCLI, RUNS, main
@@ -354,19 +355,6 @@ def test_no_record_without_a_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # Commands without a Trainer
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 def trained_adapter(model: nn.Module, path: Path) -> None:
     """Write an adapter that changes the outputs of ``model``, which has it afterwards."""
     inject(model, LoRA(r=2, alpha=4, target_modules="attention"))
@@ -377,13 +365,13 @@ def trained_adapter(model: nn.Module, path: Path) -> None:
 
 
 def test_inspect_shows_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trained_adapter(tiny_llama(), tmp_path / "adapter")
+    trained_adapter(Llama().model, tmp_path / "adapter")
     with pytest.raises(SystemExit) as stop:
         main(["inspect", str(tmp_path / "adapter")])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
-    for part in ("LlamaForCausalLM", "LORA r=2 lora_alpha=4", "q_proj", f"16 with 512 values; the file has {size:,} "):
+    for part in ("LlamaForCausalLM", "LORA r=2 lora_alpha=4", "q_proj", f"16 with 448 values; the file has {size:,} "):
         assert part in printed
 
 
@@ -408,7 +396,7 @@ def test_inspect_refuses_what_is_no_adapter(tmp_path: Path) -> None:
 
 
 def test_merge_writes_a_plain_model(tmp_path: Path) -> None:
-    model = tiny_llama()
+    model = Llama().model
     model.save_pretrained(tmp_path / "base")
     trained_adapter(model, tmp_path / "adapter")
     command = ["merge", str(tmp_path / "adapter"), f"--model={tmp_path / 'base'}", f"--out={tmp_path / 'merged'}"]
@@ -423,5 +411,5 @@ def test_merge_writes_a_plain_model(tmp_path: Path) -> None:
 
 
 def test_merge_needs_a_base(tmp_path: Path) -> None:
-    trained_adapter(tiny_llama(), tmp_path / "adapter")
+    trained_adapter(Llama().model, tmp_path / "adapter")
     assert "--model" in refused(["merge", str(tmp_path / "adapter"), f"--out={tmp_path / 'merged'}"])

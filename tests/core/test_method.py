@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import build, outputs, randomise
 from modules import Regression, SteppedRegression, adapter_state, assert_same, loader, trainer
+from resuming import straight_and_resumed
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -237,16 +238,8 @@ def test_the_ratio_trains_as_groups_made_by_hand(tmp_path: Path) -> None:
 
 
 def test_split_groups_resume(tmp_path: Path) -> None:
-    def fit(steps: int, folder: str, **options: Any) -> SteppedRegression:
-        callback = AdapterCheckpoint(dirpath=tmp_path / folder, save_last=True)
-        module = SteppedRegression()
-        run = trainer(tmp_path, PEFTStrategy(Plus(r=2)), max_steps=steps, callbacks=[callback])
-        run.fit(module, loader(), **options)
-        return module
-
-    straight = fit(4, "straight")
-    fit(2, "half")
-    assert_same(adapter_state(straight), adapter_state(fit(4, "rest", ckpt_path=tmp_path / "half" / "last")))
+    straight, resumed = straight_and_resumed(tmp_path, SteppedRegression, Plus(r=2))
+    assert_same(adapter_state(straight), adapter_state(resumed))
 
 
 def test_lbfgs_has_one_learning_rate() -> None:
@@ -402,16 +395,7 @@ class Normed(SteppedRegression):
 
 
 def test_running_statistics_are_kept_with_what_moves_them(tmp_path: Path) -> None:
-    def fit(steps: int, folder: str, **options: Any) -> Normed:
-        callback = AdapterCheckpoint(dirpath=tmp_path / folder, save_last=True)
-        module = Normed()
-        run = trainer(tmp_path, PEFTStrategy(FullFinetuning()), max_steps=steps, callbacks=[callback])
-        run.fit(module, loader(), **options)
-        return module
-
-    straight = fit(4, "straight")
-    fit(2, "half")
-    resumed = fit(4, "rest", ckpt_path=tmp_path / "half" / "last")
+    straight, resumed = straight_and_resumed(tmp_path, Normed, FullFinetuning())
     assert_same(dict(straight.state_dict()), dict(resumed.state_dict()))
     assert straight.net[1].running_mean.abs().max() > 0
     fresh = Normed()

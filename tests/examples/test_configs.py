@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster import language_model, questions
+from cluster import model_and_data
 from jsonargparse import Namespace
 from launch import clean_environment
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
@@ -60,8 +60,7 @@ class Made(PEFTCLI):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
-    language_model(path / "model")
-    questions(path / "questions.jsonl")
+    model_and_data(path)
     return path
 
 

@@ -18,7 +18,7 @@ import jsonschema
 import pytest
 import schemas
 import yaml
-from cluster import config, language_model, questions
+from cluster import config, model_and_data
 from launch import clean_environment
 from test_configs import CONFIGS, ROOT, Parsed
 
@@ -174,8 +174,7 @@ def test_the_ray_script_runs_on_a_stand_in(tmp_path: Path) -> None:
         file = tmp_path / "path" / "ray" / f"{name}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(source)
-    language_model(tmp_path / "model")
-    questions(tmp_path / "questions.jsonl")
+    model_and_data(tmp_path)
     run = config(tmp_path, nodes=2, batch=4, out=tmp_path / "out")
     environment = clean_environment()
     environment["PYTHONPATH"] = f"{tmp_path / 'path'}:{environment['PYTHONPATH']}"

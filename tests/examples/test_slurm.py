@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import slurm
 import torch
-from cluster import config, language_model, questions, run_alone
+from cluster import config, model_and_data, run_alone
 from network import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(reason := slurm.why_not()), reason=str(reason))]
@@ -54,8 +54,7 @@ def adapters(out: Path, rank: int) -> dict[str, torch.Tensor]:
 
 
 def test_a_job_near_its_end_is_put_back_and_resumes(cluster: slurm.Cluster, tmp_path: Path) -> None:
-    language_model(tmp_path / "model")
-    questions(tmp_path / "questions.jsonl")
+    model_and_data(tmp_path)
     run_alone(config(tmp_path, nodes=1, batch=8, out=tmp_path / "alone"))
     undisturbed = config(tmp_path, nodes=2, batch=4, out=tmp_path / "undisturbed")
     finish(cluster, submit(cluster, undisturbed), undisturbed.parent / "log")

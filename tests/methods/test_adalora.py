@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import peft
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
-from modules import Llama, Regression, Stop, assert_same, loader, trainer
+from modules import Llama, Regression, assert_same, loader, trainer
+from resuming import straight_and_resumed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_peft import AdaLoRA, PEFTError, PEFTStrategy, inject, load_adapter, save_adapter
-from lightning_peft.callbacks import AdapterCheckpoint
 
 STEPS, ACCUMULATED, CLIP = 12, 2, 0.05
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -176,18 +175,15 @@ def test_a_resumed_run_ends_bit_for_bit_as_a_straight_one(stop: int, kind: str, 
             ids = tokens(self.global_step)
             return self.model(input_ids=ids, labels=ids).loss
 
-    def fit(folder: str, callbacks: list[pl.Callback], **options: Any) -> Stepped:
-        module = Stepped()
-        strategy = PEFTStrategy(method(tinit=3, tfinal=4, deltaT=2), merge_on_train_end=False)
-        checkpoint: Any = AdapterCheckpoint if kind == "directory" else pl.callbacks.ModelCheckpoint
-        saved = checkpoint(dirpath=tmp_path / folder, save_last=True, every_n_train_steps=1)
-        run = trainer(tmp_path, strategy, callbacks=[saved, *callbacks], max_steps=STEPS)
-        run.fit(module, DataLoader(range(STEPS)), **options)
-        return module
-
-    straight = fit("straight", [])
-    assert fit("halves", [Stop(stop)]).global_step == stop
-    resumed = fit("resumed", [], ckpt_path=tmp_path / "halves" / ("last" if kind == "directory" else "last.ckpt"))
+    straight, resumed = straight_and_resumed(
+        tmp_path,
+        Stepped,
+        method(tinit=3, tfinal=4, deltaT=2),
+        steps=STEPS,
+        stop=stop,
+        file=kind == "file",
+        merge_on_train_end=False,
+    )
     assert_same(dict(straight.state_dict()), dict(resumed.state_dict()))
     assert len(resumed.steps) == STEPS - stop
 

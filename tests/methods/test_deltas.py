@@ -11,6 +11,7 @@ from families import build, outputs
 from judges.hf_peft import METHODS, TARGETS, shift, trained
 from modules import SteppedRegression, loader, trainer
 from peft.optimizers import create_loraplus_optimizer
+from resuming import straight_and_resumed
 from torch import Tensor, nn
 
 from lightning_peft import (
@@ -26,7 +27,6 @@ from lightning_peft import (
     merge,
     save_adapter,
 )
-from lightning_peft.callbacks import AdapterCheckpoint
 
 CASES = [(name, family) for name, (_, _, families) in METHODS.items() for family in families]
 
@@ -178,17 +178,9 @@ class TwoModels(SteppedRegression):
 
 
 def test_vera_in_several_plain_models(tmp_path: Path) -> None:
-    def fit(steps: int, folder: str, **options: Any) -> TwoModels:
-        callback = AdapterCheckpoint(dirpath=tmp_path / folder, save_last=True)
-        module = TwoModels()
-        strategy = PEFTStrategy(VeRA(r=5), merge_on_train_end=False)
-        trainer(tmp_path, strategy, max_steps=steps, callbacks=[callback]).fit(module, loader(), **options)
-        return module
-
-    trained = fit(4, "straight")
-    fit(2, "half")
+    trained, resumed = straight_and_resumed(tmp_path, TwoModels, VeRA(r=5), merge_on_train_end=False)
     x = torch.randn(3, 8)
-    assert torch.equal(fit(4, "rest", ckpt_path=tmp_path / "half" / "last")(x), trained(x))
+    assert torch.equal(resumed(x), trained(x))
     assert not torch.equal(trained(x), TwoModels()(x))
     save_adapter(trained, tmp_path / "adapter")
     loaded = TwoModels()

@@ -11,12 +11,11 @@ from typing import Any
 import lightning as L
 import torch
 from distributed_script import CPUFSDPStrategy, finish, parallel
-from modules import adapter_state, loader, trainer
+from modules import Llama, adapter_state, loader, trainer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lightning_peft import LoRA, PEFTStrategy
@@ -35,24 +34,13 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-class Llama(L.LightningModule):
-    """A tiny Llama whose embeddings are frozen, in eval mode as ``from_pretrained`` hands it over."""
+class Recorded(Llama):
+    """Takes its share of the batch, and writes down its gradients and what is learnt."""
 
     def __init__(self, out: Path, base: str, feature: str) -> None:
-        super().__init__()
+        # Keys for each of two processes.
+        super().__init__(num_key_value_heads=2)
         self.out, self.base, self.feature, self.calls = out, base, feature, 0
-        config = LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            use_cache=False,
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            self.model = LlamaForCausalLM(config).eval()
         if feature == "reentrant" or (feature == "checkpointing" and base != "fsdp"):
             self.model.gradient_checkpointing_enable({"use_reentrant": feature == "reentrant"})
         # An early part of the layer: recomputation stops at the last activation that is needed.
@@ -80,8 +68,7 @@ class Llama(L.LightningModule):
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         rank, count = (0, 1) if self.base == "tensor" else (self.global_rank, self.trainer.world_size)
-        ids = (batch[0][rank::count] * 8).long().abs() % 32
-        return self.model(input_ids=ids, labels=ids).loss
+        return super().training_step([batch[0][rank::count]], batch_idx)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         if self.global_step == 0 and self.feature != "clipping":
@@ -98,9 +85,6 @@ class Llama(L.LightningModule):
         content = {"grads": grads, "calls": self.calls, "dtypes": sorted({str(p.dtype) for p in parameters.values()})}
         torch.save(content, self.out / f"{self.feature}-{self.global_rank}.pt")
 
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
     def on_train_end(self) -> None:
         torch.save(adapter_state(self), self.out / f"{self.feature}-{self.global_rank}-end.pt")
 
@@ -114,7 +98,7 @@ def strategy(base: str, feature: str) -> Any:
 
 def run(out: Path, base: str, feature: str, devices: int) -> None:
     L.seed_everything(0)
-    module: nn.Module = Llama(out, base, feature)
+    module: nn.Module = Recorded(out, base, feature)
     options: dict[str, Any] = {
         "max_epochs": 1,
         "use_distributed_sampler": False,

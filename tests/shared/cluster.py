@@ -46,8 +46,13 @@ class Hold(pl.Callback):
             wait_for((self.path / "go").exists, "the file go")
 
 
-def language_model(path: Path) -> None:
-    """Write a random Llama and its tokenizer."""
+def model_and_data(folder: Path) -> None:
+    """Write what ``config`` names: a random Llama with its tokenizer, and questions."""
+    _language_model(folder / "model")
+    _questions(folder / "questions.jsonl")
+
+
+def _language_model(path: Path) -> None:
     vocabulary = {token: number for number, token in enumerate(["<eos>", *CHARACTERS])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
     raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -68,7 +73,7 @@ def language_model(path: Path) -> None:
         t.LlamaForCausalLM(config).save_pretrained(path)
 
 
-def questions(path: Path, count: int = 24) -> None:
+def _questions(path: Path, count: int = 24) -> None:
     """Write examples of equal length."""
     rows = [{"prompt": f"{number:02d}?", "answer": f"{number * 7 % 100:02d}"} for number in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -91,22 +91,20 @@ class SteppedRegression(Regression):
 class Llama(pl.LightningModule):
     """A tiny transformers model, which ``from_pretrained`` would hand over in eval mode."""
 
-    def __init__(self, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        config = LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            use_cache=False,
-        )
+        config = {
+            "vocab_size": 32,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "use_cache": False,
+        }
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            self.model = LlamaForCausalLM(config).eval()
-        if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            self.model = LlamaForCausalLM(LlamaConfig(**{**config, **options})).eval()
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         ids = (batch[0] * 8).long().abs() % 32

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from modules import Llama, Stop, loader, trainer
 from torch import Tensor
 
 from lightning_peft import PEFTMethod, PEFTStrategy
 from lightning_peft.callbacks import AdapterCheckpoint
+
+Module = TypeVar("Module", bound=pl.LightningModule)
 
 
 class SteppedLlama(Llama):
@@ -32,17 +36,36 @@ def logits(module: pl.LightningModule) -> Tensor:
 
 
 def straight_and_resumed(
-    root: Path, kind: type[pl.LightningModule], method: PEFTMethod | list[PEFTMethod] | str
-) -> tuple[Any, Any]:
-    """Train for four steps, and for two and from their checkpoint for two more; ``root/straight/last`` is saved."""
+    root: Path,
+    kind: Callable[[], Module],
+    method: PEFTMethod | list[PEFTMethod] | str,
+    *,
+    steps: int = 4,
+    stop: int = 2,
+    file: bool = False,
+    **options: Any,
+) -> tuple[Module, Module]:
+    """Train without a break, and with one: up to a step, and from the checkpoint of that step to the end.
 
-    def fit(steps: int, folder: str, **options: Any) -> pl.LightningModule:
-        callback = AdapterCheckpoint(dirpath=root / folder, save_last=True, every_n_train_steps=1)
-        run = trainer(root, PEFTStrategy(method), callbacks=[callback, Stop(steps)], max_steps=4)
+    Args:
+        root: Where ``straight/last`` is the last checkpoint of the first run.
+        kind: Makes the module, which is the same each time.
+        method: What is trained.
+        steps: All steps.
+        stop: The one after which there is the break.
+        file: Checkpoints are files, not directories.
+        options: The strategy's other options.
+    """
+    checkpoint: Any = ModelCheckpoint if file else AdapterCheckpoint
+
+    def fit(folder: str, end: int, **resume: Any) -> Module:
+        saved = checkpoint(dirpath=root / folder, save_last=True, every_n_train_steps=1)
+        run = trainer(root, PEFTStrategy(method, **options), callbacks=[saved, Stop(end)], max_steps=steps)
         module = kind()
-        run.fit(module, loader(), **options)
+        run.fit(module, loader(), **resume)
+        assert run.global_step == end
         return module
 
-    straight = fit(4, "straight")
-    fit(2, "halves")
-    return straight, fit(4, "resumed", ckpt_path=root / "halves" / "last")
+    straight = fit("straight", steps)
+    fit("halves", stop)
+    return straight, fit("resumed", steps, ckpt_path=root / "halves" / ("last.ckpt" if file else "last"))

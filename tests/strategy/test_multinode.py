@@ -12,7 +12,7 @@ from typing import Any
 import network
 import pytest
 import torch
-from cluster import config, language_model, questions, run_alone
+from cluster import config, model_and_data, run_alone
 from network import Node, two_nodes, wait_for
 from safetensors import safe_open
 
@@ -38,8 +38,7 @@ def idle(nodes: tuple[Node, Node]) -> Iterator[tuple[Node, Node]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shared")
-    language_model(path / "model")
-    questions(path / "questions.jsonl")
+    model_and_data(path)
     return path
 
 

@@ -305,7 +305,8 @@ def test_transformers_models_train_in_train_mode(
         calls += 1
         return original(*args, **kwargs)
 
-    module = Llama(gradient_checkpointing=True)
+    module = Llama()
+    module.model.gradient_checkpointing_enable()
     for part in module.modules():
         if hasattr(part, "_gradient_checkpointing_func"):
             monkeypatch.setattr(part, "_gradient_checkpointing_func", counting)
