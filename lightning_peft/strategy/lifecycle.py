@@ -62,12 +62,9 @@ class Lifecycle(WritesDirectories, Training):
         """Set the options above. It is abstract, so that no class below ``PEFTStrategy`` is offered to a user."""
 
     def connect(self, model: pl.LightningModule) -> None:
-        """Attach the module, and this run's summary to the trainer's callbacks."""
+        """Attach the module; a trainer need not be there yet."""
         super().connect(model)
         self._is_set_up, self._held_back = False, None
-        callbacks = model.trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(callback, PEFTSummary) for callback in callbacks):
-            callbacks.insert(0, PEFTSummary())
 
     def inject(self) -> None:
         """Inject the adapters into the connected module; does nothing if it has some already.
@@ -123,11 +120,14 @@ class Lifecycle(WritesDirectories, Training):
         files.apply(checkpoint, ModelView(self._module), strict, self._gathered)
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Set the base strategy up, with the adapters injected on the way.
+        """Set the base strategy up, with the adapters injected on the way, and add the run's summary to the callbacks.
 
-        That is right after ``convert_module``, the one call that every base strategy makes: a quantising plugin
-        replaces linear layers there, adapters' included, and wrapping and optimizers come later.
+        Adapters are injected right after ``convert_module``, the one call that every base strategy makes: a quantising
+        plugin replaces linear layers there, adapters' included, and wrapping and optimizers come later.
         """
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, PEFTSummary) for callback in callbacks):
+            callbacks.insert(0, PEFTSummary())
         refusals.refuse_averaging(trainer)
         self.precision_plugin = plugin = self.precision_plugin
         convert = plugin.convert_module
@@ -142,7 +142,7 @@ class Lifecycle(WritesDirectories, Training):
             super().setup(trainer)
         finally:
             del plugin.convert_module
-        refusals.refuse_unserved(self, self._base_name, self._is_set_up)
+        refusals.refuse_unserved(self, self._module, self._base_name, self._is_set_up)
 
     def _prepare(self, trainer: pl.Trainer) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from lightning_peft.core.adapter import CHILD, clean_name
+from lightning_peft.core.registry import registries
 from lightning_peft.core.sharding import like
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.storage.state import adapter_parameters_and_whole
-from lightning_peft.strategy.param_groups import drop_groups, learning_rate_ratios, split_groups
+from lightning_peft.strategy.param_groups import (
+    drop_groups,
+    has_to_keep_groups,
+    learning_rate_ratios,
+    settle_state,
+    split_groups,
+)
 
 
 def restrict_to_trainable(optimizers: Sequence[Optimizer], schedulers: Iterable[Any], model: nn.Module) -> None:
     """Take frozen parameters out of every param group and put forgotten adapter parameters in.
 
     A forgotten one joins the group that held a parameter of the module that it adapts. A group that is left empty goes,
-    and with it its entry in every scheduler. A group whose parameters have other learning rates by their method
-    (:meth:`~lightning_peft.core.method.PEFTMethod.lr_ratio`) is split, and schedulers keep the ratio. The optimizers
-    are changed in place, before their first step.
+    and with it its entry in every scheduler; under a scheduler that is not torch's it stays, empty. A group whose
+    parameters have other learning rates by their method (:meth:`~lightning_peft.core.method.PEFTMethod.lr_ratio`) is
+    split, and schedulers keep the ratio. The optimizers are changed in place, before their first step.
 
     Args:
         optimizers: What ``configure_optimizers`` returned.
@@ -32,8 +40,8 @@ def restrict_to_trainable(optimizers: Sequence[Optimizer], schedulers: Iterable[
         model: The model with adapters; its trainable parameters are those with ``requires_grad``.
 
     Raises:
-        PEFTError: An optimizer is left with nothing, an adapter has no optimizer, or an optimizer keeps copies of its
-            param groups.
+        PEFTError: An optimizer is left with nothing, an adapter has no optimizer, an optimizer keeps copies of its
+            param groups, or a group would have to be split under a scheduler that would not know of it.
     """
     for optimizer in optimizers:
         if isinstance(optimizer, ZeroRedundancyOptimizer):
@@ -41,17 +49,15 @@ def restrict_to_trainable(optimizers: Sequence[Optimizer], schedulers: Iterable[
                 "ZeroRedundancyOptimizer keeps its own shards of the param groups, which cannot be restricted to "
                 "adapters. Use the optimizer that it wraps: adapter states are small."
             )
+    view = ModelView(model)
     schedulers = list(schedulers)
     names = {id(p): clean_name(name) for name, p in model.named_parameters()}
-    homes = {id(p): group for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in _forgotten(model, homes):
-        group = _home(model, name, homes)
-        group["params"].append(parameter)
-        if "param_names" in group:
-            group["param_names"].append(name)
+    _add_forgotten(view, optimizers)
+    ratios = learning_rate_ratios(view)
     for optimizer in optimizers:
-        had = [names.get(id(p), "?") for group in optimizer.param_groups for p in group["params"]]
-        _drop_frozen(optimizer)
+        had = [names[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in names]
+        _drop_frozen(optimizer, names)
+        settle_state(optimizer)
         empty = [i for i, group in enumerate(optimizer.param_groups) if not group["params"]]
         if had and len(empty) == len(optimizer.param_groups):
             raise PEFTError(
@@ -59,16 +65,20 @@ def restrict_to_trainable(optimizers: Sequence[Optimizer], schedulers: Iterable[
                 f"{len(had)} frozen parameters ({', '.join(had[:3])}, …) and none that an adapter belongs to. Give it "
                 "self.parameters(), or name modules in target_modules or train_also."
             )
-        drop_groups(optimizer, schedulers, empty)
-        split_groups(optimizer, schedulers, learning_rate_ratios(model))
+        if not has_to_keep_groups(optimizer, schedulers):
+            drop_groups(optimizer, schedulers, empty)
+        split_groups(optimizer, schedulers, ratios)
 
 
 def state_by_name(optimizer: Optimizer, state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Return ``state``, the optimizer's ``state_dict()``, with parameter names in place of positions.
 
     A parameter without state (before the first step, or never used) has an empty one, so that a state which got lost
-    can be told from one which never was.
+    can be told from one which never was. An optimizer without param groups in its state (one that wraps another, or
+    what Lightning has in place of none) is saved as it is.
     """
+    if "param_groups" not in state:
+        return dict(state)
     names = parameter_names(optimizer, model)
     return {
         **state,
@@ -87,6 +97,8 @@ def state_by_position(optimizer: Optimizer, saved: Mapping[str, Any], model: nn.
     Raises:
         PEFTError: The groups hold other parameters than they did, or there is no state to go on from.
     """
+    if "param_groups" not in saved:
+        return dict(saved)
     names = parameter_names(optimizer, model)
     groups, start = [], 0
     if len(saved["param_groups"]) != len(optimizer.param_groups):
@@ -128,17 +140,37 @@ def _placed_like(parameter: nn.Parameter, value: Any) -> Any:
     return like(parameter, value) if isinstance(value, torch.Tensor) and value.shape == parameter.shape else value
 
 
-def _forgotten(model: nn.Module, homes: Mapping[int, Any]) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in adapter_parameters_and_whole(ModelView(model)).items():
-        if isinstance(parameter, nn.Parameter) and parameter.requires_grad and id(parameter) not in homes:
-            yield name, parameter
+def _add_forgotten(model: ModelView, optimizers: Sequence[Optimizer]) -> None:
+    """Put adapters, and what is trained whole on request, into the groups of what they stand beside.
+
+    Parameters of the base that a method trains were there for ``configure_optimizers`` to take: those that it left out
+    are not trained, as without this package.
+    """
+    homes = {id(p): group for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    left_out = []
+    chosen = {f"{prefix}.{name}".lstrip(".") for prefix, _, found in registries(model) for name in found.chosen}
+    for name, parameter in adapter_parameters_and_whole(model).items():
+        if not isinstance(parameter, nn.Parameter) or not parameter.requires_grad or id(parameter) in homes:
+            continue
+        if name in chosen:
+            left_out.append(name)
+            continue
+        group = _home(model, name, homes)
+        group["params"].append(parameter)
+        if "param_names" in group:
+            group["param_names"].append(name)
+    if left_out:
+        rank_zero_warn(
+            f"{len(left_out)} parameters that could be trained are in no optimizer from configure_optimizers, so they "
+            f"stay as they are: {', '.join(left_out[:5])}{', …' if left_out[5:] else ''}."
+        )
 
 
-def _home(model: nn.Module, name: str, homes: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+def _home(model: ModelView, name: str, homes: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
     """Return the group for the parameter ``name``: that of another parameter of the module it belongs to."""
     host = name.split(f".{CHILD}.")[0] if f".{CHILD}." in name else name.rpartition(".")[0]
-    for owner, module in model.named_modules():
-        if clean_name(owner) == host:
+    for owner, module in model.walked:
+        if owner == host:
             for parameter in module.parameters():
                 if id(parameter) in homes:
                     return homes[id(parameter)]
@@ -148,13 +180,14 @@ def _home(model: nn.Module, name: str, homes: Mapping[int, dict[str, Any]]) -> d
     )
 
 
-def _drop_frozen(optimizer: Optimizer) -> None:
+def _drop_frozen(optimizer: Optimizer, names: Mapping[int, str]) -> None:
+    """Take the frozen parameters of the model, which has those in ``names``, out of the param groups."""
     for group in optimizer.param_groups:
-        trained = [p.requires_grad for p in group["params"]]
+        kept = [p.requires_grad or id(p) not in names for p in group["params"]]
         for key in ("params", "param_names"):
             if key in group:
                 # In place: LBFGS and others hold on to the list itself.
-                group[key][:] = [entry for entry, keep in zip(group[key], trained, strict=True) if keep]
+                group[key][:] = [entry for entry, keep in zip(group[key], kept, strict=True) if keep]
 
 
 def parameter_names(optimizer: Optimizer, model: nn.Module) -> list[str]:

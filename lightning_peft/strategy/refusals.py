@@ -92,16 +92,16 @@ def refuse_different_ranks(strategy: Strategy, view: ModelView) -> None:
         )
 
 
-def refuse_unserved(strategy: Strategy, base_name: str, is_set_up: bool) -> None:
+def refuse_unserved(strategy: Strategy, module: nn.Module, base_name: str, is_set_up: bool) -> None:
     """Check that the base strategy went the way of Lightning's own.
 
     Raises:
         PEFTError: It is a strategy of the user's that leaves out a call.
     """
-    held = [p for optimizer in strategy.optimizers for group in optimizer.param_groups for p in group["params"]]
+    held = {id(p) for optimizer in strategy.optimizers for group in optimizer.param_groups for p in group["params"]}
     for missing, call in (
         (not is_set_up, "self.precision_plugin.convert_module(self.model)"),
-        (any(not p.requires_grad for p in held), "self.setup_optimizers(trainer)"),
+        (any(id(p) in held and not p.requires_grad for p in module.parameters()), "self.setup_optimizers(trainer)"),
     ):
         if missing:
             raise PEFTError(

@@ -105,6 +105,12 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
     def _init_optimizers(self) -> Any:
         optimizer, schedule = super()._init_optimizers()
         restrict_to_trainable([optimizer], [schedule.scheduler] if schedule else [], self._module)
+        if empty := [i for i, group in enumerate(optimizer.param_groups) if not group["params"]]:
+            raise PEFTError(
+                f"Param group {empty[0]} from configure_optimizers holds frozen parameters only. DeepSpeed would take it "
+                "out, and the scheduler would set the wrong groups' learning rates. Leave the group out there, or use a "
+                "scheduler of torch.optim.lr_scheduler."
+            )
         return optimizer, schedule
 
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Optimizer | None, *args: Any) -> Any:
