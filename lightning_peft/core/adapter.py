@@ -162,6 +162,10 @@ class Slot(nn.ModuleDict):
     def _put_back(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         unshadow(self._shadows)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every parameter and persistent buffer of the adapters, by name."""
+        return {f"{name}.{key}": t for name, a in self.items() for key, t in a.state_dict(keep_vars=True).items()}
+
     @property
     def active_adapter(self) -> Adapter | None:
         """The adapter called :attr:`active`, if this host has one of that name."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView, once
@@ -33,6 +34,8 @@ class Registry:
     """``requires_grad`` of the base's parameters before the injection."""
     samples: dict[str, list[float]] | None = None
     """Samples of the base's weights, for when no process has them whole: see ``fingerprint.record_base``."""
+    hooks: tuple[RemovableHandle, ...] = ()
+    """What ``by_hand.watch`` has registered."""
 
 
 @once

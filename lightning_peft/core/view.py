@@ -100,7 +100,7 @@ class ModelView:
         seen: set[int] = set()
         for host, _, slot in self.slots:
             prefix = f"{host}.{CHILD}" if host else CHILD
-            for name, tensor in slot.state_dict(keep_vars=True).items():
+            for name, tensor in slot.tensors().items():
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
                     found[f"{prefix}.{clean_name(name)}"] = tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.sharding import kept_part, whole, write
-from lightning_peft.core.weights import as_stored, is_transposed, read_matrix, widened
+from lightning_peft.core.sharding import in_zero_pieces, kept_part, whole, write
+from lightning_peft.core.weights import as_matrix, as_stored, is_transposed, weight_of, widened
 from lightning_peft.errors import PEFTError
 
 
@@ -51,7 +51,8 @@ def fold_into(
     }
     with gathered(host):
         whole_bias = None if bias is None else whole(bias)
-        stored, new_bias, loss = _folded(host, _whole_adapter(adapter), whole_bias)
+        before = {name: whole(weight_of(host) if name == "weight" else host.get_parameter(name)) for name in weights}
+        stored, new_bias, loss = _folded(host, _whole_adapter(adapter), before, whole_bias)
         for name, weight in weights.items():
             if id(weight) in shared:
                 _set(host, name, nn.Parameter(stored[name].contiguous(), requires_grad=False))
@@ -64,6 +65,30 @@ def fold_into(
             backup["bias"] = old_bias
             write(bias, new_bias)
     return loss, backup
+
+
+def has_effect(host: nn.Module, adapter: Adapter, given: Mapping[str, Tensor]) -> bool:
+    """Whether merging ``adapter`` would change ``host`` if that had the weights and the bias ``given``, by name.
+
+    It would not, if there are no values that could be compared.
+    """
+    weights = {name: host.get_parameter(name) for name in weight_names(adapter)}
+    if any(is_in_pieces(w) for w in weights.values()):
+        return False
+    before = {n: whole(given.get(n, weight)).to(weight) for n, weight in weights.items()}
+    if any(tensor.is_meta for tensor in (*before.values(), *adapter.parameters())):
+        return False
+    bias = given.get("bias", host._parameters.get("bias"))
+    bias = None if bias is None else whole(bias)
+    after, new_bias, _ = _folded(host, _whole_adapter(adapter), before, bias)
+    if new_bias is not None and (bias is None or not torch.equal(new_bias, bias)):
+        return True
+    return any(not torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def is_in_pieces(weight: Tensor) -> bool:
+    """Whether a weight is in pieces that are not known as such where it lies: flat ones of ZeRO-3 and FSDP1."""
+    return in_zero_pieces(weight) or weight.dim() < 2
 
 
 def restore(host: nn.Module, backup: dict[str, Any]) -> None:
@@ -86,14 +111,19 @@ def restore(host: nn.Module, backup: dict[str, Any]) -> None:
         host.register_parameter("bias", None)
 
 
-def _folded(host: nn.Module, adapter: Adapter, bias: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None, float]:
-    """Return the new weights as they are stored, the new bias, and what rounding took of the change."""
+def _folded(
+    host: nn.Module, adapter: Adapter, weights: Mapping[str, Tensor], bias: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor | None, float]:
+    """Return the new weights as they are stored, the new bias, and what rounding took of the change.
+
+    ``weights`` are those of before, whole and as they are stored.
+    """
     if adapter.replaces:
-        before = {name: widened(whole(host.get_parameter(name))) for name in adapter.replaces}
+        before = {name: widened(weight) for name, weight in weights.items()}
         after = {name: weight.detach() for name, weight in adapter.replace(before).items()}
-        stored = {name: weight.to(host.get_parameter(name).dtype) for name, weight in after.items()}
+        stored = {name: weight.to(weights[name].dtype) for name, weight in after.items()}
         return stored, bias, _loss([(before[n], after[n], stored[n]) for n in before])
-    matrix = read_matrix(host)
+    matrix = as_matrix(host, weights["weight"])
     folded, bias = adapter.fold(matrix, bias)
     new = as_stored(host, folded)
     return {"weight": new}, bias, _loss([(matrix, folded, new.T if is_transposed(host) else new.flatten(1))])

@@ -17,6 +17,7 @@ from lightning_peft.core.refusals import refuse_merged, refuse_stand_in
 from lightning_peft.core.registry import Registry, drop, keep, own_registry, registries, required
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.operations.by_hand import unwatch, watch
 from lightning_peft.operations.prepare import Prepared, changing_tensors, parameter_names, prepare, whole_modules
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -97,6 +98,7 @@ def inject_prepared(model: ModelView, prepared: Prepared, name: str) -> list[str
     registry.hosts[name] = prepared.hosts
     for host, adapter in prepared.adapters.items():
         attach(prepared.modules[host], name, adapter, registry.active)
+    watch(model.module, registry, {**{name: host for name, host, _ in model.slots}, **prepared.modules}.values())
     _forget_compiled()
     return [*prepared.hosts, *registry.chosen]
 
@@ -124,6 +126,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
 
 def remove(root: ModelView, registry: Registry) -> None:
     """Detach the adapters of ``root``, give its parameters their old ``requires_grad``, forget the registry."""
+    unwatch(registry)
     for _, host, _ in root.slots:
         detach(host)
     for parameter_name, parameter in root.parameters.items():

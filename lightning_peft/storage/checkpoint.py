@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.core.adapter import clean_name
+from lightning_peft.core.adapter import CHILD, clean_name
 from lightning_peft.core.method import method_from_config
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
@@ -86,8 +86,8 @@ def apply(
     """
     source = "The checkpoint"
     saved = checkpoint_metadata(checkpoint)
-    check_metadata(model, saved, source)
     state = {clean_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
+    check_metadata(model, saved, source, state)
     names = adapter_parameters_and_whole(model).keys()
     if saved.get("full"):
         _apply_base({n: tensor for n, tensor in state.items() if n not in names}, model, source, strict, gathered)
@@ -100,7 +100,12 @@ def _apply_base(base: Mapping[str, Tensor], model: ModelView, source: str, stric
         fill(model.module, base, source, gathered=gathered)
         return
     names = adapter_parameters_and_whole(model).keys()
-    missing, extra = model.module.load_state_dict(base, strict=False)
+    present = model.module.state_dict()
+    names_of_torch = {clean_name(name): name for name in present}
+    # With the adapters, as they are: a state without would be a plain model's.
+    adapters = {name: tensor for name, tensor in present.items() if CHILD in name.split(".")}
+    state = {**adapters, **{names_of_torch.get(name, name): tensor for name, tensor in base.items()}}
+    missing, extra = model.module.load_state_dict(state, strict=False)
     missing = [name for name in missing if clean_name(name) not in names]
     if strict and (missing or extra):
         raise PEFTError(f"{source} does not fit the base model. Missing: {missing[:5]}. Superfluous: {extra[:5]}.")

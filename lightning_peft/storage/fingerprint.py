@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,14 +70,26 @@ def _class_name(module: nn.Module) -> str:
     return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
-def refuse_other_base(model: ModelView, saved: Mapping[str, Any], source: str, prefix: str = "") -> None:
+def refuse_other_base(
+    model: ModelView, saved: Mapping[str, Any], source: str, prefix: str = "", held: Container[str] = ()
+) -> None:
     """Check that ``saved``, from :func:`describe_base`, is about the base of ``model``, its part ``prefix``.
+
+    Args:
+        model: A model with adapters.
+        saved: The description.
+        source: What to call it in errors.
+        prefix: The part of ``model`` that it is about.
+        held: Names of tensors that are loaded as well: what ``model`` has in their place does not count.
 
     Raises:
         PEFTError: It is about another one; both are named.
     """
     present = _identity(model, prefix)
-    theirs = saved.get("samples", {})
+    lead = f"{prefix}." if prefix else ""
+    theirs = {n: v for n, v in saved.get("samples", {}).items() if f"{lead}{n}.weight".lstrip(".") not in held}
+    if saved.get("samples") and not theirs:
+        return
     ours = _recorded(model, prefix)
     if ours is None:
         ours = _samples(model.part(prefix), _before_training(model), list(theirs))

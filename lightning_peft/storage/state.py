@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,8 +135,10 @@ def metadata(model: ModelView) -> dict[str, Any]:
     }
 
 
-def check_metadata(model: ModelView, saved: Mapping[str, Any], source: str) -> None:
+def check_metadata(model: ModelView, saved: Mapping[str, Any], source: str, held: Container[str] = ()) -> None:
     """Check that ``saved``, from :func:`metadata`, is about a model with the same base and methods.
+
+    Of the base what counts is what is not ``held``, names of tensors that are loaded as well.
 
     Raises:
         PEFTError: It is not; what differs is named.
@@ -157,7 +159,7 @@ def check_metadata(model: ModelView, saved: Mapping[str, Any], source: str) -> N
             )
         for name, methods in registry.methods.items():
             refuse_other_methods(methods, injection["adapters"][name], source)
-        refuse_other_base(model, injection["base"], source, prefix)
+        refuse_other_base(model, injection["base"], source, prefix, held)
 
 
 def refuse_other_methods(

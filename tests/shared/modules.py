@@ -150,8 +150,9 @@ def base_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def adapter_state(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of the adapters' parameters, whole."""
-    found = {name: t for name, t in module.state_dict().items() if ".peft." in name}
+    """Copies of the adapters' parameters and buffers, whole, also while they are merged."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    found = {name.replace("_fsdp_wrapped_module.", ""): t.detach() for name, t in tensors if ".peft." in name}
     return {n: t.full_tensor() if isinstance(t, DTensor) else t.clone() for n, t in found.items()}
 
 

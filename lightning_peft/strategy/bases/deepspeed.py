@@ -26,6 +26,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.deepspeed import TAG, is_deepspeed, read_deepspeed, require_layout, write_layout
 from lightning_peft.formats.files import atomic_directory
+from lightning_peft.operations.by_hand import watch
 from lightning_peft.operations.merge import refuse_ties
 from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage.base_weights import materialise
@@ -131,7 +132,10 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         super()._initialize_deepspeed_inference(model)
         self._engine = self.model
         # Lightning has deleted all hooks of all modules.
-        restore_hooks(ModelView(model).slots)
+        view = ModelView(model)
+        restore_hooks(view.slots)
+        for prefix, root, registry in registries(view):
+            watch(root, registry, [host for _, host, _ in view.part(prefix).slots])
         self._set_adapters(values)
 
     @property
