@@ -256,7 +256,8 @@ def test_every_kind_of_adapter(name: str, was_merged: bool, alone: bool) -> None
 
 
 @pytest.mark.parametrize(
-    ("method", "exact"), [(lambda: LoRA(r=2, init="pissa"), True), (METHODS["DoRA"], False), (METHODS["NewTokens"], False)]
+    ("method", "exact"),
+    [(lambda: LoRA(r=2, init="pissa"), True), (METHODS["DoRA"], False), (METHODS["NewTokens"], False)],
 )
 def test_a_base_under_untrained_adapters(method: Callable[[], Any], exact: bool) -> None:
     """Some hold values of the base that they were made for."""
