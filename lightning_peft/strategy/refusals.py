@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import Strategy
+from torch import nn
 
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.registry import registries
