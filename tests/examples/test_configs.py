@@ -13,14 +13,14 @@ from cluster import model_and_data
 from jsonargparse import Namespace
 from launch import clean_environment
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from read_config import CONFIGS, Read
 from safetensors import safe_open
 
 from lightning_peft import LoRA, PEFTStrategy
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.cli import PEFTCLI
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "examples" / "configs"
+ROOT = CONFIGS.parents[1]
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
 BASES = {
     "quickstart": SingleDeviceStrategy,
@@ -38,16 +38,6 @@ PARSED_ONLY = {
 SHARDED = ["fsdp", "model_parallel"]
 """Run on two processes: on one, FSDP1 does not shard."""
 STRATEGY = "--trainer.strategy.init_args"
-
-
-class Parsed(PEFTCLI):
-    """The command up to the point where objects are made of a config."""
-
-    def instantiate_classes(self) -> None:
-        self.subcommand, self.trainer, self.model = "", None, None
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        return
 
 
 class Made(PEFTCLI):
@@ -105,7 +95,7 @@ def test_every_config_is_tested_one_way_or_the_other() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_is_parsed_as_it_stands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    config = Parsed(["fit", f"--config={CONFIGS / name}.yaml"]).config.fit
+    config = Read(["fit", f"--config={CONFIGS / name}.yaml"]).config.fit
     assert config.trainer.strategy.class_path == "lightning_peft.PEFTStrategy"
     assert config.trainer.strategy.init_args.method.class_path == "lightning_peft.LoRA"
     saver = config.trainer.callbacks[0]

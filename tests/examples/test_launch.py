@@ -20,9 +20,9 @@ import schemas
 import yaml
 from cluster import config, model_and_data
 from launch import clean_environment
-from test_configs import CONFIGS, ROOT, Parsed
+from read_config import CONFIGS, Read
 
-LAUNCH = ROOT / "examples" / "launch"
+LAUNCH = CONFIGS.with_name("launch")
 SCHEMAS = {
     "kubeflow_pytorchjob": schemas.PYTORCH_JOB,
     "kubeflow_trainjob": schemas.TRAIN_JOB,
@@ -46,7 +46,7 @@ def parsed(command: str, **variables: str) -> Any:
     words = shlex.split(command.replace("\\\n", " ").partition("lightning_peft fit ")[2])
     given = re.fullmatch(r"--config=(?:examples/configs/)?(\w+\.yaml)", words[0])
     assert given
-    return Parsed(["fit", f"--config={CONFIGS / given[1]}", *words[1:]]).config.fit
+    return Read(["fit", f"--config={CONFIGS / given[1]}", *words[1:]]).config.fit
 
 
 def assert_two_nodes_of_eight(run: Any) -> None:

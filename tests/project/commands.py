@@ -7,29 +7,14 @@ import shlex
 import subprocess
 from collections.abc import Callable
 from importlib.metadata import metadata
-from typing import Any
 
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser
 from pages import ROOT
+from read_config import CONFIGS, Read
 
-from lightning_peft.cli import COMMANDS, PEFTCLI, RUNS
+from lightning_peft.cli import COMMANDS, RUNS
 
-QUICKSTART = ROOT / "examples" / "configs" / "quickstart.yaml"
-
-
-class Read(PEFTCLI):
-    """The command line up to what its parser makes of it."""
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
-        self.subcommand, self.trainer, self.model = "", None, None
-
-    def instantiate_classes(self) -> None:
-        return
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        return
+QUICKSTART = CONFIGS / "quickstart.yaml"
 
 
 def words(command: str) -> list[str]:

@@ -17,6 +17,7 @@ from families import build
 from launch import run_script
 from lightning.pytorch.strategies import DDPStrategy
 from pages import PAGES, ROOT
+from read_config import Read
 
 import lightning_peft
 from lightning_peft import PEFTMethod, PEFTStrategy
@@ -128,7 +129,7 @@ def test_yaml_is_a_part_of_a_config(page: Path, tmp_path: Path) -> None:
     for block in pages.blocks(page, "yaml"):
         (tmp_path / "part.yaml").write_text(block.text)
         files = [f"--config={file}" for file in (commands.QUICKSTART, tmp_path / "part.yaml")]
-        read = commands.Read(["fit", *files]).config.fit.trainer.strategy
+        read = Read(["fit", *files]).config.fit.trainer.strategy
         wanted = yaml.safe_load(block.text)["trainer"]["strategy"]["init_args"]["method"]
         assert read.class_path == "lightning_peft.PEFTStrategy"
         assert read.init_args.method.class_path == wanted["class_path"]
