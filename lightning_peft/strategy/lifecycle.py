@@ -22,6 +22,7 @@ from lightning_peft.callbacks.summary import PEFTSummary
 from lightning_peft.core.registry import registries, remember_buffers
 from lightning_peft.core.sharding import map_tensors, whole
 from lightning_peft.core.view import ModelView
+from lightning_peft.errors import NotFiniteError
 from lightning_peft.formats.distributed import split_values
 from lightning_peft.operations.inject import inject
 from lightning_peft.operations.merge import is_merged, merge, unmerge
@@ -219,5 +220,10 @@ class Lifecycle(WritesDirectories, Inventory):
         """Merge. Lightning calls this last, after every checkpoint has been written."""
         super().on_train_end()
         if self._merge_on_train_end and self._is_real_run() and not is_merged(self._module):
-            report = merge(self._module, gathered=self._gathered)
+            try:
+                report = merge(self._module, gathered=self._gathered)
+            except NotFiniteError as error:
+                # The run has ended as it would without adapters: what diverged is for the user to see.
+                rank_zero_warn(f"The adapters stay unmerged: the run has diverged. {error}")
+                return
             (rank_zero_warn if report.largest_loss > _MERGE_LOSS_WARNING else rank_zero_info)(str(report))
