@@ -6,3 +6,7 @@ class PEFTError(ValueError):
 
     The command line prints the message of this type alone, without a traceback.
     """
+
+
+class NotFiniteError(PEFTError):
+    """An adapter holds NaN or infinity: the run that trained it has diverged."""

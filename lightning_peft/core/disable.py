@@ -1,4 +1,4 @@
-"""The base model for a while: adapters off, and what was trained whole as it was before."""
+"""The base model for a while: adapters off, and what was trained whole, or has changed, as it was before."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from lightning_peft.core.refusals import refuse_merged
-from lightning_peft.core.registry import required, trained_whole
-from lightning_peft.core.sharding import replace, whole
+from lightning_peft.core.registry import changed, required, trained_whole
+from lightning_peft.core.sharding import assign, whole
 from lightning_peft.core.stand_in import stand_in
 from lightning_peft.core.view import ModelView
 
@@ -27,13 +27,13 @@ def disable(model: nn.Module) -> Iterator[None]:
     view = ModelView(model)
     required(view)
     refuse_merged(view, "disable the adapters")
-    trained = [(tensor, old) for _, tensor, old in trained_whole(view)]
-    kept = [whole(tensor).clone() for tensor, _ in trained]
+    others = [(tensor, old) for _, tensor, old in [*trained_whole(view), *changed(view)] if old is not None]
+    kept = [whole(tensor).clone() for tensor, _ in others]
     with stand_in([(slot, None) for _, _, slot in view.slots]):
         try:
-            for tensor, old in trained:
-                replace(tensor, whole(old))
+            for tensor, old in others:
+                assign(tensor, old)
             yield
         finally:
-            for (tensor, _), value in zip(trained, kept, strict=True):
-                replace(tensor, value)
+            for (tensor, _), value in zip(others, kept, strict=True):
+                assign(tensor, value)

@@ -33,6 +33,8 @@ class PEFTMethod:
     """What can be adapted."""
     count: ClassVar[str] = ""
     """The number of trained parameters as a formula, with the signs that the README explains."""
+    everything: ClassVar[bool] = False
+    """Whether the model is trained as it trains itself: nothing is frozen that is not frozen already, all is saved."""
     needs_total_steps: ClassVar[bool] = False
     """Whether :meth:`after_step` cannot do without the number of steps of the run."""
 

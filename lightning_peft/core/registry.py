@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.sharding import assign, host_copy, local_part
 from lightning_peft.core.view import ModelView, once
 from lightning_peft.errors import PEFTError
 
@@ -30,12 +33,20 @@ class Registry:
     """Names of the base's parameters that methods train."""
     whole: dict[str, Tensor] = field(default_factory=dict)
     """Parameters trained whole, by ``train_also`` or by a method: the values they had before."""
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    """The base's other persistent buffers: the values that they had before, in host memory."""
+    moved: set[str] = field(default_factory=set)
+    """Names of parameters and buffers of the base that somebody is known to have written to."""
     requires_grad: dict[str, bool] = field(default_factory=dict)
     """``requires_grad`` of the base's parameters before the injection."""
     samples: dict[str, list[float]] | None = None
     """Samples of the base's weights, for when no process has them whole: see ``fingerprint.record_base``."""
     hooks: tuple[RemovableHandle, ...] = ()
     """What ``by_hand.watch`` has registered."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # One that an older version pickled has fewer fields.
+        vars(self).update({**vars(Registry()), **state})
 
 
 @once
@@ -56,12 +67,89 @@ def required(model: ModelView) -> list[tuple[str, nn.Module, Registry]]:
     return found
 
 
+def trains_everything(model: ModelView) -> bool:
+    """Whether a method trains the model as it trains itself."""
+    every = (method for _, _, registry in registries(model) for found in registry.methods.values() for method in found)
+    return any(method.everything for method in every)
+
+
 def trained_whole(model: ModelView) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield name, tensor and old value of everything of the base that is trained itself."""
     for prefix, _, registry in registries(model):
         tensors = model.part(prefix).tensors if registry.whole else {}
         for name, value in registry.whole.items():
-            yield f"{prefix}.{name}" if prefix else name, tensors[name], value
+            if name in tensors:
+                yield f"{prefix}.{name}" if prefix else name, tensors[name], value
+
+
+def changed(model: ModelView) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Yield name, tensor and old value of what of the base has changed without being trained.
+
+    That are persistent buffers with another value than before the injection, or that are new since, and what is known
+    to have :attr:`~Registry.moved`. The old value of a parameter is not known.
+    """
+    known = {name for name, _, _ in trained_whole(model)}
+    # Parts first, which have buffers of their own to watch.
+    for prefix, _, registry in reversed(registries(model)):
+        part, lead = model.part(prefix), f"{prefix}." if prefix else ""
+        for name, buffer in part.buffers.items():
+            before = registry.buffers.get(name)
+            new = before is None or name in registry.moved or differs(buffer, before)
+            if new and lead + name not in known:
+                yield lead + name, buffer, before
+            known.add(lead + name)
+        parameters = part.parameters if registry.moved else {}
+        yield from ((lead + name, parameters[name], None) for name in parameters if name in registry.moved)
+
+
+def moved(model: ModelView) -> set[str]:
+    """Return the names of what is known to have :attr:`~Registry.moved`."""
+    return {f"{prefix}.{name}".lstrip(".") for prefix, _, registry in registries(model) for name in registry.moved}
+
+
+def note_moved(model: ModelView, names: Iterable[str]) -> None:
+    """Note that ``names`` have :attr:`~Registry.moved`, each with the innermost adapted module around it."""
+    for name in names:
+        prefix, registry = max(
+            ((p, r) for p, _, r in registries(model) if f"{name}.".startswith(f"{p}." if p else "")),
+            key=lambda found: len(found[0]),
+        )
+        registry.moved.add(name.removeprefix(f"{prefix}.") if prefix else name)
+
+
+def remember_buffers(model: ModelView, *, again: bool = False) -> None:
+    """Keep the values of buffers that had no memory when adapters were injected; of all, if they are made ``again``."""
+    for prefix, _, registry in registries(model):
+        for name, buffer in model.part(prefix).buffers.items():
+            if name in registry.buffers and (again or registry.buffers[name].is_meta):
+                registry.buffers[name] = host_copy(buffer)
+
+
+def restore_changed(model: ModelView, but_for: Collection[str] = ()) -> list[str]:
+    """Give what has changed its old value, and return the names of that of which it is not known.
+
+    Args:
+        model: A model with adapters.
+        but_for: Names of what is left as it is.
+    """
+    unknown = []
+    for name, tensor, before in list(changed(model)):
+        if name in but_for:
+            continue
+        if before is None:
+            unknown.append(name)
+        else:
+            assign(tensor, before)
+    return unknown
+
+
+def differs(tensor: Tensor, before: Tensor) -> bool:
+    """Whether ``tensor`` has another value than ``before``, but for a dtype that it was cast to since."""
+    tensor, before = local_part(tensor), local_part(before)
+    if tensor.shape != before.shape or before.is_meta or tensor.is_meta:
+        return tensor.shape != before.shape
+    before = before.to(tensor)
+    return not torch.equal(tensor, before) and not ((tensor == before) | (tensor.isnan() & before.isnan())).all()
 
 
 def own_registry(model: nn.Module) -> Registry | None:

@@ -92,6 +92,20 @@ def replace(target: Tensor, value: Tensor) -> None:
         target.copy_(value)
 
 
+def assign(target: Tensor, value: Tensor) -> None:
+    """Copy ``value``, as :func:`replace` does, into a ``target`` that may have had another shape."""
+    if full_shape(target) == full_shape(value):
+        replace(target, whole(value))
+    else:
+        target.data = value.to(target, copy=True)
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    """Return a copy in host memory; of what is in pieces, or has no memory, one that is like it."""
+    tensor = tensor.detach()
+    return tensor.clone() if tensor.is_meta or isinstance(tensor, DTensor) else tensor.to("cpu", copy=True)
+
+
 def like(target: Tensor, value: Tensor) -> Tensor:
     """Return ``value``, a whole tensor that every process has, in pieces as ``target`` is."""
     if not isinstance(target, DTensor):

@@ -7,6 +7,7 @@ from functools import cached_property, wraps
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
 
 from lightning_peft.core.adapter import CHILD, Slot, clean_name, unwrap
 from lightning_peft.errors import PEFTError
@@ -89,6 +90,11 @@ class ModelView:
         return dict(self._own(lambda module: module._parameters))
 
     @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The persistent buffers that are no adapter's, by name."""
+        return dict(self._own(_persistent))
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The buffers and parameters that are no adapter's, by name."""
         return {**dict(self._own(lambda module: module._buffers)), **self.parameters}
@@ -130,6 +136,12 @@ class ModelView:
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
                     yield f"{name}.{clean_name(key)}" if name else clean_name(key), tensor
+
+
+def _persistent(module: nn.Module) -> dict[str, Any]:
+    """Return the module's own buffers that are part of its state and have a value by now."""
+    passing = module._non_persistent_buffers_set
+    return {n: b for n, b in module._buffers.items() if n not in passing and not isinstance(b, UninitializedBuffer)}
 
 
 def once(find: Callable[[ModelView], T]) -> Callable[[ModelView], T]:

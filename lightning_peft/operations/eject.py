@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+import warnings
+
 from torch import nn
 
 from lightning_peft.core.refusals import refuse_stand_in
-from lightning_peft.core.registry import required, trained_whole
-from lightning_peft.core.sharding import replace, whole
+from lightning_peft.core.registry import required, restore_changed, trained_whole
+from lightning_peft.core.sharding import assign
 from lightning_peft.core.view import ModelView
 from lightning_peft.operations.inject import remove
 from lightning_peft.operations.merge import restore_weights
@@ -25,8 +26,13 @@ def eject(model: nn.Module) -> None:
     roots = required(view)
     refuse_stand_in(view, "eject")
     restore_weights(view)
-    with torch.no_grad():
-        for _, tensor, value in trained_whole(view):
-            replace(tensor, whole(value))
+    for _, tensor, value in trained_whole(view):
+        assign(tensor, value)
+    if unknown := restore_changed(view):
+        warnings.warn(
+            f"{len(unknown)} frozen tensors of the base were written to, and no copies of them were kept, so they stay as "
+            f"they are: {', '.join(unknown[:3])}. Load the base model again.",
+            stacklevel=2,
+        )
     for prefix, _, registry in roots:
         remove(view.part(prefix), registry)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
@@ -15,6 +15,7 @@ from lightning_peft.core.adapter import Slot, attach, detach
 from lightning_peft.core.method import PEFTMethod, methods_of
 from lightning_peft.core.refusals import refuse_merged, refuse_stand_in
 from lightning_peft.core.registry import Registry, drop, keep, own_registry, registries, required
+from lightning_peft.core.sharding import host_copy
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.by_hand import unwatch, watch
@@ -147,11 +148,10 @@ def _freeze(model: ModelView, name: str, whole: dict[str, nn.Module], chosen: Se
     for parameter in parameters.values():
         parameter.requires_grad_(False)
         parameter.grad = None
-    trained = {*chosen, *parameter_names(model, whole)}
-    for parameter_name in trained:
+    for parameter_name in {*chosen, *parameter_names(model, whole)}:
         parameters[parameter_name].requires_grad_(True)
-    for tensor_name, tensor in changing_tensors(model, trained).items():
-        registry.whole[tensor_name] = _copy(tensor.detach())
+    registry.whole = {n: host_copy(t) for n, t in changing_tensors(model, chosen, whole).items()}
+    registry.buffers = {n: host_copy(t) for n, t in model.buffers.items() if n not in registry.whole}
     keep(model.module, registry)
     return registry
 
@@ -178,11 +178,6 @@ def _check_state(model: ModelView, registry: Registry | None, name: str, whole: 
         )
     refuse_merged(model, "inject")
     refuse_stand_in(model, "inject")
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    # In host memory: with full fine-tuning this is a copy of the whole model.
-    return tensor.clone() if tensor.is_meta or isinstance(tensor, DTensor) else tensor.to("cpu", copy=True)
 
 
 def _refuse_sharded(model: ModelView) -> None:

@@ -17,7 +17,7 @@ from lightning_peft.core.registry import required
 from lightning_peft.core.sharding import whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_packed, weight_of
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import NotFiniteError, PEFTError
 from lightning_peft.operations.fold import fold_into, restore, weight_names
 from lightning_peft.operations.inject import remove
 from lightning_peft.targets.inner_models import transformers_models
@@ -181,7 +181,7 @@ def _refuse_non_finite(hosts: Sequence[_Host]) -> None:
     for name, _, _, adapter in hosts:
         for parameter_name, parameter in adapter.named_parameters():
             if not torch.isfinite(whole(parameter)).all():
-                raise PEFTError(
+                raise NotFiniteError(
                     f"The adapter of {name!r} holds NaN or infinity in {parameter_name}: merging it would destroy the "
                     "weight. Load an earlier checkpoint."
                 )

@@ -70,22 +70,26 @@ def prepared_tensors(model: ModelView, prepared: Prepared, name: str) -> dict[st
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 found[f"{host}.{CHILD}.{name}.{key}".lstrip(".")] = tensor
-    trained = {*prepared.chosen, *parameter_names(model, prepared.whole)}
-    return {**found, **changing_tensors(model, trained)}
+    return {**found, **changing_tensors(model, prepared.chosen, prepared.whole)}
 
 
-def changing_tensors(model: ModelView, trained: set[str]) -> dict[str, Tensor]:
-    """Return the tensors that change when the parameters ``trained`` are: they, and running statistics beside them."""
-    if not trained:
+def changing_tensors(model: ModelView, chosen: Iterable[str], whole: Iterable[str]) -> dict[str, Tensor]:
+    """Return the tensors that change when the parameters ``chosen`` and the modules ``whole`` are trained.
+
+    Those are the parameters, running statistics beside them, and the whole state of the modules.
+    """
+    parameters = {*chosen, *parameter_names(model, whole)}
+    if not parameters:
         return {}
-    base = model.tensors
     norms = {
         name
         for name, module in model.modules.items()
         if isinstance(module, nn.modules.batchnorm._NormBase)
-        if any(f"{name}.{parameter}".lstrip(".") in trained for parameter in module._parameters)
+        if any(f"{name}.{parameter}".lstrip(".") in parameters for parameter in module._parameters)
     }
-    return {name: t for name, t in base.items() if name in trained or name.rpartition(".")[0] in norms}
+    buffers = {f"{prefix}.{name}".lstrip(".") for prefix in whole for name in model.part(prefix).buffers}
+    state = {**model.buffers, **model.parameters}
+    return {n: t for n, t in state.items() if n in parameters or n in buffers or n.rpartition(".")[0] in norms}
 
 
 def whole_modules(model: ModelView, patterns: Sequence[str]) -> dict[str, nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_peft.core.adapter import CHILD, clean_name
 from lightning_peft.core.method import method_from_config
+from lightning_peft.core.registry import changed, note_moved, required, restore_changed, trains_everything
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.deepspeed import is_deepspeed
@@ -29,6 +31,7 @@ from lightning_peft.storage.state import (
     check_metadata,
     load_adapter_state_dict,
     metadata,
+    saved_tensors,
     values_before_merge,
 )
 
@@ -52,14 +55,16 @@ def finish(checkpoint: dict[str, Any], model: ModelView, full: bool) -> None:
     """
     checkpoint[KEY] = {**metadata(model), "full": full}
     state = {clean_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
-    names = adapter_parameters_and_whole(model).keys()
-    if missing := sorted(names - state.keys()):
+    trained = adapter_parameters_and_whole(model).keys()
+    if missing := sorted(trained - state.keys()):
         raise PEFTError(
             f"The checkpoint lacks the adapter tensor {missing[0]!r}: on_save_checkpoint of the module or a callback "
             "took it out. Drop that hook: only adapter state is saved anyway."
         )
-    if not full:
-        checkpoint["state_dict"] = {name: state[name] for name in names}
+    if not full and not trains_everything(model):
+        # Hooks that take frozen weights out take with them what has changed of the rest.
+        state = {**{name: tensor.detach() for name, tensor, _ in changed(model)}, **state}
+        checkpoint["state_dict"] = {name: state[name] for name in saved_tensors(model)}
 
 
 def unmerged_state_dict(state: dict[str, Any], model: ModelView) -> dict[str, Any]:
@@ -89,26 +94,49 @@ def apply(
     state = {clean_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
     check_metadata(model, saved, source, state)
     names = adapter_parameters_and_whole(model).keys()
-    if saved.get("full"):
-        _apply_base({n: tensor for n, tensor in state.items() if n not in names}, model, source, strict, gathered)
-        state = {name: tensor for name, tensor in state.items() if name in names}
-    load_adapter_state_dict(model, state, source)
+    # What has changed of the base, all of it in a full checkpoint, and what on_load_checkpoint has put in.
+    base = {n: t for n, t in state.items() if n not in names and (saved.get("full") or _in_base(model, n))}
+    load_adapter_state_dict(model, {n: tensor for n, tensor in state.items() if n not in base}, source)
+    if unknown := restore_changed(model, but_for=base.keys()):
+        warnings.warn(
+            f"{source} was written before {unknown[0]!r} and {len(unknown) - 1} other frozen tensors changed, of which "
+            "no copies were kept: they stay as they are now. Load the checkpoint into a new module.",
+            stacklevel=2,
+        )
+    if base or saved.get("full"):
+        missing, extra = _apply_base(base, model, source, gathered)
+        if strict and saved.get("full") and (missing or extra):
+            raise PEFTError(f"{source} does not fit the base model. Missing: {missing[:5]}. Superfluous: {extra[:5]}.")
+    for prefix, _, registry in required(model):
+        registry.moved = set(saved["injections"][prefix].get("moved", ()))
+    note_moved(model, unknown)
 
 
-def _apply_base(base: Mapping[str, Tensor], model: ModelView, source: str, strict: bool, gathered: Gathered) -> None:
+def _in_base(model: ModelView, name: str) -> bool:
+    """Whether a module of ``model`` itself has a tensor called ``name``."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.modules.get(model.aliases.get(owner, owner))
+    return module is not None and (leaf in module._parameters or leaf in module._buffers)
+
+
+def _apply_base(
+    base: Mapping[str, Tensor], model: ModelView, source: str, gathered: Gathered
+) -> tuple[list[str], list[str]]:
+    """Load ``base`` into the base part of ``model``; return what that has beyond it, and what it has beyond that."""
     if gathered is not nullcontext or any(isinstance(p, DTensor) for p in model.parameters.values()):
         fill(model.module, base, source, gathered=gathered)
-        return
+        return [], []
     names = adapter_parameters_and_whole(model).keys()
     present = model.module.state_dict()
     names_of_torch = {clean_name(name): name for name in present}
     # With the adapters, as they are: a state without would be a plain model's.
     adapters = {name: tensor for name, tensor in present.items() if CHILD in name.split(".")}
     state = {**adapters, **{names_of_torch.get(name, name): tensor for name, tensor in base.items()}}
-    missing, extra = model.module.load_state_dict(state, strict=False)
-    missing = [name for name in missing if clean_name(name) not in names]
-    if strict and (missing or extra):
-        raise PEFTError(f"{source} does not fit the base model. Missing: {missing[:5]}. Superfluous: {extra[:5]}.")
+    try:
+        missing, extra = model.module.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise PEFTError(f"{source} does not fit the base model: {error}") from error
+    return [name for name in missing if clean_name(name) not in names], extra
 
 
 def inject_from(checkpoint: Mapping[str, Any], model: nn.Module) -> None:

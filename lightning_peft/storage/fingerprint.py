@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.core.registry import registries, trained_whole
+from lightning_peft.core.registry import changed, registries, trained_whole
 from lightning_peft.core.sharding import full_shape, in_zero_pieces, whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_packed
@@ -111,11 +111,11 @@ def _name(base: Mapping[str, Any]) -> str:
 
 
 def _samples(
-    model: ModelView, trained: Mapping[int, Tensor], names: Sequence[str] | None = None, gather: bool = False
+    model: ModelView, before: Mapping[int, Tensor | None], names: Sequence[str] | None = None, gather: bool = False
 ) -> dict[str, list[float]]:
     """Return a few elements of the weights of the adapted modules, or of ``names``, as they are without adapters.
 
-    ``trained`` are the old values of parameters that are trained themselves, by id.
+    ``before`` are the old values of what has changed itself, by id.
     """
     adapted = {name: slot for name, host, slot in model.slots if "weight" in host._parameters}
     modules = model.modules
@@ -126,7 +126,7 @@ def _samples(
     for name in chosen:
         slot = adapted.get(name)
         present = getattr(modules.get(name), "weight", None)
-        weight = trained.get(id(present), slot.merged.get("weight", present) if slot and slot.merged else present)
+        weight = before.get(id(present), slot.merged.get("weight", present) if slot and slot.merged else present)
         if not isinstance(weight, Tensor) or is_packed(modules[name]) or not full_shape(weight).numel():
             continue
         if weight.is_meta or ((isinstance(weight, DTensor) or in_zero_pieces(weight)) and not gather):
@@ -137,6 +137,6 @@ def _samples(
     return found
 
 
-def _before_training(model: ModelView) -> dict[int, Tensor]:
-    """Return the old values of the base's parameters that are trained whole, by the parameter's id."""
-    return {id(tensor): value for _, tensor, value in trained_whole(model)}
+def _before_training(model: ModelView) -> dict[int, Tensor | None]:
+    """Return the old values of what of the base has changed, by the tensor's id; ``None`` if it is not known."""
+    return {id(tensor): value for _, tensor, value in (*trained_whole(model), *changed(model))}

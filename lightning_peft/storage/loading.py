@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.refusals import refuse_merged
-from lightning_peft.core.registry import registries
+from lightning_peft.core.registry import note_moved, registries
 from lightning_peft.core.seeding import parameters_left_empty
-from lightning_peft.core.sharding import write
+from lightning_peft.core.sharding import assign, write
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats import hf, own
@@ -67,12 +67,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str = 
     else:
         places = {_root_of(view, marker): directory}
     loads = [_Load.prepare(view, prefix, place, name) for prefix, place in places.items()]
-    beside = _read_beside(view, directory)
+    beside = _read_beside(view, directory, marker, next(iter(places)))
     for load in loads:
         load.run()
-    with torch.no_grad():
-        for parameter, tensor in beside.items():
-            view.parameters[parameter].copy_(tensor)
+    _load_beside(view, beside)
 
 
 @dataclass
@@ -126,7 +124,7 @@ class _Load:
                 prepared = prepare_injection(root, content.methods, name, content.train_also)
             targets = {f"{lead}{key}": t for key, t in prepared_tensors(root, prepared, name).items()}
         # Formats of others have no place for some buffers of adapters, which start anew.
-        expected = {k: t.shape for k, t in targets.items() if k in tensors or not _is_adapter_buffer(k, t)}
+        expected = {k: t for k, t in targets.items() if k in tensors or not _is_adapter_buffer(k, t)}
         check_tensors(expected, tensors, source)
         return cls(model, prefix, tensors, targets, name, prepared)
 
@@ -150,16 +148,38 @@ def _is_adapter_buffer(name: str, tensor: Tensor) -> bool:
     return not isinstance(tensor, nn.Parameter) and CHILD in name.split(".")
 
 
-def _read_beside(model: ModelView, directory: Path) -> dict[str, Tensor]:
-    """Read the modules trained whole that belong to no adapted model."""
+def _read_beside(model: ModelView, directory: Path, marker: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+    """Read what is trained whole and belongs to no adapted model, and what has changed of the base.
+
+    Args:
+        model: The model to load into.
+        directory: The directory.
+        marker: Its marker, which has the name that the part had where it was written.
+        prefix: The part's name in ``model``. If it is another one, what was around the part is left out.
+    """
     file = directory / BESIDE_FILE
-    if not is_lightning_module(model.module) or not file.is_file():
+    if not file.is_file():
         return {}
     # What adapters have there is for going on with the training that wrote it.
     tensors = {name: tensor for name, tensor in read_tensors(file).items() if name == without_adapter(name)}
-    parameters = model.parameters
-    check_tensors({name: parameters[name].shape for name in tensors if name in parameters}, tensors, str(file))
+    if "parts" not in marker and (written := str(marker.get("prefix", ""))) != prefix:
+        inside, lead = f"{written}." if written else "", f"{prefix}." if prefix else ""
+        tensors = {lead + n.removeprefix(inside): t for n, t in tensors.items() if n.startswith(inside)}
+    buffers, parameters = model.buffers, model.parameters
+    # Buffers may have grown.
+    targets = {n: parameters.get(n, tensor) for n, tensor in tensors.items() if n in parameters or n in buffers}
+    check_tensors(targets, tensors, str(file))
     return tensors
+
+
+def _load_beside(model: ModelView, beside: Mapping[str, Tensor]) -> None:
+    targets = {**model.buffers, **model.parameters}
+    for name, tensor in beside.items():
+        assign(targets[name], tensor)
+    if beside:
+        adapted = ModelView(model.module)
+        inside = {f"{prefix}.{name}".lstrip(".") for prefix, _, _ in registries(adapted) for name in adapted.part(prefix).parameters}
+        note_moved(adapted, (beside.keys() & inside) - adapter_parameters_and_whole(adapted).keys())
 
 
 def _refuse_changed_base(root: ModelView, copies: Mapping[str, Tensor], source: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import CHILD, Adapter
-from lightning_peft.core.registry import required
+from lightning_peft.core.registry import changed, required
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats import hf, own
@@ -30,7 +30,7 @@ from lightning_peft.storage.state import (
 from lightning_peft.targets.inner_models import is_lightning_module
 
 BESIDE_FILE = "trained_whole.safetensors"
-"""What is trained whole and belongs to no adapted model."""
+"""What is trained whole and belongs to no adapted model, and what has changed of the base without being trained."""
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> None:
@@ -64,7 +64,8 @@ def write_adapters(
     """Write the adapters ``names`` (all, if not given) into an existing directory.
 
     Modules trained whole that belong to no adapted model, such as a head beside it, go into a file of their own: HF
-    PEFT has no place for them. So do buffers that it does not write, if all adapters are written.
+    PEFT has no place for them. So does what has changed of the base, and, if all adapters are written, their buffers
+    that it does not write.
 
     Returns:
         For every tensor of ``state`` written, by name: ``[file, name in the file]``.
@@ -80,7 +81,8 @@ def write_adapters(
         subdirectory = "/".join(segment for segment in segments if segment)
         for in_file, in_model in _write_part(directory / subdirectory, model, part, state).items():
             places[in_model] = [f"{subdirectory}/{TENSOR_FILE}".lstrip("/"), in_file]
-    beside += [] if names is not None else sorted(state.keys() & model.adapter_tensors.keys() - places.keys())
+    others = model.adapter_tensors if names is None else {}
+    beside += sorted(state.keys() & {*others, *(name for name, _, _ in changed(model))} - places.keys())
     if beside:
         write_tensors(directory / BESIDE_FILE, {name: state[name] for name in beside})
         places.update({name: [BESIDE_FILE, name] for name in beside})

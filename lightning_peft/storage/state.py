@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import clean_name
+from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.refusals import refuse_merged
-from lightning_peft.core.registry import required, trained_whole
+from lightning_peft.core.registry import changed, required, trained_whole
 from lightning_peft.core.sharding import from_local_part, full_shape, in_zero_pieces, replace
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
@@ -31,11 +31,16 @@ def adapter_parameters_and_whole(model: ModelView) -> dict[str, Tensor]:
     return {**model.adapter_tensors, **{name: tensor for name, tensor, _ in trained_whole(model)}}
 
 
+def saved_tensors(model: ModelView) -> dict[str, Tensor]:
+    """Return every tensor of which a checkpoint has the value: those above, and what else has changed of the base."""
+    return {**adapter_parameters_and_whole(model), **{name: tensor for name, tensor, _ in changed(model)}}
+
+
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the adapter state of ``model``: a part of its ``state_dict()``, with the same names and tensors.
 
-    It holds every adapter's tensors and the parameters of the base that are trained whole, as they are without a merge.
-    The tensors share memory with the parameters.
+    It holds every adapter's tensors, the parameters of the base that are trained whole, as they are without a merge,
+    and the base's persistent buffers that have changed since the injection. The tensors share memory with these.
 
     Raises:
         PEFTError: There are no adapters, or they are in pieces that cannot be returned.
@@ -50,7 +55,7 @@ def adapter_state(model: ModelView) -> dict[str, Tensor]:
         PEFTError: As there.
     """
     required(model)
-    parameters = adapter_parameters_and_whole(model)
+    parameters = saved_tensors(model)
     if pieces := [name for name, parameter in parameters.items() if in_zero_pieces(parameter)]:
         raise PEFTError(
             f"ZeRO-3 has {pieces[0]!r} in pieces on several processes. Use trainer.save_checkpoint or "
@@ -72,7 +77,7 @@ def values_before_merge(model: ModelView) -> dict[str, Tensor]:
 
 
 def load_adapter_state_dict(model: ModelView, state: Mapping[str, Tensor], source: str = "The adapter state") -> None:
-    """Copy ``state``, as :func:`adapter_state_dict` returned it, into ``model``.
+    """Copy ``state``, adapters and what is trained whole, into ``model``.
 
     Args:
         model: A model with the same adapters, not merged.
@@ -85,20 +90,18 @@ def load_adapter_state_dict(model: ModelView, state: Mapping[str, Tensor], sourc
     refuse_merged(model, "load adapters")
     required(model)
     parameters = adapter_parameters_and_whole(model)
-    state = {clean_name(name): tensor for name, tensor in state.items()}
-    check_tensors({name: full_shape(p) for name, p in parameters.items()}, state, source)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            replace(parameter, state[name])
+    check_tensors(parameters, state, source)
+    for name, parameter in parameters.items():
+        replace(parameter, state[name])
 
 
-def check_tensors(shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor], source: str) -> None:
-    """Check that ``state`` holds exactly the tensors that ``shapes`` asks for, all finite.
+def check_tensors(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
+    """Check that ``state`` holds exactly what is to be copied to ``targets``, all finite but for buffers of the base.
 
     Raises:
         PEFTError: It does not; the message names the tensors.
     """
-    missing, extra = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
+    missing, extra = sorted(targets.keys() - state.keys()), sorted(state.keys() - targets.keys())
     if missing or extra:
         near = difflib.get_close_matches(missing[0], extra, n=1) if missing else []
         raise PEFTError(
@@ -108,14 +111,15 @@ def check_tensors(shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor],
             + (f" Is {near[0]!r} meant for {missing[0]!r}?" if near else "")
             + " Use the method and the targets that it was written with."
         )
-    for name, shape in shapes.items():
-        if state[name].shape != shape:
+    for name, target in targets.items():
+        if state[name].shape != full_shape(target):
             raise PEFTError(
-                f"{source}: {name} has shape {list(state[name].shape)}, this model's adapter has {list(shape)}. "
+                f"{source}: {name} has shape {list(state[name].shape)}, this model's has {list(full_shape(target))}. "
                 "Use the rank and the base model that it was written with."
             )
+        trained = isinstance(target, nn.Parameter) or CHILD in name.split(".")
         # One pass instead of three: files have hundreds of small tensors.
-        if not math.isfinite(state[name].sum(dtype=torch.float64)):
+        if trained and not math.isfinite(state[name].sum(dtype=torch.float64)):
             raise PEFTError(f"{source}: {name} holds NaN or infinity. Take an earlier checkpoint.")
 
 
@@ -128,6 +132,7 @@ def metadata(model: ModelView) -> dict[str, Any]:
                 "adapters": {name: [m.config() for m in methods] for name, methods in registry.methods.items()},
                 "active": registry.active,
                 "train_also": list(registry.train_also),
+                "moved": sorted(registry.moved),
                 "base": describe_base(model, prefix),
             }
             for prefix, _, registry in required(model)
@@ -152,6 +157,11 @@ def check_metadata(model: ModelView, saved: Mapping[str, Any], source: str, held
         where = f" in {prefix!r}" if prefix else ""
         if injection is None:
             raise PEFTError(f"{source} has no adapters{where}, but {sorted(saved['injections'])}.")
+        if list(injection["train_also"]) != list(registry.train_also):
+            raise PEFTError(
+                f"{source} was written with train_also={list(injection['train_also'])}{where}; this model has "
+                f"{list(registry.train_also)}. Train the same modules whole."
+            )
         if injection["adapters"].keys() != registry.methods.keys():
             raise PEFTError(
                 f"{source} holds the adapters {sorted(injection['adapters'])}{where}; this model has "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -20,28 +19,28 @@ from torch import nn
 
 from lightning_peft.callbacks.checkpoint import WritesDirectories
 from lightning_peft.callbacks.summary import PEFTSummary
-from lightning_peft.core.registry import registries
+from lightning_peft.core.registry import registries, remember_buffers
 from lightning_peft.core.sharding import map_tensors, whole
 from lightning_peft.core.view import ModelView
+from lightning_peft.errors import NotFiniteError
 from lightning_peft.formats.distributed import split_values
 from lightning_peft.operations.inject import inject
 from lightning_peft.operations.merge import is_merged, merge, unmerge
 from lightning_peft.storage import checkpoint as files
-from lightning_peft.storage.base_weights import Gathered, load_base_weights
+from lightning_peft.storage.base_weights import load_base_weights
 from lightning_peft.storage.state import adapter_state_dict
 from lightning_peft.strategy import refusals
-from lightning_peft.strategy.training import Training
+from lightning_peft.strategy.inventory import Inventory
 from lightning_peft.targets.inner_models import transformers_models
 
 # Beyond it a merge is reported as a warning. bfloat16 weights lose 3 to 20 % of a typical adapter.
 _MERGE_LOSS_WARNING = 0.01
 
 
-class Lifecycle(WritesDirectories, Training):
+class Lifecycle(WritesDirectories, Inventory):
     """What becomes of a model and its adapters in a run."""
 
     _base_name: str
-    _full_checkpoints: bool
     _merge_on_train_end: bool
     _train_also: list[str]
     _train_mode: bool
@@ -50,8 +49,6 @@ class Lifecycle(WritesDirectories, Training):
     _base_class: ClassVar[type[Strategy] | None] = None
     _takes_sharded: ClassVar[bool] = False
     """Whether adapters of a model that is sharded already are kept equal between processes."""
-    _gathered: Gathered = staticmethod(nullcontext)  # type: ignore[assignment]
-    """Called with a module, makes a context in which its parameters are whole."""
 
     _is_set_up = False
     _held_back: tuple[Mapping[str, Any], bool] | None = None
@@ -89,6 +86,7 @@ class Lifecycle(WritesDirectories, Training):
         # One seed for all ranks: without it each would start from other values where nothing broadcasts them.
         seed = self.broadcast(torch.initial_seed())
         inject(self._module, self.methods, train_also=self._train_also, seed=seed, allow_sharded=self._takes_sharded)
+        self._note_built()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint file, or a directory written by ``AdapterCheckpoint``."""
@@ -101,6 +99,7 @@ class Lifecycle(WritesDirectories, Training):
         # Merged weights hold what the adapters learnt.
         if self._base_weights is not None and not is_merged(self._module):
             load_base_weights(self._module, self._base_weights, gathered=self._gathered)
+            remember_buffers(ModelView(self._module), again=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load adapter state; strict about adapters whatever ``strict`` says.
@@ -118,6 +117,8 @@ class Lifecycle(WritesDirectories, Training):
             return
         unmerge(self._module)
         files.apply(checkpoint, ModelView(self._module), strict, self._gathered)
+        if self._watch is not None:
+            self._look()
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Set the base strategy up, with the adapters injected on the way, and add the run's summary to the callbacks.
@@ -156,9 +157,11 @@ class Lifecycle(WritesDirectories, Training):
         if fitting:
             self._stepped = set()
             self._set_modes()
+            refusals.refuse_freezing(trainer, ModelView(self._module))
 
     def _apply_held_back(self) -> None:
-        """Load what was to be loaded before there were adapters."""
+        """Load what was to be loaded before there were adapters, once the base is what it was without them."""
+        remember_buffers(ModelView(self._module))
         if self._held_back is not None:
             checkpoint, strict = self._held_back
             files.apply(checkpoint, ModelView(self._module), strict, self._gathered)
@@ -181,11 +184,15 @@ class Lifecycle(WritesDirectories, Training):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return adapter state, or everything with ``checkpoint="full"``; a merge is not seen in either."""
-        if self._full_checkpoints:
-            # Where the base strategy gathers a model, it does so for one process only.
-            state = {**super().lightning_module_state_dict(), **adapter_state_dict(self._module)}
-            return files.unmerged_state_dict(state, ModelView(self._module))
-        return dict(adapter_state_dict(self._module))
+        self._take_stock()
+        if not self._full_checkpoints:
+            return self._adapter_state()
+        # Where the base strategy gathers a model, it does so for one process only.
+        state = {**super().lightning_module_state_dict(), **self._adapter_state()}
+        return files.unmerged_state_dict(state, ModelView(self._module))
+
+    def _adapter_state(self) -> dict[str, Any]:
+        return adapter_state_dict(self._module)
 
     @property
     def _saves_shards(self) -> bool:
@@ -213,5 +220,10 @@ class Lifecycle(WritesDirectories, Training):
         """Merge. Lightning calls this last, after every checkpoint has been written."""
         super().on_train_end()
         if self._merge_on_train_end and self._is_real_run() and not is_merged(self._module):
-            report = merge(self._module, gathered=self._gathered)
+            try:
+                report = merge(self._module, gathered=self._gathered)
+            except NotFiniteError as error:
+                # The run has ended as it would without adapters: what diverged is for the user to see.
+                rank_zero_warn(f"The adapters stay unmerged: the run has diverged. {error}")
+                return
             (rank_zero_warn if report.largest_loss > _MERGE_LOSS_WARNING else rank_zero_info)(str(report))

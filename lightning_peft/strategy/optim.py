@@ -70,6 +70,11 @@ def restrict_to_trainable(optimizers: Sequence[Optimizer], schedulers: Iterable[
         split_groups(optimizer, schedulers, ratios)
 
 
+def held_parameters(optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:
+    """Return the parameters that ``optimizers`` hold."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
 def state_by_name(optimizer: Optimizer, state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Return ``state``, the optimizer's ``state_dict()``, with parameter names in place of positions.
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import Strategy
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_peft.core.method import PEFTMethod
-from lightning_peft.core.registry import registries
+from lightning_peft.core.registry import registries, trains_everything
 from lightning_peft.core.sharding import full_shape
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.storage.state import adapter_parameters_and_whole
+from lightning_peft.strategy.optim import held_parameters
 
 
 def refuse_averaging(trainer: pl.Trainer) -> None:
@@ -29,6 +31,53 @@ def refuse_averaging(trainer: pl.Trainer) -> None:
             raise PEFTError(
                 f"{type(callback).__name__} copies the model before adapters are injected and would average the frozen "
                 "weights. Leave it out of the callbacks."
+            )
+
+
+def refuse_unsaved(optimizers: Iterable[Optimizer], model: ModelView, known: Mapping[int, str]) -> None:
+    """Check that checkpoints have everything that ``optimizers`` train of ``model``.
+
+    Args:
+        optimizers: The optimizers of the run.
+        model: The module with adapters.
+        known: The names of the parameters that they held at ``setup``, by id.
+
+    Raises:
+        PEFTError: They hold a weight of the base that requires a gradient, or a parameter that the module has no more.
+    """
+    if trains_everything(model):
+        return
+    saved = {id(tensor) for tensor in adapter_parameters_and_whole(model).values()}
+    base = {id(parameter): name for name, parameter in model.parameters.items()}
+    for parameter in held_parameters(optimizers):
+        if not parameter.requires_grad or id(parameter) in saved:
+            continue
+        if name := base.get(id(parameter)):
+            raise PEFTError(
+                f"{name!r} requires a gradient and an optimizer holds it, but it is no adapter's: no checkpoint would "
+                "have what it learns. Something (configure_optimizers, a hook, a callback) has unfrozen it since the "
+                f"adapters were injected. To train it, name its module: train_also=[{name.rpartition('.')[0]!r}]; or "
+                "leave it frozen."
+            )
+        if name := known.get(id(parameter)):
+            raise PEFTError(
+                f"An optimizer trains {name!r}, which the module has no more: it, or the module around it, was replaced "
+                "after the adapters were injected. Replace it in __init__, configure_model or setup."
+            )
+
+
+def refuse_freezing(trainer: pl.Trainer, model: ModelView) -> None:
+    """Check that no callback changes weights that the method keeps frozen.
+
+    Raises:
+        PEFTError: One does.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BaseFinetuning | ModelPruning) and not trains_everything(model):
+            raise PEFTError(
+                f"{type(callback).__name__} changes weights of the base, which are frozen here and in no checkpoint. "
+                "Leave it out of the callbacks, and name what is to be trained whole in train_also; or train with "
+                "FullFinetuning."
             )
 
 
@@ -99,7 +148,7 @@ def refuse_unserved(strategy: Strategy, module: nn.Module, base_name: str, is_se
     Raises:
         PEFTError: It is a strategy of the user's that leaves out a call.
     """
-    held = {id(p) for optimizer in strategy.optimizers for group in optimizer.param_groups for p in group["params"]}
+    held = {id(parameter) for parameter in held_parameters(strategy.optimizers)}
     for missing, call in (
         (not is_set_up, "self.precision_plugin.convert_module(self.model)"),
         (any(id(p) in held and not p.requires_grad for p in module.parameters()), "self.setup_optimizers(trainer)"),

@@ -27,16 +27,39 @@ def _load_file_or_directory(path: Any, *args: Any, **kwargs: Any) -> Any:
     return _load_file(path, *args, **kwargs)
 
 
-def _load_state_with_adapters(cls: Any, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+class _NotYet:
+    """What is passed for ``strict`` while there are no adapters: it is false, and no module's own wish contradicts it.
+
+    Args:
+        strict: What was asked for, which is kept where it does contradict.
+    """
+
+    def __init__(self, strict: bool | None) -> None:
+        self._strict = strict
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __eq__(self, wish: object) -> bool:
+        return self._strict is None or self._strict == wish
+
+    def __repr__(self) -> str:
+        return repr(self._strict)
+
+
+def _load_state_with_adapters(
+    cls: Any, checkpoint: dict[str, Any], strict: bool | None = None, **kwargs: Any
+) -> Any:
     if files.KEY not in checkpoint or not issubclass(cls, LightningModule):
-        return _load_state(cls, checkpoint, *args, **kwargs)
-    # Lightning makes the module and calls its hooks, with no state to load: the base's weights are the module's own.
+        return _load_state(cls, checkpoint, strict=strict, **kwargs)
+    # Lightning makes the module and calls its hooks, which may change the state; what is no adapter's it loads.
+    given = {**checkpoint, "state_dict": dict(checkpoint["state_dict"])}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found keys that are in the model state dict but not in")
-        model = _load_state(cls, {**checkpoint, "state_dict": {}}, *args, **{**kwargs, "strict": False})
+        warnings.filterwarnings("ignore", message="Found keys that are (not )?in the model state dict but")
+        model = _load_state(cls, given, strict=_NotYet(strict), **kwargs)
     assert isinstance(model, LightningModule)
-    files.inject_from(checkpoint, model)
-    files.apply(checkpoint, ModelView(model))
+    files.inject_from(given, model)
+    files.apply(given, ModelView(model), model.strict_loading if strict is None else strict)
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,10 +12,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_peft.callbacks.summary import PEFTSummary
+from lightning_peft.core.adapter import clean_name
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
-from lightning_peft.strategy.optim import restrict_to_trainable, state_by_name, state_by_position
+from lightning_peft.strategy.optim import held_parameters, restrict_to_trainable, state_by_name, state_by_position
 from lightning_peft.strategy.schedule import after_step, before_step, changes_gradients, has_schedule, known_steps
 
 
@@ -25,17 +27,29 @@ class Training(Strategy):
     _total_steps: int | None = None
     _stepped: set[int]
     """The optimizers that have stepped in this run, by id."""
+    _held: Mapping[int, str] = MappingProxyType({})
+    """The names of the module's parameters that optimizers held at ``setup``, by id."""
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         """Call ``configure_optimizers`` and restrict what it returned to what is trained."""
         super().setup_optimizers(trainer)
-        schedulers = [config.scheduler for config in self.lr_scheduler_configs]
-        restrict_to_trainable(self.optimizers, schedulers, self._module)
+        self._restrict(self.optimizers, [config.scheduler for config in self.lr_scheduler_configs])
         if has_schedule(self.methods):
             self._total_steps = steps = known_steps(self.methods, trainer.estimated_stepping_batches)
             if steps is not None and self._is_real_run():
                 for method in self.methods:
                     method.check_steps(steps)
+
+    def _restrict(self, optimizers: list[Optimizer], schedulers: list[Any]) -> None:
+        """Restrict ``optimizers`` to what is trained, and know its names from then on."""
+        restrict_to_trainable(optimizers, schedulers, self._module)
+        names = {id(parameter): clean_name(name) for name, parameter in self._module.named_parameters()}
+        self._held = {id(p): names[id(p)] for p in held_parameters(optimizers) if id(p) in names}
+        if outside := [p for p in held_parameters(optimizers) if id(p) not in names and p.requires_grad]:
+            rank_zero_warn(
+                f"The optimizers hold {len(outside)} parameters that are not in the module: no checkpoint has them. "
+                "Assign the module that they belong to to an attribute of the LightningModule."
+            )
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load optimizer states, which are saved by parameter name."""
@@ -50,16 +64,20 @@ class Training(Strategy):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Step, and after the first one name the adapters that got no gradient."""
+        skipped = False
 
         def closure_and_more() -> Any:
+            nonlocal skipped
             result = closure()
-            scaler = getattr(self.precision_plugin, "scaler", None)
-            before_step(self._module, 1.0 if scaler is None else scaler.get_scale())
+            # What `training_step` returned; in manual optimization the gradients are there already.
+            skipped = result is None and self._module.automatic_optimization
+            if changes_gradients(self.methods):
+                scaler = getattr(self.precision_plugin, "scaler", None)
+                before_step(self._module, 1.0 if scaler is None else scaler.get_scale())
             return result
 
-        scheduled = closure_and_more if changes_gradients(self.methods) else closure
-        output = super().optimizer_step(optimizer, scheduled, model, **kwargs)
-        if id(optimizer) not in self._stepped:
+        output = super().optimizer_step(optimizer, closure_and_more, model, **kwargs)
+        if id(optimizer) not in self._stepped and not skipped:
             self._stepped.add(id(optimizer))
             self._warn_without_gradient(optimizer)
         if has_schedule(self.methods):
@@ -68,13 +86,14 @@ class Training(Strategy):
         return output
 
     def _warn_without_gradient(self, optimizer: Optimizer) -> None:
-        held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        held = {id(p) for p in held_parameters([optimizer])}
         names = {name: p for name, p in ModelView(self._module).adapter_parameters.items() if id(p) in held}
         idle = [name for name, parameter in names.items() if parameter.grad is None]
-        if idle and len(idle) < len(names):
+        if idle:
             rank_zero_warn(
-                f"{len(idle)} adapter parameters got no gradient in the first step, so their modules were not called: "
-                f"{', '.join(idle[:5])}. If they never are, leave them out with exclude_modules."
+                f"{len(idle)} adapter parameters got no gradient in the first step, so their modules were not called"
+                f"{', or under torch.no_grad' if len(idle) == len(names) else ''}: {', '.join(idle[:5])}. If they never "
+                "are, leave them out with exclude_modules."
             )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

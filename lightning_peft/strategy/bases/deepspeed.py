@@ -31,11 +31,10 @@ from lightning_peft.operations.merge import refuse_ties
 from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage.base_weights import materialise
 from lightning_peft.storage.fingerprint import record_base
-from lightning_peft.storage.state import adapter_parameters_and_whole
+from lightning_peft.storage.state import adapter_parameters_and_whole, saved_tensors
 from lightning_peft.strategy.bases.plain import PlainState
 from lightning_peft.strategy.bases.zero import ZeroState
 from lightning_peft.strategy.lifecycle import Lifecycle
-from lightning_peft.strategy.optim import restrict_to_trainable
 from lightning_peft.strategy.schedule import changes_gradients
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -105,7 +104,7 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
 
     def _init_optimizers(self) -> Any:
         optimizer, schedule = super()._init_optimizers()
-        restrict_to_trainable([optimizer], [schedule.scheduler] if schedule else [], self._module)
+        self._restrict([optimizer], [schedule.scheduler] if schedule else [])
         if empty := [i for i, group in enumerate(optimizer.param_groups) if not group["params"]]:
             raise PEFTError(
                 f"Param group {empty[0]} from configure_optimizers holds frozen parameters only. DeepSpeed would take it "
@@ -144,13 +143,13 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         return enabled[0] if enabled else torch.float32
 
     def _values(self) -> dict[str, Tensor]:
-        """Return everything that is trained, whole and as exact as it is known; a collective call."""
+        """Return everything that is saved, whole and as exact as it is known; a collective call."""
         trained = self._trained
         return {
             name: trained.read(parameter)
             if trained is not None and isinstance(parameter, nn.Parameter) and parameter.requires_grad
             else whole(parameter)
-            for name, parameter in adapter_parameters_and_whole(ModelView(self._module)).items()
+            for name, parameter in saved_tensors(ModelView(self._module)).items()
         }
 
     def _write(self, values: Mapping[str, Tensor]) -> None:
@@ -205,10 +204,8 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
     def _warn_without_gradient(self, optimizer: Optimizer) -> None:
         """Do nothing: DeepSpeed has moved all gradients into its buffers, and none is left to be missed."""
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return what is saved of the module, whole."""
-        frozen = super().lightning_module_state_dict() if self._full_checkpoints else {}
-        return {**frozen, **self._values()}
+    def _adapter_state(self) -> dict[str, Any]:
+        return self._values()
 
     def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None) -> None:
         """Write DeepSpeed's directory, beside its place until it is whole; a single file, if there is no optimizer."""

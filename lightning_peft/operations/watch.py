@@ -1,0 +1,58 @@
+"""Noticing that frozen weights were written to: by an average, a callback that prunes, or a training loop of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_peft.core.registry import trained_whole
+from lightning_peft.core.sharding import local_part
+from lightning_peft.core.view import ModelView
+
+
+class Watch:
+    """What the frozen weights of a model were when it was made: a sum over the bits of each, which takes no copy.
+
+    It tells every change but one that only puts a tensor's elements into another order, whichever way it was made
+    (``tensor.data`` has no version counter), and reads each weight once, at the speed of memory.
+
+    Args:
+        model: A model with adapters whose weights are not in pieces, or in pieces that are DTensors.
+    """
+
+    def __init__(self, model: ModelView) -> None:
+        self._names = model.parameters.keys()
+        self._sums = _sums(model)
+
+    def changed(self, model: ModelView) -> set[str]:
+        """Return the names of frozen weights of ``model`` that have changed since, or are new."""
+        now = _sums(model)
+        return {name for name, value in now.items() if value != self._sums.get(name, value) or name not in self._names}
+
+
+def _sums(model: ModelView) -> dict[str, int]:
+    trained = {name for name, _, _ in trained_whole(model)}
+    found: dict[torch.device, dict[str, Tensor]] = {}
+    for name, weight in model.parameters.items():
+        if name not in trained and _is_readable(weight):
+            found.setdefault(weight.device, {})[name] = _sum(weight)
+    # One transfer for each device, not one for each weight.
+    values = [(sums, torch.stack(list(sums.values())).tolist()) for sums in found.values()]
+    return {name: value for sums, listed in values for name, value in zip(sums, listed, strict=True)}
+
+
+def _sum(weight: Tensor) -> Tensor:
+    """Return the sum over the bits of ``weight``, eight bytes at a time."""
+    flat = local_part(weight).reshape(-1)
+    if flat.storage_offset() * flat.itemsize % 8:
+        flat = flat.clone()
+    data = flat.view(torch.uint8)
+    whole = data.numel() // 8 * 8
+    return data[:whole].view(torch.int64).sum() + data[whole:].sum()
+
+
+def _is_readable(weight: Tensor) -> bool:
+    """Whether this process has bits of ``weight`` in plain memory."""
+    packed = hasattr(weight, "__tensor_flatten__") and not isinstance(weight, DTensor)
+    return not (weight.is_meta or hasattr(weight, "ds_tensor") or packed)

@@ -1,0 +1,115 @@
+"""What is trained is what is saved, and what changes is what is saved: looked after from ``connect`` to the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from types import MappingProxyType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_peft.core.registry import differs, moved, note_moved, registries, trains_everything
+from lightning_peft.core.sharding import host_copy
+from lightning_peft.core.view import ModelView
+from lightning_peft.operations.watch import Watch
+from lightning_peft.storage.base_weights import Gathered
+from lightning_peft.strategy import refusals
+from lightning_peft.strategy.optim import held_parameters
+from lightning_peft.strategy.training import Training
+
+
+class Inventory(Training):
+    """Keeps the account of a model's tensors in a run: trained, changed, or as they were."""
+
+    _full_checkpoints: bool
+    _gathered: Gathered = staticmethod(nullcontext)  # type: ignore[assignment]
+    """Called with a module, makes a context in which its parameters are whole."""
+
+    _built: Mapping[str, Tensor] = MappingProxyType({})
+    """The buffers of a module without adapters as its constructor left them."""
+    _watch: Watch | None = None
+    _count = 0
+    """How many parameters the optimizers held when they were last checked."""
+
+    def connect(self, model: pl.LightningModule) -> None:
+        """Attach the module, before its ``setup`` and that of callbacks give buffers other values."""
+        super().connect(model)
+        view, self._watch, self._held = ModelView(model), None, {}
+        self._built = {} if registries(view) else {name: host_copy(buffer) for name, buffer in view.buffers.items()}
+
+    def _note_built(self) -> None:
+        """Note the buffers that differ from what the constructor makes, which ``load_from_checkpoint`` starts from."""
+        view = ModelView(self._module)
+        buffers = view.buffers
+        built = {name: value for name, value in self._built.items() if name in buffers}
+        note_moved(view, [name for name, value in built.items() if differs(buffers[name], value)])
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Set up, check what is trained, and look at what is not, as it is when training starts."""
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._refuse_unsaved()
+            self._look()
+
+    def _look(self) -> None:
+        # Weights in pieces of the base strategy's own cannot be read here, or are cast and moved by it.
+        if self._gathered is nullcontext and not self._full_checkpoints:
+            self._watch = Watch(ModelView(self._module))
+
+    def on_train_start(self) -> None:
+        """Check what hooks and callbacks have unfrozen since ``setup``."""
+        super().on_train_start()
+        self._refuse_unsaved()
+        view = ModelView(self._module)
+        held = {*self._held, *map(id, held_parameters(self.optimizers))}
+        idle = [name for name, p in view.parameters.items() if p.requires_grad and id(p) not in held]
+        if idle and not trains_everything(view):
+            rank_zero_warn(
+                f"{len(idle)} weights of the base require a gradient, but no optimizer holds them, so they are not "
+                f"trained: {', '.join(idle[:3])}. They were unfrozen since setup. To train them, name their modules in "
+                "train_also."
+            )
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Step, after a check if the optimizers hold other parameters than they did: before one is trained in vain."""
+        if len(held_parameters(self.optimizers)) != self._count:
+            self._refuse_unsaved()
+        return super().optimizer_step(optimizer, closure, model, **kwargs)
+
+    def _refuse_unsaved(self) -> None:
+        """Check that checkpoints have everything that is trained.
+
+        Raises:
+            PEFTError: They have not.
+        """
+        self._count = len(held_parameters(self.optimizers))
+        if not self._full_checkpoints:
+            refusals.refuse_unsaved(self.optimizers, ModelView(self._module), self._held)
+
+    def _take_stock(self) -> None:
+        """Check that what is trained will be saved, and note what else has changed."""
+        self._refuse_unsaved()
+        view = ModelView(self._module)
+        written = sorted(self._written(view) - moved(view))
+        note_moved(view, written)
+        if written and not trains_everything(view):
+            rank_zero_warn(
+                f"{len(written)} frozen weights have changed though no optimizer holds them: {', '.join(written[:3])}. "
+                "From now on checkpoints hold them too. If they were to stay as they are, look for what writes to them: "
+                "an average, a callback, the training step."
+            )
+
+    def _written(self, view: ModelView) -> set[str]:
+        """Return the names of frozen weights that have changed since training began."""
+        return set() if self._watch is None else self._watch.changed(view)
+
+    def on_train_end(self) -> None:
+        """Take stock a last time, before anything is merged."""
+        super().on_train_end()
+        self._take_stock()
+        self._watch = None
