@@ -49,11 +49,23 @@ def required(model: ModelView) -> list[tuple[str, nn.Module, Registry]]:
     """Return what :func:`registries` returns.
 
     Raises:
-        PEFTError: There is nothing.
+        PEFTError: There is nothing, or ``model`` is a part of what adapters were injected into.
     """
+    refuse_part(model)
     if not (found := registries(model)):
         raise PEFTError(f"This {model.kind} has no adapters. Call inject(model, method) first.")
     return found
+
+
+def refuse_part(model: ModelView) -> None:
+    """Raise :class:`PEFTError` if ``model`` has adapters that were injected into a module that it is a part of."""
+    roots = [f"{name}." if name else "" for name, _, _ in registries(model)]
+    for host, _, slot in model.slots:
+        if not any(f"{host}.".startswith(root) for root in roots):
+            raise PEFTError(
+                f"This {model.kind} is a part of the {slot.root} into which its adapters were injected. Give that "
+                f"{slot.root} instead of its part."
+            )
 
 
 def trained_whole(model: ModelView) -> Iterator[tuple[str, Tensor, Tensor]]:
