@@ -1,4 +1,8 @@
-"""The one exception type for what a user gave us and can mend."""
+"""The one exception type for what a user gave us and can mend, and how messages list names."""
+
+from collections.abc import Iterable
+
+_SHOWN = 5
 
 
 class PEFTError(ValueError):
@@ -10,3 +14,10 @@ class PEFTError(ValueError):
 
 class NotFiniteError(PEFTError):
     """An adapter holds NaN or infinity: the run that trained it has diverged."""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the first few of ``names`` for a message, and how many more there are."""
+    names = list(names)
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -114,8 +114,10 @@ class Slot(nn.ModuleDict):
 
     running: Adapter | None
 
-    def __init__(self, host: nn.Module) -> None:
+    def __init__(self, host: nn.Module, root: str) -> None:
         super().__init__()
+        self.root = root
+        """Name of the class of the module into which the adapters were injected."""
         self.active = ""
         self.run(None)
         self.merged: dict[str, Any] | None = None
@@ -196,11 +198,11 @@ class Slot(nn.ModuleDict):
             handle.remove()
 
 
-def attach(host: nn.Module, name: str, adapter: Adapter, active: str) -> None:
-    """Hang ``adapter`` on ``host`` under ``name``, and have the one called ``active`` run."""
+def attach(host: nn.Module, name: str, adapter: Adapter, active: str, root: str) -> None:
+    """Hang ``adapter`` on ``host``, a part of a ``root``, under ``name``, and have the one called ``active`` run."""
     slot = host._modules.get(CHILD)
     if not isinstance(slot, Slot):
-        slot = Slot(host)
+        slot = Slot(host, root)
         host.add_module(CHILD, slot)
     slot[name] = adapter
     # A model in eval mode stays in it: dropout and what else depends on the mode follow the host.

@@ -60,8 +60,9 @@ def required(model: ModelView) -> list[tuple[str, nn.Module, Registry]]:
     """Return what :func:`registries` returns.
 
     Raises:
-        PEFTError: There is nothing.
+        PEFTError: There is nothing, or ``model`` is a part of what adapters were injected into.
     """
+    refuse_part(model)
     if not (found := registries(model)):
         raise PEFTError(f"This {model.kind} has no adapters. Call inject(model, method) first.")
     return found
@@ -71,6 +72,17 @@ def trains_everything(model: ModelView) -> bool:
     """Whether a method trains the model as it trains itself."""
     every = (method for _, _, registry in registries(model) for found in registry.methods.values() for method in found)
     return any(method.everything for method in every)
+
+
+def refuse_part(model: ModelView) -> None:
+    """Raise :class:`PEFTError` if ``model`` has adapters that were injected into a module that it is a part of."""
+    roots = [f"{name}." if name else "" for name, _, _ in registries(model)]
+    for host, _, slot in model.slots:
+        if not any(f"{host}.".startswith(root) for root in roots):
+            raise PEFTError(
+                f"This {model.kind} is a part of the {slot.root} into which its adapters were injected. Give that "
+                f"{slot.root} instead of its part."
+            )
 
 
 def trained_whole(model: ModelView) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -34,9 +34,9 @@ class ModelView:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._look(unwrap(model), {})
+        self._look(unwrap(model), {}, {})
 
-    def _look(self, module: nn.Module, seen: dict[nn.Module, _Seen]) -> None:
+    def _look(self, module: nn.Module, seen: dict[nn.Module, _Seen], remarks: dict[str, None]) -> None:
         self.module = module
         """The module itself."""
         self.modules: dict[str, nn.Module] = {}
@@ -45,6 +45,8 @@ class ModelView:
         """The further names of such modules, with the first one."""
         self.walked: list[tuple[str, nn.Module]] = []
         """Every module once, wrappers too, with its clean name."""
+        self.remarks = remarks
+        """What a user should know of what was done, each said once, in order; views of parts share them."""
         self._seen, self._facts = seen, dict[Callable[..., Any], Any]()
         first: dict[nn.Module, str] = {}
         for raw_name, part in _walk(module, seen):
@@ -58,6 +60,10 @@ class ModelView:
             if name not in self.modules or name != raw_name:
                 self.modules[name] = part
         self.aliases = {name: to for name, to in self.aliases.items() if name not in self.modules}
+
+    def remark(self, text: str) -> None:
+        """Have the operation that this view is for tell the user ``text``."""
+        self.remarks[text] = None
 
     @property
     def kind(self) -> str:
@@ -76,7 +82,7 @@ class ModelView:
         if module is None:
             raise PEFTError(f"This {self.kind} has no part {name!r}.")
         view = object.__new__(ModelView)
-        view._look(module, self._seen)
+        view._look(module, self._seen, self.remarks)
         return view
 
     @cached_property

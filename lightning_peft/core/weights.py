@@ -13,11 +13,16 @@ from torch.distributed.tensor import DTensor
 from lightning_peft.core.sharding import full_shape, whole
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is transformers' ``Conv1D``: a linear layer whose weight is stored ``[in, out]``."""
+def conv1d_class() -> type[nn.Module] | None:
+    """Return transformers' ``Conv1D``: a linear layer whose weight is stored ``[in, out]``."""
     # An instance can only exist once its module is imported: no need to import transformers for plain torch users.
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
-    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' ``Conv1D``."""
+    kind = conv1d_class()
+    return kind is not None and isinstance(module, kind)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -40,10 +45,13 @@ def features(module: nn.Module) -> tuple[int, int]:
 
     What a convolution gets for one output are the channels of its group at each place of its kernel.
     """
+    # From attributes where there are some: a weight that is worked out anew may change state when it is read.
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    first, *rest = full_shape(weight_of(module))
-    return (math.prod(rest), first) if is_conv(module) else (first, rest[0])
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return module.in_channels // module.groups * math.prod(module.kernel_size), module.out_channels
+    first, second = full_shape(weight_of(module))
+    return first, second
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -63,12 +71,6 @@ def is_packed(module: nn.Module) -> bool:
         return False
     codes = not weight.is_floating_point() or weight.dtype.itemsize < 2
     return codes or hasattr(weight, "__tensor_flatten__")
-
-
-def adapter_dtype(module: nn.Module) -> torch.dtype:
-    """Return the dtype for adapters of ``module``: its weight's, but never below float32."""
-    dtype = weight_of(module).dtype
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def tensor_options(module: nn.Module) -> dict[str, Any]:

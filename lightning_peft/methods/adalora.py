@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_peft.adapters.low_rank.making import fitting_rank, lowered_ranks
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of
 from lightning_peft.core.method import PEFTMethod
@@ -19,7 +20,8 @@ from lightning_peft.core.sharding import full_shape, like, whole, write
 from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import features, is_linear, tensor_options
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.patterns import first_match, require_matches
+from lightning_peft.targets.naming import exceptions, only_here
+from lightning_peft.targets.patterns import first_match, found_by_preset, require_matches
 from lightning_peft.targets.select import select
 
 _PARTS = ("lora_A", "lora_E", "lora_B")
@@ -190,19 +192,24 @@ class AdaLoRA(PEFTMethod):
     def within(self, adapters: Mapping[str, Adapter]) -> AdaLoRA:
         """Return the method with the ranks of its modules by their names."""
         ranks = {host: full_shape(adapter.get_parameter("lora_E"))[0] for host, adapter in adapters.items()}
-        return replace(self, rank_pattern={host: r for host, r in ranks.items() if r != self.init_r})
+        return replace(self, rank_pattern=exceptions(ranks, self.init_r, only_here))
 
     def rank(self, name: str) -> int:
-        """Return the rank with which the module ``name`` starts."""
+        """Return the rank with which the module ``name`` starts, if it takes that."""
         return first_match(self.rank_pattern, name, self.init_r)
+
+    def adapters(self, model: ModelView, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
+        """Make the adapters, and say where they start with less than was asked for."""
+        made = super().adapters(model, hosts, seed)
+        ranks = {host: full_shape(adapter.get_parameter("lora_E"))[0] for host, adapter in made.items()}
+        if lower := {host: r for host, r in ranks.items() if r < self.rank(host)}:
+            model.remark(lowered_ranks("AdaLoRA", f"init_r={max(map(self.rank, lower))}", lower))
+        return made
 
     def adapter(self, name: str, module: nn.Module, seed: int) -> AdaLoRAAdapter:
         """Make the adapter of the linear layer ``module``."""
-        if (r := self.rank(name)) > min(sizes := features(module)):
-            raise PEFTError(
-                f"AdaLoRA: init_r={r} was given, but {name!r} is {sizes[0]} → {sizes[1]}: the rank of an update of it "
-                f"is at most {min(sizes)}. Take a smaller init_r, set rank_pattern={{{name!r}: …}}, or exclude it."
-            )
+        asked_for = first_match(self.rank_pattern, name, 0) or not found_by_preset(self.target_modules, name)
+        r = fitting_rank("AdaLoRA", "init_r", self.rank(name), name, features(module), lower=not asked_for)
         return AdaLoRAAdapter(module, r, self.alpha / (self.init_r + 1e-5), self.dropout, seed, name)
 
     def check_steps(self, total_steps: int) -> None:

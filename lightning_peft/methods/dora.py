@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank.embedding import EmbeddingLoRAAdapter
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
+from lightning_peft.core.plain import nature
 from lightning_peft.core.weights import is_packed, read_matrix
 from lightning_peft.errors import PEFTError
 from lightning_peft.methods.lora import LoRA
@@ -33,8 +34,12 @@ class DoRAAdapter(LoRAAdapter):
 
     @staticmethod
     def refusal(host: nn.Module, r: int, dropout: float, freeze_A: bool) -> str | None:
-        """Refuse a weight whose norms are not at hand."""
-        return "its weight is quantised, so that the norms of its rows are not at hand" if is_packed(host) else None
+        """Refuse a weight whose norms are not at hand, or say nothing."""
+        if is_packed(host):
+            return "its weight is quantised, so that the norms of its rows, which DoRA needs, are not at hand"
+        if nature(host) == "beside":
+            return f"what a {type(host).__name__} computes is no function of the norms of its weight's rows"
+        return None
 
     def reset_parameters(self) -> None:
         """Set B A to zero and the magnitudes to the norms of the weight, which then is unchanged."""

@@ -18,10 +18,7 @@ from lightning_peft.adapters.low_rank.conv import ConvLoRAAdapter
 from lightning_peft.adapters.low_rank.embedding import EmbeddingLoRAAdapter
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.adapters.low_rank.making import Maker, ranks_and_scales, share_inputs
-from lightning_peft.adapters.low_rank.own_weights import (
-    attention_weights,
-    own_weights,
-)
+from lightning_peft.adapters.low_rank.own_weights import attention_weights, own_weights
 from lightning_peft.adapters.low_rank.principal import PrincipalAdapter, is_principal
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import PEFTMethod
@@ -29,7 +26,8 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.targets.blocks import shared_inputs
 from lightning_peft.targets.fused_parts import is_fused, part_rows
-from lightning_peft.targets.patterns import first_match, require_matches
+from lightning_peft.targets.naming import exceptions, only_here
+from lightning_peft.targets.patterns import first_match, found_by_preset, matches, require_matches
 from lightning_peft.targets.select import select
 
 
@@ -139,6 +137,7 @@ class LoRA(PEFTMethod):
             model,
             self.target_modules,
             adaptable=self._adaptable,
+            obstacle=self._maker(seed=0).obstacle,
             weights=own_weights if self._changes_weights else None,
             exclude=self.exclude_modules,
             layers=self.layers,
@@ -174,8 +173,8 @@ class LoRA(PEFTMethod):
             target_modules=list(ranks),
             exclude_modules=None,
             layers=None,
-            rank_pattern={name: r for name, r in ranks.items() if r != self.r},
-            alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != self.alpha},
+            rank_pattern=exceptions(ranks, self.r, only_here),
+            alpha_pattern=exceptions(alphas, self.alpha, only_here),
         )
 
     def _alpha_of(self, r: int, scale: float) -> float:
@@ -202,6 +201,8 @@ class LoRA(PEFTMethod):
             else:
                 made[host] = self.adapter(host, module, seed)
         share_inputs(shared_inputs(model), made)
+        for remark in maker.remarks(made):
+            model.remark(remark)
         return made
 
     def parts(self, model: ModelView, hosts: Iterable[str]) -> dict[str, dict[str, Tensor]]:
@@ -226,12 +227,21 @@ class LoRA(PEFTMethod):
         return self._maker(seed).beside(name, module)
 
     def _maker(self, seed: int) -> Maker:
-        me = type(self).__name__
-        return Maker(me, self._kinds, self._rank_and_scale, self.dropout, self.init, self.freeze_A, seed)
+        return Maker(
+            method=type(self).__name__,
+            kinds=self._kinds,
+            rank=lambda name: self.rank_and_alpha(name)[0],
+            scale=lambda name, r: self._scale(r, self.rank_and_alpha(name)[1]),
+            named=self._named,
+            dropout=self.dropout,
+            init=self.init,
+            freeze_A=self.freeze_A,
+            seed=seed,
+        )
 
-    def _rank_and_scale(self, name: str) -> tuple[int, float]:
-        r, alpha = self.rank_and_alpha(name)
-        return r, self._scale(r, alpha)
+    def _named(self, name: str) -> bool:
+        by_rank = any(matches(pattern, name) for pattern in self.rank_pattern)
+        return by_rank or not found_by_preset(self.target_modules, name)
 
     def _scale(self, r: int, alpha: float) -> float:
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -13,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from lightning_peft.core.adapter import Slot, attach, detach
 from lightning_peft.core.method import PEFTMethod, methods_of
-from lightning_peft.core.refusals import refuse_merged, refuse_stand_in
-from lightning_peft.core.registry import Registry, drop, keep, own_registry, registries, required
+from lightning_peft.core.refusals import refuse_foreign_adapters, refuse_lazy, refuse_merged, refuse_stand_in
+from lightning_peft.core.registry import Registry, drop, keep, own_registry, refuse_part, registries, required
 from lightning_peft.core.sharding import host_copy
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
@@ -60,6 +61,9 @@ def inject(
     if registry is not None and registry.methods.get(name) == methods:
         return [*registry.hosts[name], *registry.chosen]
     prepared = prepare_injection(view, methods, name, train_also, seed=seed, allow_sharded=allow_sharded)
+    if not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+        for remark in view.remarks:
+            warnings.warn(remark, stacklevel=2)
     return inject_prepared(view, prepared, name)
 
 
@@ -98,7 +102,7 @@ def inject_prepared(model: ModelView, prepared: Prepared, name: str) -> list[str
     registry.methods[name] = prepared.methods
     registry.hosts[name] = prepared.hosts
     for host, adapter in prepared.adapters.items():
-        attach(prepared.modules[host], name, adapter, registry.active)
+        attach(prepared.modules[host], name, adapter, registry.active, model.kind)
     watch(model.module, registry, {**{name: host for name, host, _ in model.slots}, **prepared.modules}.values())
     _forget_compiled()
     return [*prepared.hosts, *registry.chosen]
@@ -176,6 +180,9 @@ def _check_state(model: ModelView, registry: Registry | None, name: str, whole: 
             f"Adapters were already injected into {others[0]!r}, a part of this model. Inject into that part again, "
             "or call eject(model) first."
         )
+    refuse_part(model)
+    refuse_lazy(model)
+    refuse_foreign_adapters(model)
     refuse_merged(model, "inject")
     refuse_stand_in(model, "inject")
 

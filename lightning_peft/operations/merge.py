@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.core.adapter import Adapter, Slot
+from lightning_peft.core.plain import is_weighted, nature
 from lightning_peft.core.refusals import refuse_stand_in
 from lightning_peft.core.registry import required
 from lightning_peft.core.sharding import whole
@@ -79,14 +80,7 @@ def merge(
     todo = [found for found in active if _can_merge(found[1], found[3], gathered is not nullcontext)]
     kept = tuple(name for name, _, slot, _ in active if not any(slot is found[2] for found in todo))
     if unload and kept:
-        packed = any(name == kept[0] and is_packed(host) for name, host, _, _ in active)
-        raise PEFTError(
-            f"merge(unload=True): the adapter of {kept[0]!r} cannot be merged"
-            + (" (its weight is quantised, and the sum, quantised anew, would lose most of it)" if packed else "")
-            + ", so removing it would change the model's outputs. Call merge(model) to merge the others, or "
-            "eject(model) to remove them all"
-            + ("; or load the adapter into the model as it was before it was quantised." if packed else ".")
-        )
+        raise PEFTError(_not_unloaded(kept[0], next(host for name, host, _, _ in active if name == kept[0])))
     _refuse_non_finite(todo)
     shared = view.shared
     if any(isinstance(p, DTensor) for _, host, _, adapter in todo for p in _weights(host, adapter)):
@@ -146,7 +140,7 @@ def refuse_ties(model: ModelView) -> None:
     shared = model.shared
     for name, host, slot in model.slots:
         adapter = slot.active_adapter
-        if adapter is None or not adapter.mergeable or adapter.follows_ties:
+        if adapter is None or not _can_merge(host, adapter, in_pieces=True) or adapter.follows_ties:
             continue
         if any(id(weight) in shared for weight in _weights(host, adapter)):
             raise PEFTError(
@@ -155,8 +149,23 @@ def refuse_ties(model: ModelView) -> None:
             )
 
 
+def _not_unloaded(name: str, host: nn.Module) -> str:
+    """Return the message for an adapter of ``host`` that cannot be merged and would be lost."""
+    reason = advice = ""
+    if is_packed(host):
+        reason = " (its weight is quantised, and the sum, quantised anew, would lose most of it)"
+        advice = "; or load the adapter into the model as it was before it was quantised"
+    elif is_weighted(host) and nature(host) != "plain":
+        reason = f" (a {type(host).__name__} does not compute the plain function of its weight)"
+    return (
+        f"merge(unload=True): the adapter of {name!r} cannot be merged{reason}, so removing it would change the "
+        f"model's outputs. Call merge(model) to merge the others, or eject(model) to remove them all{advice}."
+    )
+
+
 def _can_merge(host: nn.Module, adapter: Adapter, in_pieces: bool) -> bool:
-    if not adapter.mergeable or is_packed(host):
+    # A weight may have been packed, or become one that is worked out from others, since the injection.
+    if not adapter.mergeable or is_packed(host) or not _has_weights(host, adapter):
         return False
     # A parameter that comes new into a sharded module belongs to no shard.
     adds_bias = adapter.adds_bias and host._parameters.get("bias") is None
@@ -171,6 +180,10 @@ def _refuse_pieces(hosts: Sequence[_Host]) -> None:
                 "cannot be merged into. The strategy does it at the end of training; or load the adapter into the base "
                 "model in one process and merge there."
             )
+
+
+def _has_weights(host: nn.Module, adapter: Adapter) -> bool:
+    return set(weight_names(adapter)) <= dict(host.named_parameters()).keys()
 
 
 def _weights(host: nn.Module, adapter: Adapter) -> list[nn.Parameter]:

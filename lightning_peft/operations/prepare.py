@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import CHILD, Adapter
 from lightning_peft.core.method import PEFTMethod
+from lightning_peft.core.plain import is_weighted, nature
 from lightning_peft.core.view import ModelView
-from lightning_peft.errors import PEFTError
+from lightning_peft.core.weights import is_packed
+from lightning_peft.errors import PEFTError, listed
 from lightning_peft.targets.patterns import as_list, match_names, require_matches
 
 
@@ -52,13 +54,33 @@ def prepare(model: ModelView, methods: tuple[PEFTMethod, ...], whole: dict[str, 
             )
         modules.update(hosts)
         owners.update(dict.fromkeys(hosts, position))
-        adapters.update(method.adapters(model, hosts, seed) if hosts else {})
+        adapters.update(_made(model, method, hosts, seed) if hosts else {})
         chosen.update(trained)
     order = [host for host in model.modules if host in owners]
     chosen -= parameter_names(model, whole)
     names = [n for n in model.parameters if n in chosen] if chosen else []
     by_host = {h: adapters[h] for h in order}
     return Prepared(modules, by_host, {h: owners[h] for h in order}, tuple(names), methods, whole)
+
+
+def _made(model: ModelView, method: PEFTMethod, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
+    """Return the adapters of ``method``, with it settled which of them can be merged."""
+    made = method.adapters(model, hosts, seed)
+    kept: dict[str, str] = {}
+    for host, adapter in made.items():
+        # What an adapter replaces is read by its host just as it is once merged.
+        if not adapter.mergeable or adapter.replaces or is_packed(hosts[host]) or not is_weighted(hosts[host]):
+            continue
+        if nature(hosts[host]) != "plain":
+            adapter.mergeable = False
+            kept[host] = type(hosts[host]).__name__
+    if kept:
+        model.remark(
+            f"{type(method).__name__}: the adapters of {listed(f'{host!r} ({kind})' for host, kind in kept.items())} "
+            "cannot be merged and will stay attached: these modules do not compute the plain function of a weight of "
+            "theirs."
+        )
+    return made
 
 
 def prepared_tensors(model: ModelView, prepared: Prepared, name: str) -> dict[str, Tensor]:

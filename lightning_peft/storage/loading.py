@@ -178,7 +178,11 @@ def _load_beside(model: ModelView, beside: Mapping[str, Tensor]) -> None:
         assign(targets[name], tensor)
     if beside:
         adapted = ModelView(model.module)
-        inside = {f"{prefix}.{name}".lstrip(".") for prefix, _, _ in registries(adapted) for name in adapted.part(prefix).parameters}
+        inside = {
+            f"{prefix}.{name}".lstrip(".")
+            for prefix, _, _ in registries(adapted)
+            for name in adapted.part(prefix).parameters
+        }
         note_moved(adapted, (beside.keys() & inside) - adapter_parameters_and_whole(adapted).keys())
 
 

@@ -16,11 +16,10 @@ from lightning_peft.core.refusals import refuse_merged
 from lightning_peft.core.registry import changed, required, trained_whole
 from lightning_peft.core.sharding import from_local_part, full_shape, in_zero_pieces, replace
 from lightning_peft.core.view import ModelView
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, listed
 from lightning_peft.storage.fingerprint import describe_base, refuse_other_base
 
 _VERSION = 1
-_SHOWN = 5
 
 
 def adapter_parameters_and_whole(model: ModelView) -> dict[str, Tensor]:
@@ -106,8 +105,8 @@ def check_tensors(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], so
         near = difflib.get_close_matches(missing[0], extra, n=1) if missing else []
         raise PEFTError(
             f"{source} does not fit this model's adapters."
-            + (f" Missing: {_list(missing)}." if missing else "")
-            + (f" Superfluous: {_list(extra)}." if extra else "")
+            + (f" Missing: {listed(missing)}." if missing else "")
+            + (f" Superfluous: {listed(extra)}." if extra else "")
             + (f" Is {near[0]!r} meant for {missing[0]!r}?" if near else "")
             + " Use the method and the targets that it was written with."
         )
@@ -196,8 +195,3 @@ def _refuse_other_config(method: PEFTMethod, saved: Mapping[str, Any], source: s
     if differing:
         both = ", ".join(f"{key}={saved.get(key)!r} (here {present[key]!r})" for key in differing)
         raise PEFTError(f"{source} was written with {both}. Use the hyper-parameters that it was written with.")
-
-
-def _list(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -47,9 +47,7 @@ class _NotYet:
         return repr(self._strict)
 
 
-def _load_state_with_adapters(
-    cls: Any, checkpoint: dict[str, Any], strict: bool | None = None, **kwargs: Any
-) -> Any:
+def _load_state_with_adapters(cls: Any, checkpoint: dict[str, Any], strict: bool | None = None, **kwargs: Any) -> Any:
     if files.KEY not in checkpoint or not issubclass(cls, LightningModule):
         return _load_state(cls, checkpoint, strict=strict, **kwargs)
     # Lightning makes the module and calls its hooks, which may change the state; what is no adapter's it loads.

@@ -10,10 +10,16 @@ from torch import nn
 
 from lightning_peft.core.view import ModelView, once
 from lightning_peft.core.weights import is_linear
+from lightning_peft.errors import PEFTError
 
 _ATTENTION = regex.compile(r"(^|.*_)(attn|attention|selfattention|encdecattention)$", regex.IGNORECASE)
 
+# Layers that pass information along a sequence by recurrence: those of RecurrentGemma, RWKV, Mamba and its relatives.
+_RECURRENT = regex.compile(r"(^|.*_)(mamba|ssm|temporal_block|recurrent_block|time_mix(ing|er)?)$", regex.IGNORECASE)
+_STATE_DECAY = "A_log"
+
 # What projections are called: `q`, `q_proj`, `query`, `q_lin`; `qkv_proj`, `query_key_value`, `c_attn`, `Wqkv`.
+_OUTPUTS = "o|wo|out|output|proj|dense"
 _ROLES = {"q": "q|query|wq", "k": "k|key|wk", "v": "v|value|wv", "qkv": "w?qkv|attn|in", "kv": "w?kv"}
 
 
@@ -25,11 +31,14 @@ def is_attention_name(segment: str) -> bool:
 @cache
 def role_of(segment: str) -> str:
     """Return what a linear layer so called computes in attention: ``q``, ``k``, ``v``, ``qkv``, ``kv`` or ``o``."""
-    tokens = regex.split(r"[^a-z]+", segment.lower())
-    roles = [role for role, names in _ROLES.items() if any(regex.fullmatch(names, token) for token in tokens)]
+    roles = [role for role, names in _ROLES.items() if _has_token(segment, names)]
     if {"q", "k", "v"} <= set(roles):
         return "qkv"
     return roles[0] if roles else "o"
+
+
+def _has_token(segment: str, names: str) -> bool:
+    return any(regex.fullmatch(names, token) for token in regex.split(r"[^a-z]+", segment.lower()))
 
 
 @once
@@ -48,6 +57,35 @@ def attention_roots(model: ModelView) -> Mapping[str, nn.Module]:
         if any(True for _ in module.parameters()):
             roots[name] = module
     return roots
+
+
+@once
+def recurrent_roots(model: ModelView) -> Mapping[str, nn.Module]:
+    """Return the modules that are recurrent layers, state-space models among them, by name."""
+    return {
+        name: module
+        for name, module in model.modules.items()
+        if _RECURRENT.match(name.rpartition(".")[2]) or _STATE_DECAY in module._parameters
+    }
+
+
+def refuse_mixed(model: ModelView) -> None:
+    """Check that what is attention only by the projections that it holds holds nothing else.
+
+    Raises:
+        PEFTError: A layer has projections of attention and of an MLP side by side.
+    """
+    for root, module in attention_roots(model).items():
+        if is_attention_name(root.rpartition(".")[2]) or isinstance(module, nn.MultiheadAttention):
+            continue
+        linears = [name for name, part in model.part(root).modules.items() if is_linear(part)]
+        others = [name for name in linears if role_of(name.rpartition(".")[2]) == "o"]
+        unknown = [name for name in others if not any(_has_token(segment, _OUTPUTS) for segment in name.split("."))]
+        if len(others) > 1 and unknown:
+            raise PEFTError(
+                f"Attention and MLP cannot be told apart in {root!r}, which holds {', '.join(linears)} side by side. "
+                "Name the layers to adapt in target_modules."
+            )
 
 
 def _projecting(model: ModelView) -> set[str]:

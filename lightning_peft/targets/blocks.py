@@ -22,7 +22,7 @@ from torch import nn
 from lightning_peft.core.view import ModelView, once
 from lightning_peft.core.weights import features, is_linear
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.attention import attention_roots, role_of, surrounding
+from lightning_peft.targets.attention import attention_roots, refuse_mixed, role_of, surrounding
 from lightning_peft.targets.inner_models import head_modules
 from lightning_peft.targets.layers import in_layers
 
@@ -59,8 +59,10 @@ def find_blocks(
         layers: Layers to stay in: indices, or a slice such as ``"8:16"``.
 
     Raises:
-        PEFTError: There is none of one of the kinds, an MLP of which the form is unknown, or no such layer.
+        PEFTError: There is none of one of the kinds, one that is not told from the other, an MLP of which the form is
+            unknown, or no such layer.
     """
+    refuse_mixed(model)
     blocks = _every_block(model)
     if "mlp" in kinds:
         _refuse_unknown_mlp(model, blocks, layers)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import regex
 
 from lightning_peft.core.view import ModelView
+
+V = TypeVar("V")
 
 
 def suffixes(hosts: Iterable[str], modules: Iterable[str]) -> list[str] | None:
@@ -29,8 +32,27 @@ def targets_from(hosts: Iterable[str], root: ModelView) -> list[str] | str:
     return suffixes(hosts, root.modules) or "re:" + "|".join(map(regex.escape, hosts))
 
 
-def _ends_in(name: str, endings: set[str]) -> bool:
+def exceptions(values: Mapping[str, V], default: V, only: Callable[[str], str]) -> dict[str, V]:
+    """Return those of ``values``, by the module's name, that are not ``default``, by a pattern for that module alone.
+
+    Args:
+        values: By name, of all modules that a pattern might name.
+        default: What holds where no pattern says otherwise.
+        only: Makes a pattern that matches no longer name, where the name itself would.
+    """
+    longer = {ending for name in values for ending in _endings(name)}
+    return {only(name) if name in longer else name: value for name, value in values.items() if value != default}
+
+
+def only_here(name: str) -> str:
+    """Return a pattern of this package for the module ``name`` and none whose name ends in it."""
+    return f"re:{regex.escape(name)}"
+
+
+def _endings(name: str) -> Iterable[str]:
     while name := name.partition(".")[2]:
-        if name in endings:
-            return True
-    return False
+        yield name
+
+
+def _ends_in(name: str, endings: set[str]) -> bool:
+    return any(ending in endings for ending in _endings(name))

@@ -68,6 +68,12 @@ def match_names(pattern: str, modules: Mapping[str, object]) -> set[str]:
     return {name for name in modules if matches(pattern, name)}
 
 
+def found_by_preset(targets: Names, name: str) -> bool:
+    """Whether a preset among ``targets`` finds what is called ``name``, and no pattern names it."""
+    presets = [target for target in as_list(targets) if target in PRESETS]
+    return bool(presets) and not any(matches(target, name) for target in as_list(targets) if target not in PRESETS)
+
+
 def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
     """Return the value of ``name`` itself or else of the first pattern that matches it, or ``default``."""
     if name in patterns:

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
+from lightning_peft.core import plain
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import is_linear
-from lightning_peft.errors import PEFTError
-from lightning_peft.targets.attention import attention_roots, surrounding
-from lightning_peft.targets.inner_models import head_modules
-from lightning_peft.targets.layers import in_layers, listed_blocks
-from lightning_peft.targets.patterns import ALL_LINEAR, PRESETS, Names, as_list, match_names, matches, nothing_matched
+from lightning_peft.errors import PEFTError, listed
+from lightning_peft.targets.layers import in_layers
+from lightning_peft.targets.patterns import PRESETS, Names, as_list, match_names, matches, nothing_matched
+from lightning_peft.targets.presets import in_preset, nothing_in_preset, uncalled_modules
 
 
 def select(
@@ -20,46 +19,41 @@ def select(
     targets: Names,
     *,
     adaptable: Callable[[nn.Module], bool],
+    obstacle: Callable[[str, nn.Module], str | None] = lambda name, module: plain.obstacle(module),
     weights: Callable[[nn.Module], Iterable[str]] | None = None,
     exclude: Names | None = None,
     layers: str | Sequence[int] | None = None,
 ) -> dict[str, nn.Module]:
     """Return the modules of ``model`` that ``targets`` name, by name, in the model's order.
 
+    ``"all-linear"``, ``"attention"`` and ``"mlp"`` take of what they find that which can be adapted, and the rest is a
+    remark of ``model``. What a pattern names has to be possible.
+
     Args:
         model: Where to look.
         targets: ``"all-linear"`` (without the output head), ``"attention"``, ``"mlp"``, or patterns (see
             :func:`matches`), mixed at will.
-        adaptable: Whether the method can adapt a module. Others are passed over, unless a pattern matches nothing
+        adaptable: Whether the method adapts modules of a kind. A pattern passes over others, unless it matches nothing
             else.
+        obstacle: Gives the reason why one of such a kind, by name, cannot be adapted all the same.
         weights: Gives the names of parameters of a module that can be adapted one by one. They are selected by their
             own name, ``experts.down_proj``, and returned by it, with that module.
         exclude: Patterns of modules to leave out.
         layers: Indices of blocks to adapt, or a slice (``"8:16"``, ``"-4:"``). Modules outside blocks go.
 
     Raises:
-        PEFTError: A pattern matches nothing (the nearest names are listed), only modules that cannot be adapted,
-            or a layer does not exist.
+        PEFTError: A pattern matches nothing (the nearest names are listed), or modules that cannot be adapted, or a
+            layer does not exist.
     """
     modules: dict[str, nn.Module] = dict(model.modules)
     candidates = {name: module for name, module in modules.items() if adaptable(module)}
-    uncalled = _uncalled(modules)
     parameters = {
         f"{name}.{weight}".lstrip("."): module
         for name, module in modules.items()
         for weight in (() if weights is None or name in candidates else weights(module))
     }
     modules, candidates = modules | parameters, candidates | parameters
-    chosen: set[str] = set()
-    for pattern in as_list(targets):
-        if pattern in PRESETS:
-            found = _preset(model, candidates, pattern) - uncalled
-        else:
-            found = match_names(pattern, candidates)
-            found |= {name for alias, name in model.aliases.items() if name in candidates and matches(pattern, alias)}
-        if not found:
-            raise PEFTError(nothing_matched(pattern, modules, candidates))
-        chosen |= found
+    named, chosen = _matched(model, targets, modules, candidates)
     for pattern in as_list(exclude or ()):
         found = match_names(pattern, modules)
         if not found:
@@ -67,37 +61,66 @@ def select(
         chosen -= found
     if layers is not None:
         chosen &= set(in_layers(model, chosen, layers))
-    if refused := sorted(chosen & uncalled):
-        raise PEFTError(
-            f"{refused[0]!r} cannot be adapted: nn.MultiheadAttention reads its weight and never calls it, so an "
-            f"adapter would have no effect. Leave it out with exclude_modules={refused!r}; LoRA adapts the "
-            "nn.MultiheadAttention itself."
-        )
+    reasons = _reasons(model, {n: modules[n] for n in modules if n in chosen}, candidates, parameters, obstacle)
+    if refused := [name for name in reasons if name in named]:
+        raise PEFTError(f"{refused[0]!r} cannot be adapted: {reasons[refused[0]]}. Exclude it.")
+    left_out = [
+        f"{listed(repr(name) for name in reasons if reasons[name] == reason)}: {reason}"
+        for reason in dict.fromkeys(reasons.values())
+    ]
+    chosen -= reasons.keys()
     if not chosen:
         raise PEFTError(
             f"No module is left to adapt: target_modules={targets!r}, exclude_modules={exclude!r}, layers={layers!r} "
-            "leave nothing. Drop one of the restrictions."
+            f"leave nothing{''.join(f' ({text})' for text in left_out)}. Drop one of the restrictions."
         )
+    for text in left_out:
+        model.remark(f"target_modules={targets!r} leaves out {text}.")
     return {name: module for name, module in candidates.items() if name in chosen}
 
 
-def _preset(model: ModelView, candidates: Mapping[str, nn.Module], preset: str) -> set[str]:
-    heads = head_modules(model)
-    linears = {
-        name
-        for name, m in candidates.items()
-        if isinstance(m, nn.MultiheadAttention) or (is_linear(m) and id(m) not in heads)
-    }
-    if preset == ALL_LINEAR:
-        return linears
-    attention = {name for name in linears if any(around in attention_roots(model) for around in surrounding(name))}
-    return attention if preset == "attention" else (linears & listed_blocks(model).keys()) - attention
+def _matched(
+    model: ModelView, targets: Names, modules: Mapping[str, nn.Module], candidates: Mapping[str, nn.Module]
+) -> tuple[set[str], set[str]]:
+    """Return what patterns name, and that with what presets find."""
+    named, chosen = set[str](), set[str]()
+    for pattern in as_list(targets):
+        if pattern in PRESETS:
+            found = in_preset(model, pattern)
+            if not found:
+                raise PEFTError(nothing_in_preset(model, pattern, candidates))
+        else:
+            found = match_names(pattern, candidates)
+            found |= {name for alias, name in model.aliases.items() if name in candidates and matches(pattern, alias)}
+            if not found:
+                raise PEFTError(nothing_matched(pattern, modules, candidates))
+            named |= found
+        chosen |= found
+    return named, chosen
 
 
-def _uncalled(modules: Mapping[str, nn.Module]) -> set[str]:
-    """Names of modules whose parent reads their weight instead of calling them: no hook of theirs ever runs."""
-    return {
-        f"{name}.out_proj" if name else "out_proj"
-        for name, module in modules.items()
-        if isinstance(module, nn.MultiheadAttention)
-    }
+def _reasons(
+    model: ModelView,
+    chosen: Mapping[str, nn.Module],
+    candidates: Mapping[str, nn.Module],
+    parameters: Mapping[str, nn.Module],
+    obstacle: Callable[[str, nn.Module], str | None],
+) -> dict[str, str]:
+    """Return those of ``chosen`` that cannot be adapted, each with the reason."""
+    uncalled, found = uncalled_modules(model), dict[str, str]()
+    for name, module in chosen.items():
+        if name in parameters:
+            continue
+        reason: str | None
+        if name in uncalled:
+            reason = (
+                "nn.MultiheadAttention reads its weight and never calls it, so an adapter would have no effect; LoRA "
+                "adapts the nn.MultiheadAttention itself"
+            )
+        elif name not in candidates:
+            reason = f"the method adapts no {type(module).__name__}"
+        else:
+            reason = obstacle(name, module)
+        if reason is not None:
+            found[name] = reason
+    return found

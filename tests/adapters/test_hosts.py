@@ -31,7 +31,7 @@ from lightning_peft import (
 )
 from lightning_peft.formats.serving import serving_copy
 from lightning_peft.strategy.param_groups import learning_rate_ratios
-from lightning_peft.targets.select import ALL_LINEAR
+from lightning_peft.targets.patterns import ALL_LINEAR
 
 Build = Callable[[], nn.Module]
 
@@ -352,11 +352,22 @@ def test_compiled_attention() -> None:
     assert (call(compiled) - call(model)).abs().max() <= 1e-12
 
 
-def test_dropout_beside_attention_is_refused() -> None:
+def test_dropout_beside_attention() -> None:
+    """Named, attention cannot have it; where a preset finds it nothing is dropped there, and that is said."""
     with pytest.raises(PEFTError, match=r"dropout=0\.1 was given, but 'layers\.0\.self_attn'"):
-        inject(build("torch_encoder")[0], LoRA(r=4, dropout=0.1))
-    names = inject(build("torch_encoder")[0], LoRA(r=4, dropout=0.1, exclude_modules="self_attn"))
-    assert [name.rpartition(".")[2] for name in names] == ["linear1", "linear2"] * 2
+        inject(build("torch_encoder")[0], LoRA(r=4, dropout=0.1, target_modules=["self_attn", "linear1"]))
+    model, given = build("torch_encoder")
+    with pytest.warns(
+        UserWarning,
+        match=r"dropout=0\.1 has no effect on 'layers\.0\.self_attn', 'layers",
+    ):
+        names = inject(model, LoRA(r=4, dropout=0.1))
+    assert [name.rpartition(".")[2] for name in names] == ["self_attn", "linear1", "linear2"] * 2
+    exact = build("torch_encoder")[0]
+    inject(exact, LoRA(r=4))
+    for twin in (model, exact):
+        randomise(twin)
+    assert torch.equal(outputs(model, given), outputs(exact, given))
 
 
 def test_attention_trained_with_a_frozen_A() -> None:

@@ -120,7 +120,7 @@ def test_nothing_is_merged_into_them(make: Callable[[], nn.Module]) -> None:
 
 
 def test_what_needs_the_weights_values_is_refused(make: Callable[[], nn.Module]) -> None:
-    with pytest.raises(PEFTError, match="DoRA: '0' cannot be adapted: its weight is quantised"):
+    with pytest.raises(PEFTError, match=r"'0' cannot be adapted: its weight is quantised.*DoRA"):
         inject(make(), DoRA(r=4, target_modules=["0"]))
     assert inject(make(), DoRA(r=4, target_modules=["3"])) == ["3"]
 

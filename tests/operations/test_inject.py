@@ -5,13 +5,14 @@ import pickle
 import time
 from typing import Any
 
+import peft
 import pytest
 import torch
 from families import FAMILIES, build, outputs, randomise
 from torch import nn
 from unchanged import assert_unchanged, snapshot
 
-from lightning_peft import LoRA, PEFTError, eject, inject, set_adapter
+from lightning_peft import LoRA, PEFTError, eject, inject, merge, set_adapter
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -198,7 +199,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "typo": ({"target_modules": ["q_prj"]}, "Nearest names: .*q_proj"),
     "some match": ({"target_modules": ["q_proj", "nope"]}, "'nope' matches no module"),
     "a block": ({"target_modules": "self_attn"}, "cannot be adapted"),
-    "rank too large": ({"r": 33}, "at most 32"),
+    "rank too large": ({"r": 33, "target_modules": "q_proj"}, r"at most 32\..*train_also="),
+    "rank too large by pattern": ({"rank_pattern": {"q_proj": 33}}, "at most 32"),
     "no such layer": ({"layers": [7]}, "no layer"),
     "no slice": ({"layers": "a:b"}, "no slice"),
     "exclude typo": ({"exclude_modules": ["nope"]}, "exclude_modules: 'nope'"),
@@ -275,3 +277,44 @@ def test_adapters_are_in_the_mode_of_their_host() -> None:
     model.train()
     inject(model, LoRA(r=2), name="second")
     assert all(module.training for module in model.modules())
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x)
+
+
+def test_a_part_of_an_adapted_model_is_refused_and_the_model_named() -> None:
+    model, x = Outer(), torch.randn(3, 4)
+    inject(model, LoRA(r=2))
+    randomise(model)
+    expected, before = model(x), snapshot(model)
+    for call in (lambda: inject(model.model, LoRA(r=4)), lambda: merge(model.model), lambda: eject(model.model)):
+        with pytest.raises(PEFTError, match="This Sequential is a part of the Outer into which its adapters were"):
+            call()
+    assert_unchanged(model, before)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_model_that_hf_peft_has_adapted_is_refused(wrapped: bool) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["0"])
+    judge = peft.get_peft_model(Outer().model, config)
+    model = nn.ModuleDict({"judge": judge if wrapped else judge.base_model.model})
+    before = snapshot(model)
+    with pytest.raises(PEFTError, match=r"HF PEFT has put adapters into this ModuleDict already: 'judge.*load_adapter"):
+        inject(model, LoRA(r=2))
+    assert_unchanged(model, before)
+    assert inject(judge.unload(), LoRA(r=2)) == ["0", "1"]
+
+
+def test_lazy_modules_are_refused_until_they_were_called() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
+    with pytest.raises(PEFTError, match=r"'1\.weight' has no shape .*Call the model once"):
+        inject(model, LoRA(r=2, target_modules=["0"]))
+    model(torch.randn(2, 4))
+    assert inject(model, LoRA(r=2)) == ["0", "1"]

@@ -54,11 +54,9 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("ia3", family): "MultiheadAttention.*no linear layers" for family in ("torch_encoder", "torch_decoder")},
     # Both would hang on the MLP's linear layers, which have no biases.
     **{("bitfit and parallel_adapter", family): "BitFit and ParallelAdapter would both" for family in NO_BIAS_IN_MLP},
-    **{(name, "sequential"): "rank of an update of it is at most 4" for name in ("lora", "dora")},
     **{
         ("new_tokens", family): "no input embedding that is known"
         for family in ("sequential", "vit", "clip", "torch_encoder", "torch_decoder")
     },
-    ("adalora", "sequential"): "rank of an update of it is at most 8",
     **{(method, family): "decoder-only transformers models" for method in DECODER_ONLY for family in NO_DECODER},
 }

@@ -14,7 +14,7 @@ from lightning_peft.adapters.low_rank.shared_input import Member, SharedInput
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of, with_input
 from lightning_peft.core.seeding import fill
-from lightning_peft.core.weights import adapter_dtype, features, is_linear, weight_of
+from lightning_peft.core.weights import features, is_linear, tensor_options
 
 
 class LoRAAdapter(Adapter):
@@ -26,7 +26,7 @@ class LoRAAdapter(Adapter):
     def __init__(self, host: nn.Module, r: int, scale: float, dropout: float, init: str, seed: int, name: str):
         super().__init__()
         shapes = self.shapes(host, r)
-        options: dict[str, Any] = {"dtype": adapter_dtype(host), "device": weight_of(host).device}
+        options = tensor_options(host)
         self.lora_A = nn.Parameter(torch.empty(shapes["lora_A"], **options))
         self.lora_B = nn.Parameter(torch.empty(shapes["lora_B"], **options))
         self.scale, self.dropout = scale, dropout

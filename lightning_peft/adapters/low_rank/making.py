@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank.fused import FusedLoRAAdapter
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
-from lightning_peft.adapters.low_rank.own_weights import OwnWeightsLoRAAdapter, factor_shapes
+from lightning_peft.adapters.low_rank.own_weights import OwnWeightsLoRAAdapter, attention_weights, factor_shapes
 from lightning_peft.adapters.low_rank.shared_input import SharedInput
+from lightning_peft.core import plain
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.sharding import full_shape
 from lightning_peft.core.weights import features
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, listed
 
 _Freezable = TypeVar("_Freezable", LoRAAdapter, FusedLoRAAdapter, OwnWeightsLoRAAdapter)
 
@@ -26,28 +27,38 @@ class Maker:
     """What the low-rank adapters of one method have in common."""
 
     method: str
-    """What to call the method in errors."""
+    """What to call the method in messages."""
     kinds: tuple[type[LoRAAdapter], ...]
     """The adapters that stand beside modules, one for each kind of module."""
-    rank_and_scale: Callable[[str], tuple[int, float]]
-    """By the name of a module, or of a weight."""
+    rank: Callable[[str], int]
+    """The rank that was asked for, by the name of a module, or of a weight."""
+    scale: Callable[[str, int], float]
+    """What B A is multiplied by, by such a name and the rank."""
+    named: Callable[[str], bool]
+    """Whether it was asked for just this module. Elsewhere is taken what fits."""
     dropout: float
     init: str
     freeze_A: bool
     seed: int
 
+    def obstacle(self, name: str, module: nn.Module) -> str | None:
+        """Return why ``module`` cannot be adapted, and what to do, if it cannot."""
+        if isinstance(module, nn.MultiheadAttention):
+            derived = set(attention_weights(module)) - dict(module.named_parameters()).keys()
+            return f"its {min(derived)} is worked out from other parameters" if derived else None
+        return plain.obstacle(module) or self._kind(module).refusal(
+            module, self.rank(name), self.dropout, self.freeze_A
+        )
+
     def beside(self, name: str, module: nn.Module) -> LoRAAdapter:
         """Make the adapter that stands beside ``module``.
 
         Raises:
-            PEFTError: The rank is too large, or the module has something that the adapter cannot follow.
+            PEFTError: The rank is too large.
         """
-        r, scale = self.rank_and_scale(name)
-        kind = next(kind for kind in self.kinds if kind.serves(module))
-        shapes = kind.shapes(module, r)
-        self._refuse_rank(name, r, math.prod(shapes["lora_A"][1:]), shapes["lora_B"][0])
-        if refusal := kind.refusal(module, r, self.dropout, self.freeze_A):
-            raise PEFTError(f"{self.method}: {name!r} cannot be adapted: {refusal}. Exclude it.")
+        kind = self._kind(module)
+        ones = kind.shapes(module, 1)
+        r, scale = self._rank_and_scale(name, (math.prod(ones["lora_A"][1:]), ones["lora_B"][0]))
         return self._frozen(kind(module, r, scale, self.dropout, self.init, self.seed, name))
 
     def of_parts(self, name: str, module: nn.Module, rows: Mapping[str, Tensor]) -> FusedLoRAAdapter:
@@ -56,8 +67,7 @@ class Maker:
         Raises:
             PEFTError: The rank is too large.
         """
-        r, scale = self.rank_and_scale(name)
-        self._refuse_rank(name, r, features(module)[0], min(map(len, rows.values())))
+        r, scale = self._rank_and_scale(name, (features(module)[0], min(map(len, rows.values()))))
         return self._frozen(FusedLoRAAdapter(module, rows, r, scale, self.dropout, self.init, self.seed, name))
 
     def of_weights(self, host: str, module: nn.Module, weights: Mapping[str, str]) -> OwnWeightsLoRAAdapter:
@@ -66,29 +76,73 @@ class Maker:
         Raises:
             PEFTError: A rank is too large, or there is dropout.
         """
-        if self.dropout:
+        if self.dropout and any(map(self.named, weights.values())):
             raise PEFTError(
                 f"{self.method}: dropout={self.dropout} was given, but {host!r} (a {type(module).__name__}) "
                 "reads its weights itself: there is no low-rank term to drop inputs of. Set dropout=0, or exclude it."
             )
-        ranks, scales = {}, {}
+        sizes: dict[str, tuple[int, int]] = {}
         for weight, name in weights.items():
-            ranks[weight], scales[weight] = self.rank_and_scale(name)
-            (_, d_in), (d_out, _) = factor_shapes(module, weight, ranks[weight])
-            self._refuse_rank(name, ranks[weight], d_in, d_out)
+            (_, d_in), (d_out, _) = factor_shapes(module, weight, 1)
+            # Weights that were chosen by one name have one rank.
+            least_in, least_out = sizes.get(name, (d_in, d_out))
+            sizes[name] = min(d_in, least_in), min(d_out, least_out)
+        found = {weight: self._rank_and_scale(name, sizes[name]) for weight, name in weights.items()}
+        ranks, scales = ({weight: pair[i] for weight, pair in found.items()} for i in (0, 1))
         return self._frozen(OwnWeightsLoRAAdapter(module, ranks, scales, self.init, self.seed, host))
+
+    def remarks(self, made: Mapping[str, Adapter]) -> Iterator[str]:
+        """Yield what to tell a user of adapters that are less than was asked for."""
+        pairs = [pair for host, adapter in made.items() for pair in ranks_and_scales(host, adapter)]
+        if lower := {name: r for name, r, _ in pairs if r < self.rank(name)}:
+            yield lowered_ranks(self.method, f"r={max(map(self.rank, lower))}", lower)
+        reading = [repr(host) for host, adapter in made.items() if isinstance(adapter, OwnWeightsLoRAAdapter)]
+        if self.dropout and reading:
+            yield (
+                f"{self.method}: dropout={self.dropout} has no effect on {listed(reading)}: modules that read their "
+                "weights themselves, where there is no low-rank term to drop inputs of."
+            )
+
+    def _kind(self, module: nn.Module) -> type[LoRAAdapter]:
+        return next(kind for kind in self.kinds if kind.serves(module))
+
+    def _rank_and_scale(self, name: str, sizes: tuple[int, int]) -> tuple[int, float]:
+        r = fitting_rank(self.method, "r", self.rank(name), name, sizes, lower=not self.named(name))
+        return r, self.scale(name, r)
 
     def _frozen(self, adapter: _Freezable) -> _Freezable:
         if self.freeze_A:
             adapter.freeze_A()
         return adapter
 
-    def _refuse_rank(self, name: str, r: int, d_in: int, d_out: int) -> None:
-        if r > min(d_in, d_out):
-            raise PEFTError(
-                f"{self.method}: r={r} was given, but {name!r} is {d_in} → {d_out}: the rank of an update of "
-                f"it is at most {min(d_in, d_out)}. Take a smaller r, set rank_pattern={{{name!r}: …}}, or exclude it."
-            )
+
+def fitting_rank(method: str, option: str, r: int, name: str, sizes: tuple[int, int], lower: bool) -> int:
+    """Return ``r``, or the largest rank that an update of a module can have if it is less and ``lower`` allows it.
+
+    Args:
+        method: What to call the method in errors.
+        option: What to call the rank.
+        r: The rank that was asked for.
+        name: The module's name.
+        sizes: Its numbers of inputs and outputs.
+        lower: Whether another rank may be taken.
+
+    Raises:
+        PEFTError: It is less, and has to be what was asked for.
+    """
+    if r <= (most := min(sizes)) or lower:
+        return min(r, most)
+    raise PEFTError(
+        f"{method}: {option}={r} was given, but {name!r} is {sizes[0]} → {sizes[1]}: the rank of an update of it is at "
+        f"most {most}. Take a smaller {option}, set rank_pattern={{{name!r}: {most}}}, train the module whole with "
+        f"train_also=[{name!r}], or exclude it."
+    )
+
+
+def lowered_ranks(method: str, option: str, ranks: Mapping[str, int]) -> str:
+    """Return what to tell a user of modules that got lower ranks, given by name, than ``option`` asked for."""
+    pairs = listed(f"{name!r} ({r})" for name, r in ranks.items())
+    return f"{method}: {option} is more than fits in these modules, which get the largest rank that does: {pairs}."
 
 
 def share_inputs(groups: Iterable[Sequence[str]], made: Mapping[str, Adapter]) -> None:

@@ -15,7 +15,7 @@ from lightning_peft.core.weights import is_conv1d
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, require_numbers, targets_for_hf
 from lightning_peft.methods.adalora import AdaLoRA
-from lightning_peft.targets.naming import targets_from
+from lightning_peft.targets.naming import exceptions, only_here, targets_from
 
 _SAME = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
 
@@ -56,7 +56,7 @@ class AdaLoRAInHF(Counterpart):
             alpha=config["lora_alpha"],
             dropout=config.get("lora_dropout", 0.0),
             target_modules=targets_from(hosts, root),
-            rank_pattern={host: r for host, r in ranks.items() if r != config["init_r"]},
+            rank_pattern=exceptions(ranks, config["init_r"], only_here),
         )
 
 

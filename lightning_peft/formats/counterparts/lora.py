@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import regex
 from torch import nn
 
 from lightning_peft.adapters.low_rank.own_weights import factor_shapes, key_of
@@ -20,7 +21,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import PREFIX, UNSAID, Counterpart, Shapes, require_numbers, targets_for_hf
 from lightning_peft.formats.own_weights import ENDINGS, parameter_targets, tensors_of, weights_in
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.targets.naming import targets_from
+from lightning_peft.targets.naming import exceptions, only_here, targets_from
 from lightning_peft.targets.patterns import as_list, fullmatch
 
 _LINEAR = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
@@ -100,11 +101,12 @@ class LoRAInHF(Counterpart):
         return {
             "r": r,
             "lora_alpha": alpha,
-            "lora_dropout": method.dropout,
+            # HF PEFT drops nothing in front of weights that a module reads itself, and refuses to be asked.
+            "lora_dropout": 0.0 if any(targets.values()) else method.dropout,
             "target_modules": targets_for_hf(whole, root) if whole else [],
             "target_parameters": parameter_targets(names.keys() - set(whole), root) or None,
-            "rank_pattern": {host: rank for host, (rank, _) in pairs.items() if rank != r},
-            "alpha_pattern": {host: value for host, (_, value) in pairs.items() if value != alpha},
+            "rank_pattern": exceptions({name: rank for name, (rank, _) in pairs.items()}, r, _only_here),
+            "alpha_pattern": exceptions({name: value for name, (_, value) in pairs.items()}, alpha, _only_here),
             "use_rslora": method.use_rslora,
             "use_dora": self.use_dora,
             "bias": "none",
@@ -128,11 +130,10 @@ class LoRAInHF(Counterpart):
         return self.method(
             r=config["r"],
             alpha=config["lora_alpha"],
-            # HF PEFT drops nothing in front of weights that a module reads itself.
             dropout=0.0 if any(targets.values()) else config.get("lora_dropout", 0.0),
             target_modules=[*as_list(among), *inside] if inside else among,
-            rank_pattern={name: rank for name, rank in ranks.items() if rank != config["r"]},
-            alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != config["lora_alpha"]},
+            rank_pattern=exceptions(ranks, config["r"], only_here),
+            alpha_pattern=exceptions(alphas, config["lora_alpha"], only_here),
             use_rslora=bool(config.get("use_rslora", False)),
         )
 
@@ -224,6 +225,11 @@ def read_low_rank(
             raise PEFTError(f"{source}: the configuration gives {host!r} the alpha {alpha!r}; a number was expected.")
         found[host] = LowRank(a, b, r, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
     return found, [name for name in shapes if not reader.owns(name)]
+
+
+def _only_here(name: str) -> str:
+    """Return a pattern as HF PEFT reads it for the module ``name`` and none whose name ends in it."""
+    return f"^{regex.escape(name)}"
 
 
 def _refuse_unknown(config: Mapping[str, Any], source: str) -> None:

@@ -1,0 +1,105 @@
+"""Adapters beside layers that do not compute the plain function of their weight: trained, kept, and never merged."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import randomise
+from modules import Regression, loader, trainer
+from odd_layers import LAYERS, Activated, given, made
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from lightning_peft import IA3, AdaLoRA, BitFit, DoRA, LoHa, LoKr, LoRA, PEFTError, PEFTMethod, VeRA, inject, merge
+from lightning_peft.operations.merge import is_merged
+
+METHODS: dict[str, PEFTMethod] = {
+    "lora": LoRA(r=2, target_modules="layer"),
+    "pissa": LoRA(r=2, target_modules="layer", init="pissa"),
+    "dora": DoRA(r=2, target_modules="layer"),
+    "adalora": AdaLoRA(init_r=2, target_r=1, target_modules="layer"),
+    "loha": LoHa(r=2, target_modules="layer"),
+    "lokr": LoKr(r=2, target_modules="layer"),
+    "vera": VeRA(r=2, target_modules="layer"),
+    "ia3": IA3(target_modules="layer"),
+    "ia3 of the input": IA3(target_modules="layer", feedforward_modules="layer"),
+}
+LINEAR = [name for name in LAYERS if isinstance(made(name), nn.Linear) and LAYERS[name][0] != "neither"]
+OTHERS = [name for name in LAYERS if name not in LINEAR and LAYERS[name][0] != "neither"]
+CELLS = [*((m, name) for m in METHODS for name in LINEAR), *(("lora", name) for name in OTHERS)]
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be merged and will stay attached")
+@pytest.mark.parametrize(("method", "name"), CELLS)
+def test_a_merge_is_exact_or_is_not_made(method: str, name: str) -> None:
+    kind, model, x = LAYERS[name][0], nn.ModuleDict({"layer": made(name)}).eval(), given(name)
+    layer, base = model["layer"], model["layer"](x)
+    if method == "dora" and kind == "beside":
+        with pytest.raises(PEFTError, match=r"'layer' cannot be adapted: .* no function of the norms"):
+            inject(model, METHODS[method])
+        return
+    inject(model, METHODS[method])
+    assert torch.allclose(layer(x), base, atol=1e-6)
+    randomise(model)
+    trained = layer(x)
+    assert not torch.allclose(trained, base, atol=1e-4)
+    assert merge(model).merged == (kind == "plain")
+    assert torch.allclose(layer(x), trained, atol=1e-6)
+    if kind == "plain":
+        merge(model, unload=True)
+    else:
+        with pytest.raises(PEFTError, match=r"'layer' cannot be merged \(a \w+ does not compute the plain function"):
+            merge(model, unload=True)
+    assert torch.allclose(layer(x), trained, atol=1e-6)
+
+
+def test_a_bias_that_a_layer_adds_elsewhere_is_not_merged() -> None:
+    model = nn.Sequential(Activated(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    with pytest.warns(UserWarning, match=r"adapters of '0' \(Activated\) cannot be merged"):
+        inject(model, BitFit(create_missing=True))
+    randomise(model)
+    x = torch.randn(3, 8)
+    trained = model(x)
+    report = merge(model)
+    assert (report.merged, report.kept) == (1, ("0",))
+    assert torch.allclose(model(x), trained, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if LAYERS[name][0] == "neither"])
+def test_what_nothing_can_be_added_to_is_refused_by_name_and_left_out_by_presets(name: str) -> None:
+    model = nn.ModuleDict({"layer": made(name), "plain": nn.Linear(8, 8)})
+    with pytest.raises(PEFTError, match=r"'layer' cannot be adapted: .*Exclude it"):
+        inject(model, LoRA(r=2, target_modules=["layer", "plain"]))
+    if isinstance(model["layer"], nn.Linear):
+        with pytest.warns(UserWarning, match="target_modules='all-linear' leaves out 'layer': "):
+            assert inject(model, LoRA(r=2)) == ["plain"]
+
+
+def test_a_weight_that_is_parametrized_after_the_injection_is_not_merged() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    inject(model, LoRA(r=2))
+    randomise(model)
+    parametrizations.weight_norm(model[0])
+    trained = model(x)
+    report = merge(model)
+    assert (report.merged, report.kept) == (1, ("0",))
+    assert torch.allclose(model(x), trained, atol=1e-5)
+
+
+class Normed(Regression):
+    def build(self) -> nn.Module:
+        layers: Any = super().build()
+        layers[0] = parametrizations.weight_norm(layers[0])
+        return nn.Sequential(*layers[:2], Activated(16, 16), *layers[2:])
+
+
+def test_a_run_says_at_its_start_what_it_will_not_merge_and_ends_well(tmp_path: Path) -> None:
+    module, x = Normed(), torch.randn(3, 8)
+    base = module(x)
+    with pytest.warns(UserWarning, match=r"'net\.0' \(ParametrizedLinear\), 'net\.2' \(Activated\) cannot be merged"):
+        trainer(tmp_path).fit(module, loader())
+    assert is_merged(module)
+    assert not torch.allclose(module(x), base)
+    plain = [name for name, p in Normed().named_parameters() if not torch.equal(p, module.get_parameter(name))]
+    assert plain == ["net.3.weight"]

@@ -1,0 +1,118 @@
+"""What presets take of a model, and what they say of the rest."""
+
+from collections.abc import Callable
+
+import pytest
+from families import build
+from torch import nn
+from transformers import JambaConfig, JambaModel, MambaConfig, MambaModel, XLMConfig, XLMModel
+
+from lightning_peft import AdaLoRA, DoRA, LoHa, LoRA, PEFTError, PEFTMethod, SeriesAdapter, inject
+
+
+class Siblings(nn.Module):
+    """Attention and MLP in one module, whose names tell nothing about it."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({name: nn.Linear(8, 8) for name in names})])
+
+
+class Diffusion(nn.Module):
+    """Names of diffusers' transformer blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        attention = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("to_q", "to_k", "to_v", "to_add_out")})
+        attention["to_out"] = nn.ModuleList([nn.Linear(8, 8)])
+        self.blocks = nn.ModuleList([nn.ModuleDict({"attn1": attention, "ff": nn.Sequential(nn.Linear(8, 8))})])
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "diffusion": Diffusion,
+    "xlm": lambda: XLMModel(XLMConfig(vocab_size=32, emb_dim=16, n_layers=1, n_heads=2)),
+    "mamba": lambda: MambaModel(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)),
+    "jamba": lambda: JambaModel(
+        JambaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, attn_layer_period=2,
+            attn_layer_offset=1, num_attention_heads=2, num_key_value_heads=2, num_experts=1, mamba_d_state=4,
+        )
+    ),
+    "plain": lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
+    "siblings": lambda: Siblings("q", "k", "v", "o", "up", "down"),
+    "own attention": lambda: Siblings("q", "k", "v", "mix"),
+}  # fmt: skip
+FOUND = {
+    ("diffusion", "attention"): {"to_q", "to_k", "to_v", "to_add_out", "to_out.0"},
+    ("diffusion", "mlp"): {"ff.0"},
+    ("xlm", "attention"): {"q_lin", "k_lin", "v_lin", "out_lin"},
+    ("xlm", "mlp"): {"lin1", "lin2"},
+    ("jamba", "attention"): {"q_proj", "k_proj", "v_proj", "o_proj"},
+    ("jamba", "mlp"): {"gate_proj", "up_proj", "down_proj"},
+    ("plain", "mlp"): {"0", "2"},
+    ("own attention", "attention"): {"q", "k", "v", "mix"},
+}
+REFUSED = {
+    ("siblings", "attention"): r"cannot be told apart in 'blocks\.0', which holds q, k, v, o, up, down",
+    ("siblings", "mlp"): "cannot be told apart",
+    ("mamba", "attention"): "finds no attention block in this MambaModel",
+    ("mamba", "mlp"): "finds no mlp block in this MambaModel",
+    ("plain", "attention"): "finds no attention block",
+    ("own attention", "mlp"): "finds no mlp block",
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("preset", ["attention", "mlp"])
+def test_attention_and_mlp(family: str, preset: str) -> None:
+    model, method = MODELS[family](), LoRA(r=1, target_modules=preset)
+    if message := REFUSED.get((family, preset)):
+        with pytest.raises(PEFTError, match=message):
+            inject(model, method)
+        return
+    names = inject(model, method)
+    endings = FOUND[family, preset]
+    assert all(name.endswith(tuple(endings)) for name in names)
+    assert len(endings) <= len(names)
+
+
+def test_no_bottleneck_stands_where_attention_and_mlp_cannot_be_told_apart() -> None:
+    with pytest.raises(PEFTError, match="cannot be told apart in 'blocks"):
+        inject(MODELS["siblings"](), SeriesAdapter(bottleneck=2))
+
+
+def test_without_linear_layers() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Conv1d(4, 4, 1), nn.Conv1d(4, 2, 1))
+    message = (
+        r"finds no linear layer in this Sequential\. It has 1 Embedding, 2 Conv1d, .*target_modules=\['0', '1', '2'\]"
+    )
+    with pytest.raises(PEFTError, match=message):
+        inject(model, LoRA(r=2))
+    with pytest.raises(PEFTError, match=r"finds no linear layer in this Sequential\.$"):
+        inject(model, LoHa(r=2))
+
+
+@pytest.mark.parametrize("method", [DoRA(r=2), LoRA(r=2, init="pissa"), AdaLoRA(init_r=2, target_r=1), LoHa(r=2)])
+def test_attention_that_a_method_does_not_know(method: PEFTMethod) -> None:
+    with pytest.warns(UserWarning, match=r"'all-linear' leaves out 'layers\.0\.self_attn', .* adapts no Multihead"):
+        names = inject(build("torch_encoder")[0], method)
+    assert [name.rpartition(".")[2] for name in names] == ["linear1", "linear2"] * 2
+
+
+def test_attention_whose_weights_are_derived() -> None:
+    model = build("torch_encoder")[0]
+    nn.utils.parametrizations.weight_norm(model.layers[0].self_attn, "in_proj_weight")
+    with pytest.raises(
+        PEFTError, match=r"'layers.0.self_attn' cannot be adapted: its in_proj_weight is worked out from"
+    ):
+        inject(model, LoRA(r=2, target_modules="self_attn"))
+    with pytest.warns(UserWarning, match="leaves out 'layers.0.self_attn': its in_proj_weight is worked out"):
+        assert "layers.1.self_attn" in inject(model, LoRA(r=2))
+
+
+def test_the_output_projection_of_attention_has_no_adapter_by_any_name() -> None:
+    model = build("torch_encoder")[0]
+    named = nn.ModuleDict({"projection": model.layers[0].self_attn.out_proj, "encoder": model})
+    with pytest.raises(PEFTError, match=r"'projection' cannot be adapted: nn.MultiheadAttention reads its weight"):
+        inject(named, LoRA(r=2, target_modules=["projection"]))
+    assert "projection" not in inject(named, LoRA(r=2))
