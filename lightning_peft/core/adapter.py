@@ -175,14 +175,12 @@ class Slot(nn.ModuleDict):
         return adapter if isinstance(adapter, Adapter) else None
 
     def activate(self, name: str) -> None:
-        """Have the adapter ``name`` run and train, if this host has it, and the one that did no longer."""
-        before, self.active = self.active_adapter, name
-        after = self.active_adapter
-        if before is not after and before is not None:
-            before.requires_grad_(False)
-        if after is not None:
-            after.requires_grad_(True)
-        self.run(after)
+        """Have the adapter ``name`` run, if this host has it, and the one that did no longer.
+
+        Both keep their ``requires_grad``: a loss may have gone through several adapters when it is differentiated.
+        """
+        self.active = name
+        self.run(self.active_adapter)
 
     def run(self, adapter: Adapter | None) -> None:
         """Have the host call ``adapter``."""
@@ -210,8 +208,6 @@ def attach(host: nn.Module, name: str, adapter: Adapter, active: str, root: str)
     slot.hook_before(host)
     slot.hook_replace(host)
     slot.activate(active)
-    if slot.running is not adapter:
-        adapter.requires_grad_(False)
 
 
 def detach(host: nn.Module) -> None:

@@ -115,7 +115,7 @@ class PEFTMethod:
         """Add to gradients before an optimizer step, and before they are clipped. Called by the strategy.
 
         Args:
-            adapters: This method's active adapters, by the name of their host.
+            adapters: This method's part of an adapter that took part in the step, by the name of the host.
             scale: What gradients are multiplied by: not 1 under a gradient scaler, which divides them by it later.
         """
 
@@ -123,7 +123,7 @@ class PEFTMethod:
         """Change adapters after an optimizer step; gradients are still there. Called by the strategy.
 
         Args:
-            adapters: This method's active adapters, by the name of their host.
+            adapters: This method's part of an adapter that took part in the step, by the name of the host.
             step: Number of steps taken, from 1.
             total_steps: Number of steps of the run, if it is known.
         """

@@ -164,6 +164,11 @@ def differs(tensor: Tensor, before: Tensor) -> bool:
     return not torch.equal(tensor, before) and not ((tensor == before) | (tensor.isnan() & before.isnan())).all()
 
 
+def several_adapters(model: ModelView) -> list[str]:
+    """Return the names of the adapters of which one or another may run; none, if there is no choice."""
+    return sorted({name for _, _, registry in registries(model) if len(registry.methods) > 1 for name in registry.methods})
+
+
 def own_registry(model: nn.Module) -> Registry | None:
     """Return the registry kept on ``model`` itself."""
     registry = model.__dict__.get(_ATTRIBUTE)

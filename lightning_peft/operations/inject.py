@@ -109,7 +109,11 @@ def inject_prepared(model: ModelView, prepared: Prepared, name: str) -> list[str
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
-    """Make ``name`` the adapter that runs and trains.
+    """Make ``name`` the adapter that runs.
+
+    Gradients reach every adapter that ran, also if another one runs by then. A backward pass that recomputes
+    activations (gradient checkpointing) has to come before the next switch. An adapter whose parameters were given
+    ``requires_grad=False`` stays as it is.
 
     Raises:
         PEFTError: There is no such adapter, or the model is merged.

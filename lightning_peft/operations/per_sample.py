@@ -26,10 +26,9 @@ from lightning_peft.errors import PEFTError
 def adapter_names(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Within it, row i of a batch goes through the adapter ``names[i]``, whichever is active.
 
-    Gradients flow to those parameters that require them, which :func:`set_adapter` leaves to the active adapter. A
-    backward pass that recomputes activations (gradient checkpointing) belongs inside the context too. Without
-    gradients the adapters' matrices are stacked once: what is written to them through ``.data`` within the context is
-    not seen in it.
+    Gradients reach each of these adapters whose parameters require them. A backward pass that recomputes activations
+    (gradient checkpointing) belongs inside the context too. Without gradients the adapters' matrices are stacked once:
+    what is written to them through ``.data`` within the context is not seen in it.
 
     Args:
         model: A model with adapters, not merged, in which every adapted module is given one row for each sample.

@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_peft.callbacks.checkpoint import WritesDirectories
 from lightning_peft.callbacks.summary import PEFTSummary
-from lightning_peft.core.registry import registries, remember_buffers
+from lightning_peft.core.registry import registries, remember_buffers, several_adapters
 from lightning_peft.core.sharding import map_tensors, whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import NotFiniteError
@@ -155,7 +155,8 @@ class Lifecycle(WritesDirectories, Inventory):
         self._apply_held_back()
         self._is_set_up = True
         if fitting:
-            self._stepped = set()
+            self._stepped, self._ran = set(), set()
+            self._slots = [slot for _, _, slot in ModelView(self._module).slots]
             self._set_modes()
             refusals.refuse_freezing(trainer, ModelView(self._module))
 
@@ -219,11 +220,18 @@ class Lifecycle(WritesDirectories, Inventory):
     def on_train_end(self) -> None:
         """Merge. Lightning calls this last, after every checkpoint has been written."""
         super().on_train_end()
-        if self._merge_on_train_end and self._is_real_run() and not is_merged(self._module):
-            try:
-                report = merge(self._module, gathered=self._gathered)
-            except NotFiniteError as error:
-                # The run has ended as it would without adapters: what diverged is for the user to see.
-                rank_zero_warn(f"The adapters stay unmerged: the run has diverged. {error}")
-                return
+        if not self._merge_on_train_end or not self._is_real_run() or is_merged(self._module):
+            return
+        if several := several_adapters(ModelView(self._module)):
+            rank_zero_info(
+                f"The model has several adapters, {', '.join(several)}, so none was merged. merge(model) merges the "
+                "active one."
+            )
+            return
+        try:
+            report = merge(self._module, gathered=self._gathered)
+        except NotFiniteError as error:
+            # The run has ended as it would without adapters: what diverged is for the user to see.
+            rank_zero_warn(f"The adapters stay unmerged: the run has diverged. {error}")
+        else:
             (rank_zero_warn if report.largest_loss > _MERGE_LOSS_WARNING else rank_zero_info)(str(report))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import lightning.pytorch as pl
 import torch
@@ -140,6 +140,21 @@ def refuse_different_ranks(strategy: Strategy, view: ModelView) -> None:
         raise PEFTError(
             f"{int(count)} processes have other adapters than rank 0: {where}. Build the same model on each."
         )
+
+
+def refuse_untrained(model: ModelView, held: Collection[int]) -> None:
+    """Check that optimizers, which hold the parameters with the ids ``held``, train the adapters that run.
+
+    Raises:
+        PEFTError: They do not.
+    """
+    for host, _, slot in model.slots:
+        adapter = slot.active_adapter
+        if adapter is not None and any(p.requires_grad and id(p) not in held for p in adapter.parameters()):
+            raise PEFTError(
+                f"The adapter {slot.active!r} runs in {host!r}, but no optimizer holds it, so it is not trained: it was "
+                "injected or loaded when the optimizers had been made. Do that before fit, or in configure_model."
+            )
 
 
 def refuse_unserved(strategy: Strategy, module: nn.Module, base_name: str, is_set_up: bool) -> None:

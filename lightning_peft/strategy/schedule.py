@@ -44,26 +44,25 @@ def known_steps(methods: Sequence[PEFTMethod], count: float) -> int | None:
 
 @torch.no_grad()
 def before_step(model: nn.Module, scale: float) -> None:
-    """Let the methods of the active adapters of ``model`` add to gradients, which are multiplied by ``scale``."""
-    for method, adapters in _active(model):
+    """Let the methods of adapters that took part in the step add to gradients, which are multiplied by ``scale``."""
+    for method, adapters in _taking_part(model):
         method.before_step(adapters, scale)
 
 
 @torch.no_grad()
 def after_step(model: nn.Module, step: int, total_steps: int | None) -> None:
-    """Let the methods of the active adapters of ``model`` do what they do after optimizer step ``step``."""
-    for method, adapters in _active(model):
+    """Let the methods of adapters that took part do what they do after optimizer step ``step``."""
+    for method, adapters in _taking_part(model):
         method.after_step(adapters, step, total_steps)
 
 
-def _active(model: nn.Module) -> Iterator[tuple[PEFTMethod, dict[str, Adapter]]]:
-    """Yield the methods of the active adapters of ``model``, each with its adapters by the name of their host."""
+def _taking_part(model: nn.Module) -> Iterator[tuple[PEFTMethod, dict[str, Adapter]]]:
+    """Yield the methods of the active adapter, and of others that got gradients, with its parts by name of the host."""
     view = ModelView(model)
     for prefix, _, registry in registries(view):
-        for position, method in enumerate(registry.methods[registry.active]):
-            adapters: dict[str, Adapter] = {}
-            for host, _, slot in view.part(prefix).slots:
-                adapter = slot.active_adapter
-                if adapter is not None and registry.hosts[slot.active][host] == position:
-                    adapters[host] = adapter
-            yield method, adapters
+        slots = view.part(prefix).slots
+        for name, methods in registry.methods.items():
+            parts = {host: part for host, _, slot in slots if isinstance(part := slot._modules.get(name), Adapter)}
+            if name == registry.active or any(p.grad is not None for part in parts.values() for p in part.parameters()):
+                for position, method in enumerate(methods):
+                    yield method, {h: part for h, part in parts.items() if registry.hosts[name][h] == position}

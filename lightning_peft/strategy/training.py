@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -12,10 +12,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_peft.callbacks.summary import PEFTSummary
-from lightning_peft.core.adapter import clean_name
+from lightning_peft.core.adapter import Slot, clean_name
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.strategy import refusals
 from lightning_peft.strategy.optim import held_parameters, restrict_to_trainable, state_by_name, state_by_position
 from lightning_peft.strategy.schedule import after_step, before_step, changes_gradients, has_schedule, known_steps
 
@@ -29,6 +30,10 @@ class Training(Strategy):
     """The optimizers that have stepped in this run, by id."""
     _held: Mapping[int, str] = MappingProxyType({})
     """The names of the module's parameters that optimizers held at ``setup``, by id."""
+    _slots: Sequence[Slot]
+    """Those of the modules that were adapted when the run began."""
+    _ran: set[str]
+    """The names of the adapters that were active in the last step."""
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         """Call ``configure_optimizers`` and restrict what it returned to what is trained."""
@@ -63,7 +68,11 @@ class Training(Strategy):
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Step, and after the first one name the adapters that got no gradient."""
+        """Step; after the first one, name the adapters that got no gradient.
+
+        Raises:
+            PEFTError: The module has switched to an adapter that no optimizer holds.
+        """
         skipped = False
 
         def closure_and_more() -> Any:
@@ -77,6 +86,7 @@ class Training(Strategy):
             return result
 
         output = super().optimizer_step(optimizer, closure_and_more, model, **kwargs)
+        self._check_running()
         if id(optimizer) not in self._stepped and not skipped:
             self._stepped.add(id(optimizer))
             self._warn_without_gradient(optimizer)
@@ -85,9 +95,19 @@ class Training(Strategy):
             after_step(self._module, self._module.trainer.global_step + 1, self._total_steps)
         return output
 
+    def _check_running(self) -> None:
+        """Check that an adapter that did not run in the last step, and does now, is trained."""
+        if self._ran != (running := {slot.active for slot in self._slots}):
+            self._ran = running
+            # An optimizer may have got parameters since, and DeepSpeed's holds others than it was given.
+            held = self._held.keys() | {id(p) for p in held_parameters(self.optimizers)}
+            refusals.refuse_untrained(ModelView(self._module), held)
+
     def _warn_without_gradient(self, optimizer: Optimizer) -> None:
-        held = {id(p) for p in held_parameters([optimizer])}
-        names = {name: p for name, p in ModelView(self._module).adapter_parameters.items() if id(p) in held}
+        view, held = ModelView(self._module), {id(p) for p in held_parameters([optimizer])}
+        active = [adapter for _, _, slot in view.slots if (adapter := slot.active_adapter) is not None]
+        called = held & {id(p) for adapter in active for p in adapter.parameters()}
+        names = {name: p for name, p in view.adapter_parameters.items() if id(p) in called}
         idle = [name for name, parameter in names.items() if parameter.grad is None]
         if idle:
             rank_zero_warn(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.core.adapter import CHILD, clean_name, restore_hooks
-from lightning_peft.core.registry import registries
+from lightning_peft.core.registry import registries, several_adapters
 from lightning_peft.core.sharding import gathered, kept_part, whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
@@ -86,6 +86,7 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
 
     def _place_adapters(self) -> None:
         super()._place_adapters()
+        _refuse_several(ModelView(self._module))
         for _, _, slot in ModelView(self._module).slots:
             # DeepSpeed moves the module, but not one that was built in pieces.
             materialise(slot, self.root_device)
@@ -226,6 +227,22 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         if self._is_real_run():
             self._set_adapters(self._values())
         super().on_train_end()
+
+
+def _refuse_several(model: ModelView) -> None:
+    """Check that one adapter is trained: what is in a flat tensor is stepped in every step, by momentum and decay."""
+    if several := several_adapters(model):
+        trained = sorted({name for _, _, slot in model.slots for name in slot if _is_trained(slot[name])})
+        if len(trained) > 1:
+            raise PEFTError(
+                f"The model has several adapters, {', '.join(several)}. DeepSpeed steps all that is trained in one flat "
+                "tensor, so that an adapter that a step does not use would be changed by it as well. Use another base, "
+                f"or train one: p.requires_grad_(False) for the parameters of the others ('….peft.{trained[-1]}.…')."
+            )
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> None:
