@@ -166,7 +166,9 @@ def differs(tensor: Tensor, before: Tensor) -> bool:
 
 def several_adapters(model: ModelView) -> list[str]:
     """Return the names of the adapters of which one or another may run; none, if there is no choice."""
-    return sorted({name for _, _, registry in registries(model) if len(registry.methods) > 1 for name in registry.methods})
+    return sorted(
+        {name for _, _, registry in registries(model) if len(registry.methods) > 1 for name in registry.methods}
+    )
 
 
 def own_registry(model: nn.Module) -> Registry | None:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_peft.core.registry import differs, moved, note_moved, registries, trains_everything
+from lightning_peft.core.registry import differs, moved, note_moved, registries, trained_whole, trains_everything
 from lightning_peft.core.sharding import host_copy
 from lightning_peft.core.view import ModelView
 from lightning_peft.operations.watch import Watch
@@ -66,7 +66,8 @@ class Inventory(Training):
         super().on_train_start()
         self._refuse_unsaved()
         view = ModelView(self._module)
-        held = {*self._held, *map(id, held_parameters(self.optimizers))}
+        known = {id(tensor) for _, tensor, _ in trained_whole(view)}
+        held = {*self._held, *map(id, held_parameters(self.optimizers)), *known}
         idle = [name for name, p in view.parameters.items() if p.requires_grad and id(p) not in held]
         if idle and not trains_everything(view):
             rank_zero_warn(

@@ -12,7 +12,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from lightning_peft.core.adapter import CHILD, clean_name
-from lightning_peft.core.registry import registries
+from lightning_peft.core.registry import registries, trains_everything
 from lightning_peft.core.sharding import like
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
@@ -164,10 +164,10 @@ def _add_forgotten(model: ModelView, optimizers: Sequence[Optimizer]) -> None:
         group["params"].append(parameter)
         if "param_names" in group:
             group["param_names"].append(name)
-    if left_out:
+    if left_out and not trains_everything(model):
         rank_zero_warn(
-            f"{len(left_out)} parameters that could be trained are in no optimizer from configure_optimizers, so they "
-            f"stay as they are: {', '.join(left_out[:5])}{', …' if left_out[5:] else ''}."
+            f"{len(left_out)} parameters that the method trains are in no optimizer from configure_optimizers, so they "
+            f"stay as they are: {', '.join(left_out[:5])}. To train them, give the optimizer self.parameters()."
         )
 
 

@@ -152,8 +152,8 @@ def refuse_untrained(model: ModelView, held: Collection[int]) -> None:
         adapter = slot.active_adapter
         if adapter is not None and any(p.requires_grad and id(p) not in held for p in adapter.parameters()):
             raise PEFTError(
-                f"The adapter {slot.active!r} runs in {host!r}, but no optimizer holds it, so it is not trained: it was "
-                "injected or loaded when the optimizers had been made. Do that before fit, or in configure_model."
+                f"The adapter {slot.active!r} runs in {host!r}, but no optimizer holds it, so it is not trained. It "
+                "was injected or loaded when the optimizers had been made: do that before fit, or in configure_model."
             )
 
 

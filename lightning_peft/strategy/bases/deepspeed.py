@@ -108,8 +108,8 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         self._restrict([optimizer], [schedule.scheduler] if schedule else [])
         if empty := [i for i, group in enumerate(optimizer.param_groups) if not group["params"]]:
             raise PEFTError(
-                f"Param group {empty[0]} from configure_optimizers holds frozen parameters only. DeepSpeed would take it "
-                "out, and the scheduler would set the wrong groups' learning rates. Leave the group out there, or use a "
+                f"Param group {empty[0]} from configure_optimizers holds frozen parameters only. DeepSpeed takes it "
+                "out, and the scheduler would then set other groups' learning rates. Leave the group out there, or use a "
                 "scheduler of torch.optim.lr_scheduler."
             )
         return optimizer, schedule
@@ -235,9 +235,9 @@ def _refuse_several(model: ModelView) -> None:
         trained = sorted({name for _, _, slot in model.slots for name in slot if _is_trained(slot[name])})
         if len(trained) > 1:
             raise PEFTError(
-                f"The model has several adapters, {', '.join(several)}. DeepSpeed steps all that is trained in one flat "
-                "tensor, so that an adapter that a step does not use would be changed by it as well. Use another base, "
-                f"or train one: p.requires_grad_(False) for the parameters of the others ('….peft.{trained[-1]}.…')."
+                f"The model has several adapters, {', '.join(several)}. DeepSpeed steps all that is trained as one "
+                "flat tensor, so an adapter that a step does not use would be changed by it as well. Use another "
+                f"base, or train one: p.requires_grad_(False) for the parameters of the others ('….peft.{trained[-1]}.…')."
             )
 
 
