@@ -68,7 +68,8 @@ def finish(checkpoint: dict[str, Any], model: ModelView, full: bool) -> None:
 
 
 def unmerged_state_dict(state: dict[str, Any], model: ModelView) -> dict[str, Any]:
-    """Return ``state``, the state dict of ``model``, with the weights as they are without a merge."""
+    """Return ``state``, the state dict of ``model``, by clean name and with the weights as they are without a merge."""
+    state = {clean_name(name): tensor for name, tensor in state.items()}
     for name, _, slot in model.slots:
         if slot.merged is not None and slot.merged.get("added_bias"):
             state.pop(f"{name}.bias" if name else "bias")
