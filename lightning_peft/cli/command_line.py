@@ -176,6 +176,12 @@ class PEFTCLI(LightningCLI):
             show_plan(run, **{option: run[option] for option in self._plan_options})
             raise SystemExit(0)
 
+    def _parse_ckpt_path(self) -> None:
+        """Leave the config as it is: Lightning would have a checkpoint's hyper-parameters, class paths included, in it.
+
+        A file does not decide what is executed, and what the command line says holds.
+        """
+
     def before_instantiate_classes(self) -> None:
         """Make every object that Lightning does not make by a function of its own."""
         self.parser.add_instantiator(lambda kind, *args, **kwargs: kind(*args, **kwargs), object, subclasses=True)

@@ -3,7 +3,7 @@
 Weights are read whole, whatever the number of processes that wrote them. Optimizer state is cut up in an order that the
 files do not tell: :data:`MARKER` records it, so that it is never read into other places. DeepSpeed keeps pickles in
 there, which it offers no other way to read: unlike all other files, these directories are to be read from trusted
-places only.
+places only, and only runs on DeepSpeed read them.
 """
 
 from __future__ import annotations

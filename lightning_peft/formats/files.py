@@ -136,6 +136,17 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise PEFTError(f"{path} is damaged or truncated: {error}. Take another copy.") from error
 
 
+def inside(directory: Path, name: str) -> Path:
+    """Return the path of the file that ``directory`` itself names so.
+
+    Raises:
+        PEFTError: It lies outside of ``directory``.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise PEFTError(f"{directory} names the file {name!r}, which lies outside of it. It is not read.")
+    return directory / name
+
+
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise PEFTError(

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.core.adapter import Slot, attach, detach
+from lightning_peft.core.adapter import Slot, attach, clean_name, detach
 from lightning_peft.core.method import PEFTMethod, methods_of
 from lightning_peft.core.refusals import refuse_foreign_adapters, refuse_lazy, refuse_merged, refuse_stand_in
 from lightning_peft.core.registry import Registry, drop, keep, own_registry, refuse_part, registries, required
@@ -165,8 +165,11 @@ def _freeze(model: ModelView, name: str, whole: dict[str, nn.Module], chosen: Se
 
 
 def _check_state(model: ModelView, registry: Registry | None, name: str, whole: dict[str, nn.Module]) -> None:
-    if not _NAME.fullmatch(name) or hasattr(nn.ModuleDict, name) or hasattr(Slot, name):
+    if not _NAME.fullmatch(name):
         raise PEFTError(f"The adapter name {name!r} was given; letters, digits, '_' and '-' make a name.")
+    # What holds adapters by name has attributes of its own, and what wrappers are called is left out of names.
+    if hasattr(Slot(nn.Identity(), ""), name) or not clean_name(name):
+        raise PEFTError(f"The adapter name {name!r} was given, which means something else here. Choose another name.")
     if registry is not None and name in registry.methods:
         raise PEFTError(
             f"The model already has an adapter {name!r}: {registry.methods[name]}. Choose another name, or call "

@@ -68,7 +68,8 @@ def finish(checkpoint: dict[str, Any], model: ModelView, full: bool) -> None:
 
 
 def unmerged_state_dict(state: dict[str, Any], model: ModelView) -> dict[str, Any]:
-    """Return ``state``, the state dict of ``model``, with the weights as they are without a merge."""
+    """Return ``state``, the state dict of ``model``, by clean name and with the weights as they are without a merge."""
+    state = {clean_name(name): tensor for name, tensor in state.items()}
     for name, _, slot in model.slots:
         if slot.merged is not None and slot.merged.get("added_bias"):
             state.pop(f"{name}.bias" if name else "bias")
@@ -196,26 +197,25 @@ def is_directory(path: str | os.PathLike[str]) -> bool:
     return Path(path).is_dir()
 
 
-def read_directory(path: str | os.PathLike[str], weights_only: bool | None = None) -> dict[str, Any]:
-    """Read what :func:`write_directory` wrote, as the checkpoint that it was.
+def read_directory(
+    path: str | os.PathLike[str], weights_only: bool | None = None, sharded: bool = False
+) -> dict[str, Any]:
+    """Read what :func:`write_directory` wrote, as the checkpoint that it was; or another layout, if that is asked for.
+
+    Args:
+        path: The directory.
+        weights_only: As for ``torch.load``. With ``False`` every layout is read, and pickles in it are run.
+        sharded: Whether Lightning's sharded checkpoints are expected.
 
     Raises:
-        PEFTError: The directory holds no trainer state, or is damaged.
+        PEFTError: The directory holds no trainer state, is of a layout that was not asked for, or is damaged.
     """
     directory = Path(path)
-    if is_sharded(directory):
-        return read_sharded(directory, weights_only)
-    if is_deepspeed(directory):
-        raise PEFTError(
-            f"{directory} was written by DeepSpeed, which alone reads it. Use the base strategy that wrote it; "
-            "checkpoints of AdapterCheckpoint resume on every base strategy."
-        )
     file = directory / _TRAINER_STATE
     if not file.is_file():
-        raise PEFTError(
-            f"{directory} holds no {_TRAINER_STATE}, so training cannot be resumed from it. An adapter is loaded "
-            "with load_adapter(model, path), and ckpt_path left out."
-        )
+        if is_sharded(directory) and (sharded or weights_only is False):
+            return read_sharded(directory, weights_only)
+        raise _unreadable(directory)
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only is not False)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -223,3 +223,22 @@ def read_directory(path: str | os.PathLike[str], weights_only: bool | None = Non
     saved = checkpoint_metadata(checkpoint)
     state: dict[str, Tensor] = read_adapters(directory, saved[_PLACES])
     return {**checkpoint, "state_dict": state}
+
+
+def _unreadable(directory: Path) -> PEFTError:
+    """Return the error for a directory that has no trainer state of ours."""
+    if is_sharded(directory):
+        return PEFTError(
+            f"{directory} is a sharded checkpoint, which this run's base strategy does not write. Use the base "
+            "strategy that wrote it or, if you trust whoever did, pass weights_only=False. Checkpoints of "
+            "AdapterCheckpoint resume on every base strategy."
+        )
+    if is_deepspeed(directory):
+        return PEFTError(
+            f"{directory} was written by DeepSpeed, which alone reads it. Use the base strategy that wrote it; "
+            "checkpoints of AdapterCheckpoint resume on every base strategy."
+        )
+    return PEFTError(
+        f"{directory} holds no {_TRAINER_STATE}, so training cannot be resumed from it. An adapter is loaded "
+        "with load_adapter(model, path), and ckpt_path left out."
+    )

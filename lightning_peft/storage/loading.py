@@ -24,6 +24,7 @@ from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, with_adapte
 from lightning_peft.formats.counterpart import UNSAID
 from lightning_peft.formats.files import (
     MARKER,
+    inside,
     read_json,
     read_tensors,
     restore_interrupted,
@@ -221,11 +222,7 @@ def read_adapters(directory: Path, places: Mapping[str, list[str]]) -> dict[str,
     Raises:
         PEFTError: A file is missing or damaged, or lacks a tensor.
     """
-    files = {}
-    for file in {place[0] for place in places.values()}:
-        if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise PEFTError(f"{directory} names the file {file!r}, which lies outside of it. It is not read.")
-        files[file] = read_tensors(directory / file)
+    files = {file: read_tensors(inside(directory, file)) for file in {place[0] for place in places.values()}}
     try:
         return {name: take(files[file], in_file) for name, (file, in_file) in places.items()}
     except KeyError as error:

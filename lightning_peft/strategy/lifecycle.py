@@ -89,10 +89,13 @@ class Lifecycle(WritesDirectories, Inventory):
         self._note_built()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint file, or a directory written by ``AdapterCheckpoint``."""
+        """Read a checkpoint file, or a directory: of ``AdapterCheckpoint``, or in the base strategy's own layout.
+
+        Pickles in it are run with ``weights_only=False`` alone, wherever the checkpoint comes from.
+        """
         if files.is_directory(checkpoint_path):
-            return files.read_directory(checkpoint_path, weights_only)
-        return super().load_checkpoint(checkpoint_path, weights_only)
+            return files.read_directory(checkpoint_path, weights_only, sharded=self._saves_shards)
+        return super().load_checkpoint(checkpoint_path, weights_only is not False)
 
     def _load_base_weights(self) -> None:
         """Load the frozen weights, if they are to come from files."""

@@ -16,15 +16,24 @@ from lightning.pytorch.core import saving
 
 from lightning_peft.core.view import ModelView
 from lightning_peft.storage import checkpoint as files
+from lightning_peft.strategy.plain_values import without_class_paths
 
 _load_file = saving.pl_load
 _load_state = saving._load_state
 
+_TRUSTED = "lightning_peft_trusted"
+"""Under it, what read a checkpoint tells what makes the module that ``weights_only=False`` was given."""
+
 
 def _load_file_or_directory(path: Any, *args: Any, **kwargs: Any) -> Any:
+    weights_only = kwargs.get("weights_only")
     if isinstance(path, str | os.PathLike) and files.is_directory(path):
-        return files.read_directory(path, kwargs.get("weights_only"))
-    return _load_file(path, *args, **kwargs)
+        checkpoint = files.read_directory(path, weights_only)
+    else:
+        checkpoint = _load_file(path, *args, **kwargs)
+    if files.KEY in checkpoint:
+        checkpoint[_TRUSTED] = weights_only is False
+    return checkpoint
 
 
 class _NotYet:
@@ -48,7 +57,11 @@ class _NotYet:
 
 
 def _load_state_with_adapters(cls: Any, checkpoint: dict[str, Any], strict: bool | None = None, **kwargs: Any) -> Any:
-    if files.KEY not in checkpoint or not issubclass(cls, LightningModule):
+    if files.KEY not in checkpoint:
+        return _load_state(cls, checkpoint, strict=strict, **kwargs)
+    if not checkpoint.pop(_TRUSTED, False):
+        cls, checkpoint = without_class_paths(cls, checkpoint, kwargs)
+    if not issubclass(cls, LightningModule):
         return _load_state(cls, checkpoint, strict=strict, **kwargs)
     # Lightning makes the module and calls its hooks, which may change the state; what is no adapter's it loads.
     given = {**checkpoint, "state_dict": dict(checkpoint["state_dict"])}

@@ -245,6 +245,19 @@ def test_a_checkpoint_is_tested(tmp_path: Path) -> None:
     assert "test_loss" in cli.trainer.callback_metrics
 
 
+def test_the_command_line_says_what_is_made_not_the_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "adapter.ckpt"
+    fit("--trainer.strategy=peft_lora").trainer.save_checkpoint(file)
+    ran = tmp_path / "ran"
+    called = {"class_path": "os.mkdir", "init_args": {"path": str(ran)}}
+    for hyper_parameters in ({"width": 4}, {"width": called}, {"_class_path": "test_cli.Broken"}):
+        saved = torch.load(file, weights_only=True)
+        torch.save({**saved, "hyper_parameters": hyper_parameters}, file)
+        cli = run("test", MODEL, DATA, *QUIET, "--trainer.strategy=peft_lora", f"--ckpt_path={file}")
+        assert cli.model.up.out_features == 16
+    assert not ran.exists()
+
+
 def test_a_wrong_value_is_one_message() -> None:
     options = ["--trainer.strategy=PEFTStrategy", "--trainer.strategy.method=LoRA", "--trainer.strategy.method.r=0"]
     message = refused(["fit", MODEL, DATA, *QUIET, *options])

@@ -3,6 +3,8 @@
 import copy
 import pickle
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -12,7 +14,7 @@ from families import FAMILIES, build, outputs, randomise
 from torch import nn
 from unchanged import assert_unchanged, snapshot
 
-from lightning_peft import LoRA, PEFTError, eject, inject, merge, set_adapter
+from lightning_peft import LoRA, PEFTError, combine, eject, inject, load_adapter, merge, save_adapter, set_adapter
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,6 +112,29 @@ def test_a_compiled_model_sees_its_adapters(warm: bool) -> None:
     randomise(model)
     assert not torch.equal(model(x), base)
     assert torch.allclose(compiled(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "a.b", "a b", "1a", "active", "training", "merged", "running", "root", "keys", "_orig_mod", "_handle", "hook"],
+)
+@pytest.mark.parametrize("operation", ["inject", "load", "combine"])
+def test_a_name_that_cannot_be_one_is_refused(tmp_path: Path, name: str, operation: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    other = copy.deepcopy(model)
+    inject(other, LoRA(r=2))
+    save_adapter(other, tmp_path / "adapter")
+    if operation == "combine":
+        inject(model, LoRA(r=2))
+    before = snapshot(model)
+    operations: dict[str, Callable[[], Any]] = {
+        "inject": lambda: inject(model, LoRA(r=2), name=name),
+        "load": lambda: load_adapter(model, tmp_path / "adapter", name=name),
+        "combine": lambda: combine(model, ["default"], [1.0], name),
+    }
+    with pytest.raises(PEFTError, match=f"adapter name {name!r}"):
+        operations[operation]()
+    assert_unchanged(model, before)
 
 
 class Shared(nn.Module):

@@ -368,6 +368,7 @@ def rest(out: Path, record: Record) -> None:
         "stage": refused(3, resume=file),
         "groups": refused(2, module=Reversed, resume=file),
         "rank": refused(2, method=LoRA(r=3), resume=file),
+        "pickles": error(lambda: fitted.strategy.load_checkpoint(file, weights_only=True)),
         "tied": refused(3, module=Tied),
         "full": refused(3, checkpoint="full"),
         "no stage": refused(0),

@@ -176,10 +176,18 @@ def make(
     return trainer(out, strategy, callbacks=callbacks, **options), module_class(out, tag)
 
 
-def run(out: Path, tag: str, base: str, devices: int, epochs: int, resume: Path | None = None) -> None:
+def run(
+    out: Path,
+    tag: str,
+    base: str,
+    devices: int,
+    epochs: int,
+    resume: Path | None = None,
+    weights_only: bool | None = None,
+) -> None:
     """Train; two devices see together the batches that one device sees alone."""
     fitted, module = make(base, out, tag, devices, epochs)
-    fitted.fit(module, loader(batch_size=8), ckpt_path=resume)
+    fitted.fit(module, loader(batch_size=8), ckpt_path=resume, weights_only=weights_only)
     states = [tensor for optimizer in fitted.optimizers for s in optimizer.state.values() for tensor in s.values()]
     count = sum(local_part(tensor).numel() for tensor in states)
     (out / f"{tag}-state{fitted.global_rank}.txt").write_text(str(count))

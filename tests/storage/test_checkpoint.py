@@ -20,7 +20,7 @@ from modules import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_peft import LoRA, PEFTError, PEFTStrategy, load_adapter, unmerge
+from lightning_peft import BitFit, LoRA, PEFTError, PEFTStrategy, load_adapter, unmerge
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.storage.checkpoint import AdapterDirectory
 
@@ -422,6 +422,49 @@ def test_full_checkpoints(tmp_path: Path) -> None:
     assert_same(resumed.state_dict(), straight.state_dict())
     unmerge(resumed)
     assert_same(base_state(resumed), base_state(Regression()))
+
+
+class Compiled(Regression):
+    """A module of which a part is compiled, as ``parts`` says: all of the network, or its first layer."""
+
+    def __init__(self, parts: str, bias: bool = True) -> None:
+        super().__init__()
+        if not bias:
+            self.net[2] = torch.nn.Linear(16, 4, bias=False)
+        if parts == "first":
+            self.net[0] = torch.compile(self.net[0], backend="eager")
+        elif parts == "all":
+            self.net = torch.compile(self.net, backend="eager")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("saving", "resuming"), [("all", "all"), ("first", "first"), ("all", ""), ("", "first")])
+def test_full_checkpoints_of_compiled_parts(tmp_path: Path, saving: str, resuming: str, strict: bool) -> None:
+    def loaded(module: Regression) -> Regression:
+        module.strict_loading = strict
+        with torch.no_grad():
+            for bias in (p for name, p in module.named_parameters() if name.endswith("bias")):
+                bias.add_(1.0)  # the checkpoint has its own
+        trainer(tmp_path, lora(checkpoint="full")).test(
+            module, loader(), ckpt_path=tmp_path / "full.ckpt", verbose=False
+        )
+        return module
+
+    module, run = fit(tmp_path, Compiled(saving), strategy=lora(checkpoint="full"))
+    run.save_checkpoint(tmp_path / "full.ckpt")  # merged by now
+    names = torch.load(tmp_path / "full.ckpt", weights_only=True)["state_dict"].keys()
+    assert names == {*Regression().state_dict(), *NAMES}
+    torch.testing.assert_close(loaded(Compiled(resuming))(inputs()), module(inputs()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_that_a_merge_added_to_a_compiled_part_is_not_saved(tmp_path: Path) -> None:
+    strategy = PEFTStrategy(
+        [LoRA(r=2, target_modules=["net.0"]), BitFit(target_modules=["net.2"], create_missing=True)], checkpoint="full"
+    )
+    module, run = fit(tmp_path, Compiled("all", bias=False), strategy=strategy)
+    assert module.net._orig_mod[2].bias is not None
+    run.save_checkpoint(tmp_path / "full.ckpt")
+    assert "net.2.bias" not in torch.load(tmp_path / "full.ckpt", weights_only=True)["state_dict"]
 
 
 # --- writing ------------------------------------------------------------------------------------------------------

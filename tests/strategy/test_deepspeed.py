@@ -277,6 +277,7 @@ class TestMore:
         [
             ("stage", "stage=2; this run has stage=3"),
             ("groups", "in another order"),
+            ("pickles", "whose files DeepSpeed itself unpickles"),
             ("rank", "was written with r=2"),
             ("tied", "'net.0' is adapted and shares its weight"),
             ("full", "Use checkpoint='adapter', or stage 2"),

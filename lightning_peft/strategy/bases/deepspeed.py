@@ -177,6 +177,11 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         self._resumed = None
         if not files.is_directory(checkpoint_path) or not is_deepspeed(path := Path(checkpoint_path)):
             return super().load_checkpoint(checkpoint_path, weights_only)
+        if weights_only:
+            raise PEFTError(
+                f"weights_only=True was given for {path}, whose files DeepSpeed itself unpickles. Leave it out, if you "
+                "trust whoever wrote them, or resume from a checkpoint of AdapterCheckpoint."
+            )
         if self._module.trainer.state.fn == TrainerFn.FITTING:
             require_layout(path, self._stage, self.world_size)
             self._resumed = path
