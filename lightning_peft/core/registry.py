@@ -20,7 +20,10 @@ _ATTRIBUTE = "_peft_registry"
 
 @dataclass
 class Registry:
-    """The adapters of one model. Names are relative to the module that it is kept on."""
+    """The adapters of one model. Names are relative to the module that it is kept on.
+
+    If parts of a model have adapters of their own, what is around them has a registry without methods.
+    """
 
     methods: dict[str, tuple[PEFTMethod, ...]] = field(default_factory=dict)
     """Methods by adapter name."""
@@ -54,6 +57,11 @@ def registries(model: ModelView) -> list[tuple[str, nn.Module, Registry]]:
     """Return ``(name, module, registry)`` for every module of ``model`` into which adapters were injected."""
     found = ((name, module, own_registry(module)) for name, module in model.walked)
     return [(name, module, registry) for name, module, registry in found if registry is not None]
+
+
+def adapted(model: ModelView) -> list[tuple[str, nn.Module, Registry]]:
+    """Return those of :func:`registries` that have methods."""
+    return [found for found in registries(model) if found[2].methods]
 
 
 def required(model: ModelView) -> list[tuple[str, nn.Module, Registry]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import CHILD, Adapter, Slot, clean_name
-from lightning_peft.core.registry import Registry, trained_whole
+from lightning_peft.core.registry import Registry, changed, trained_whole
 from lightning_peft.core.sharding import whole, write
 from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_packed
@@ -57,10 +57,14 @@ def _before_loading_root(root: nn.Module, state: State, prefix: str, *_: Any) ->
     """Complete adapter state, whose names are clean and name what adapters share once."""
     view = ModelView(root)
     trained = {**view.adapter_tensors, **{name: tensor for name, tensor, _ in trained_whole(view)}}
+    others = list(changed(view))
+    known = {**view.buffers, **{name: tensor for name, tensor, _ in others}, **trained}
     given = {clean_name(key.removeprefix(prefix)): value for key, value in state.items()}
-    if not given or given.keys() - trained.keys():
+    if not given.keys() & trained.keys() or given.keys() - known.keys():
         return
-    values = {id(trained[name]): value for name, value in given.items()}
+    # What it leaves out of buffers has not changed where it comes from.
+    values = {id(tensor): before for _, tensor, before in others if before is not None}
+    values.update({id(known[name]): value for name, value in given.items()})
     # What of trained tensors lacks is an error, and merged weights are worked out host by host.
     left_out = {id(tensor) for tensor in trained.values()}
     merged = [(host, slot) for _, host, slot in view.slots if slot.merged is not None]

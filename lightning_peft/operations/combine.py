@@ -15,7 +15,7 @@ from lightning_peft.adapters.low_rank.combination import How, Term, combined
 from lightning_peft.adapters.low_rank.embedding import EmbeddingLoRAAdapter
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.core.method import PEFTMethod
-from lightning_peft.core.registry import Registry, required
+from lightning_peft.core.registry import Registry, adapted, required
 from lightning_peft.core.seeding import generator_of
 from lightning_peft.core.sharding import replace, whole
 from lightning_peft.core.view import ModelView
@@ -75,7 +75,8 @@ def combine(
         PEFTError: An adapter does not exist or is no LoRA, or the arguments do not fit. Nothing has changed.
     """
     view = ModelView(model)
-    found = required(view)
+    required(view)
+    found = adapted(view)
     _check_adapters(found, adapters, weights, name)
     _check_method(method, rank, density)
     made: list[tuple[nn.Module, LoRA, _Factors]] = []

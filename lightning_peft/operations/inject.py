@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.core.adapter import Slot, attach, clean_name, detach
+from lightning_peft.core.adapter import CHILD, Slot, attach, clean_name, detach
 from lightning_peft.core.method import PEFTMethod, methods_of
 from lightning_peft.core.refusals import refuse_foreign_adapters, refuse_lazy, refuse_merged, refuse_stand_in
 from lightning_peft.core.registry import Registry, drop, keep, own_registry, refuse_part, registries, required
@@ -98,7 +98,7 @@ def prepare_injection(
 
 def inject_prepared(model: ModelView, prepared: Prepared, name: str) -> list[str]:
     """Freeze ``model``, attach what was prepared for it, and return what :func:`inject` returns."""
-    registry = own_registry(model.module) or _freeze(model, name, prepared.whole, prepared.chosen)
+    registry = own_registry(model.module) or freeze(model, name, prepared.whole, prepared.chosen)
     registry.methods[name] = prepared.methods
     registry.hosts[name] = prepared.hosts
     for host, adapter in prepared.adapters.items():
@@ -136,17 +136,23 @@ def set_adapter(model: nn.Module, name: str) -> None:
 def remove(root: ModelView, registry: Registry) -> None:
     """Detach the adapters of ``root``, give its parameters their old ``requires_grad``, forget the registry."""
     unwatch(registry)
-    for _, host, _ in root.slots:
-        detach(host)
+    for _, host, slot in root.slots:
+        # A part's adapters go with what is around it, before the part is asked.
+        if host._modules.get(CHILD) is slot:
+            detach(host)
     for parameter_name, parameter in root.parameters.items():
         parameter.requires_grad_(registry.requires_grad.get(parameter_name, parameter.requires_grad))
         parameter.grad = None
     drop(root.module)
 
 
-def _freeze(model: ModelView, name: str, whole: dict[str, nn.Module], chosen: Sequence[str]) -> Registry:
-    """Freeze ``model`` but for what is trained whole, and keep on it what :func:`remove` needs."""
-    parameters = model.parameters
+def freeze(model: ModelView, name: str, whole: Mapping[str, nn.Module], chosen: Sequence[str]) -> Registry:
+    """Freeze ``model`` but for what is trained, and keep on it what :func:`remove` needs.
+
+    Parts of it that have adapters stay as they are.
+    """
+    inside = {id(tensor) for prefix, _, _ in registries(model) for tensor in model.part(prefix).tensors.values()}
+    parameters = {name: parameter for name, parameter in model.parameters.items() if id(parameter) not in inside}
     registry = Registry(
         active=name,
         train_also=tuple(whole),
@@ -159,7 +165,8 @@ def _freeze(model: ModelView, name: str, whole: dict[str, nn.Module], chosen: Se
     for parameter_name in {*chosen, *parameter_names(model, whole)}:
         parameters[parameter_name].requires_grad_(True)
     registry.whole = {n: host_copy(t) for n, t in changing_tensors(model, chosen, whole).items()}
-    registry.buffers = {n: host_copy(t) for n, t in model.buffers.items() if n not in registry.whole}
+    buffers = {n: buffer for n, buffer in model.buffers.items() if id(buffer) not in inside}
+    registry.buffers = {n: host_copy(buffer) for n, buffer in buffers.items() if n not in registry.whole}
     keep(model.module, registry)
     return registry
 

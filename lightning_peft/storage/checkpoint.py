@@ -23,6 +23,7 @@ from lightning_peft.formats.deepspeed import is_deepspeed
 from lightning_peft.formats.distributed import is_sharded, read_sharded
 from lightning_peft.formats.files import atomic_directory, restore_interrupted
 from lightning_peft.operations.inject import inject, set_adapter
+from lightning_peft.operations.rest import freeze_rest
 from lightning_peft.storage.base_weights import Gathered, fill
 from lightning_peft.storage.loading import read_adapters
 from lightning_peft.storage.saving import write_adapters
@@ -109,7 +110,7 @@ def apply(
         if strict and saved.get("full") and (missing or extra):
             raise PEFTError(f"{source} does not fit the base model. Missing: {missing[:5]}. Superfluous: {extra[:5]}.")
     for prefix, _, registry in required(model):
-        registry.moved = set(saved["injections"][prefix].get("moved", ()))
+        registry.moved = set(saved["injections"].get(prefix, {}).get("moved", ()))
     note_moved(model, unknown)
 
 
@@ -146,12 +147,17 @@ def inject_from(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
     Raises:
         PEFTError: It holds no adapters, or the model has not the modules that they adapt.
     """
-    for prefix, injection in checkpoint_metadata(checkpoint)["injections"].items():
+    injections = checkpoint_metadata(checkpoint)["injections"]
+    for prefix, injection in injections.items():
         root = model.get_submodule(prefix)
         for name, configs in injection["adapters"].items():
             methods = [method_from_config(config) for config in configs]
             inject(root, methods, name=name, train_also=injection["train_also"])
-        set_adapter(root, injection["active"])
+        if injection["adapters"]:
+            set_adapter(root, injection["active"])
+    for prefix, injection in injections.items():
+        if not injection["adapters"]:
+            freeze_rest(model.get_submodule(prefix), injection["train_also"])
 
 
 def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -218,7 +224,9 @@ def read_directory(
         raise _unreadable(directory)
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only is not False)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        raise unreadable(file, error) from error
+    except (RuntimeError, EOFError) as error:
         raise PEFTError(f"{file} is damaged or truncated: {error}. Take another checkpoint.") from error
     saved = checkpoint_metadata(checkpoint)
     state: dict[str, Tensor] = read_adapters(directory, saved[_PLACES])
@@ -241,4 +249,20 @@ def _unreadable(directory: Path) -> PEFTError:
     return PEFTError(
         f"{directory} holds no {_TRAINER_STATE}, so training cannot be resumed from it. An adapter is loaded "
         "with load_adapter(model, path), and ckpt_path left out."
+    )
+
+
+def unreadable(file: str | os.PathLike[str], error: pickle.UnpicklingError) -> PEFTError:
+    """Return what to raise for a file that torch has not read: it is damaged, or holds more than tensors and values."""
+    try:
+        kinds = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # whatever a damaged file leads to
+        kinds = []
+    if not kinds:
+        return PEFTError(f"{file} is damaged or truncated: {error}. Take another checkpoint.")
+    return PEFTError(
+        f"{file} holds more than tensors and plain values: {', '.join(sorted(kinds)[:3])}. Reading that can run code, so "
+        "it is refused by default. It comes from save_hyperparameters() or from the state of a callback. If you trust "
+        "the file, pass weights_only=False to trainer.fit or load_from_checkpoint; to leave such objects out of the "
+        "next one, call save_hyperparameters(ignore=[...])."
     )

@@ -154,6 +154,9 @@ def check_metadata(model: ModelView, saved: Mapping[str, Any], source: str, held
     for prefix, _, registry in required(model):
         injection = saved["injections"].get(prefix)
         where = f" in {prefix!r}" if prefix else ""
+        if injection is None and not registry.methods:
+            # An older version left the rest of the model alone.
+            continue
         if injection is None:
             raise PEFTError(f"{source} has no adapters{where}, but {sorted(saved['injections'])}.")
         if list(injection["train_also"]) != list(registry.train_also):

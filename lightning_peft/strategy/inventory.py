@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -16,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_peft.core.registry import differs, moved, note_moved, registries, trained_whole, trains_everything
 from lightning_peft.core.sharding import host_copy
 from lightning_peft.core.view import ModelView
-from lightning_peft.operations.watch import Watch
+from lightning_peft.operations.frozen import FrozenWeights
 from lightning_peft.storage.base_weights import Gathered
 from lightning_peft.strategy import refusals
 from lightning_peft.strategy.optim import held_parameters
@@ -32,14 +31,14 @@ class Inventory(Training):
 
     _built: Mapping[str, Tensor] = MappingProxyType({})
     """The buffers of a module without adapters as its constructor left them."""
-    _watch: Watch | None = None
+    _frozen: FrozenWeights | None = None
     _count = 0
     """How many parameters the optimizers held when they were last checked."""
 
     def connect(self, model: pl.LightningModule) -> None:
         """Attach the module, before its ``setup`` and that of callbacks give buffers other values."""
         super().connect(model)
-        view, self._watch, self._held = ModelView(model), None, {}
+        view, self._frozen, self._held = ModelView(model), None, {}
         self._built = {} if registries(view) else {name: host_copy(buffer) for name, buffer in view.buffers.items()}
 
     def _note_built(self) -> None:
@@ -49,27 +48,20 @@ class Inventory(Training):
         built = {name: value for name, value in self._built.items() if name in buffers}
         note_moved(view, [name for name, value in built.items() if differs(buffers[name], value)])
 
-    def setup(self, trainer: pl.Trainer) -> None:
-        """Set up, check what is trained, and look at what is not, as it is when training starts."""
-        super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._refuse_unsaved()
-            self._look()
-
     def _look(self) -> None:
+        """Check what is trained, and look at the frozen weights as they are when training starts."""
+        self._refuse_unsaved()
         # Weights in pieces of the base strategy's own cannot be read here, or are cast and moved by it.
         if self._gathered is nullcontext and not self._full_checkpoints:
-            self._watch = Watch(ModelView(self._module))
+            self._frozen = FrozenWeights(ModelView(self._module))
 
     def on_train_start(self) -> None:
         """Check what hooks and callbacks have unfrozen since ``setup``."""
         super().on_train_start()
         self._refuse_unsaved()
         view = ModelView(self._module)
-        known = {id(tensor) for _, tensor, _ in trained_whole(view)}
-        held = {*self._held, *map(id, held_parameters(self.optimizers)), *known}
-        idle = [name for name, p in view.parameters.items() if p.requires_grad and id(p) not in held]
-        if idle and not trains_everything(view):
+        known = {*self._held, *map(id, held_parameters(self.optimizers)), *(id(t) for _, t, _ in trained_whole(view))}
+        if idle := [name for name, p in view.parameters.items() if p.requires_grad and id(p) not in known]:
             rank_zero_warn(
                 f"{len(idle)} weights of the base require a gradient, but no optimizer holds them, so they are not "
                 f"trained: {', '.join(idle[:3])}. They were unfrozen since setup. To train them, name their modules in "
@@ -107,10 +99,10 @@ class Inventory(Training):
 
     def _written(self, view: ModelView) -> set[str]:
         """Return the names of frozen weights that have changed since training began."""
-        return set() if self._watch is None else self._watch.changed(view)
+        return set() if self._frozen is None else self._frozen.changed(view)
 
     def on_train_end(self) -> None:
         """Take stock a last time, before anything is merged."""
         super().on_train_end()
         self._take_stock()
-        self._watch = None
+        self._frozen = None

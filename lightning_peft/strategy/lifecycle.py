@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -19,13 +20,14 @@ from torch import nn
 
 from lightning_peft.callbacks.checkpoint import WritesDirectories
 from lightning_peft.callbacks.summary import PEFTSummary
-from lightning_peft.core.registry import registries, remember_buffers, several_adapters
+from lightning_peft.core.registry import own_registry, registries, remember_buffers, several_adapters
 from lightning_peft.core.sharding import map_tensors, whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import NotFiniteError
 from lightning_peft.formats.distributed import split_values
 from lightning_peft.operations.inject import inject
 from lightning_peft.operations.merge import is_merged, merge, unmerge
+from lightning_peft.operations.rest import freeze_rest
 from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage.base_weights import load_base_weights
 from lightning_peft.storage.state import adapter_state_dict
@@ -43,6 +45,7 @@ class Lifecycle(WritesDirectories, Inventory):
     _base_name: str
     _merge_on_train_end: bool
     _train_also: list[str]
+    _asked: list[bool]
     _train_mode: bool
     _base_weights: str | None
 
@@ -78,14 +81,25 @@ class Lifecycle(WritesDirectories, Inventory):
         """Do so, on both ways: :meth:`inject` is what the module calls, ``setup`` comes here. Bases extend either."""
         view = ModelView(self._module)
         if registries(view):
-            refusals.refuse_other_methods(view, self.methods)
-            refusals.refuse_late_train_also(view, self._train_also)
+            refusals.refuse_other_methods(view, self.methods, self._asked)
+            self._inject_around(view)
             return
         if self._base_weights:
             refusals.refuse_reading_late_weights(self.methods)
         # One seed for all ranks: without it each would start from other values where nothing broadcasts them.
         seed = self.broadcast(torch.initial_seed())
         inject(self._module, self.methods, train_also=self._train_also, seed=seed, allow_sharded=self._takes_sharded)
+        self._note_built()
+
+    def _inject_around(self, view: ModelView) -> None:
+        """Do what an injection does beside adapters, where a model or a part of it has some already."""
+        if own_registry(self._module) is not None:
+            refusals.refuse_late_train_also(view, self._train_also)
+        elif frozen := freeze_rest(self._module, self._train_also):
+            rank_zero_warn(
+                f"Parts of this {view.kind} have adapters already, so the rest gets none and is frozen: {frozen[0]!r} "
+                f"and {len(frozen) - 1} other parameters. Name in train_also what of it is to be trained."
+            )
         self._note_built()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -95,7 +109,10 @@ class Lifecycle(WritesDirectories, Inventory):
         """
         if files.is_directory(checkpoint_path):
             return files.read_directory(checkpoint_path, weights_only, sharded=self._saves_shards)
-        return super().load_checkpoint(checkpoint_path, weights_only is not False)
+        try:
+            return super().load_checkpoint(checkpoint_path, weights_only is not False)
+        except UnpicklingError as error:
+            raise files.unreadable(checkpoint_path, error) from error
 
     def _load_base_weights(self) -> None:
         """Load the frozen weights, if they are to come from files."""
@@ -120,7 +137,7 @@ class Lifecycle(WritesDirectories, Inventory):
             return
         unmerge(self._module)
         files.apply(checkpoint, ModelView(self._module), strict, self._gathered)
-        if self._watch is not None:
+        if self._frozen is not None:
             self._look()
 
     def setup(self, trainer: pl.Trainer) -> None:
@@ -147,6 +164,8 @@ class Lifecycle(WritesDirectories, Inventory):
         finally:
             del plugin.convert_module
         refusals.refuse_unserved(self, self._module, self._base_name, self._is_set_up)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._look()
 
     def _prepare(self, trainer: pl.Trainer) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING

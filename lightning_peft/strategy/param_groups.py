@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_peft.core.adapter import clean_name
-from lightning_peft.core.registry import method_of, registries
+from lightning_peft.core.registry import adapted, method_of
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 
@@ -78,7 +78,7 @@ def _for(parameter: Tensor, other: Tensor, value: Any, optimizer: Optimizer) -> 
 def learning_rate_ratios(model: ModelView) -> dict[int, float]:
     """Return what methods multiply learning rates by, by the parameter's id, where it is not 1."""
     found: dict[int, float] = {}
-    for prefix, _, registry in registries(model):
+    for prefix, _, registry in adapted(model):
         for host, _, slot in model.part(prefix).slots:
             for adapter, module in slot.items():
                 method = method_of(registry, adapter, host)

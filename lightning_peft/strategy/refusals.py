@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -16,6 +17,7 @@ from lightning_peft.core.registry import registries, trains_everything
 from lightning_peft.core.sharding import full_shape
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.operations.prepare import whole_modules
 from lightning_peft.storage.state import adapter_parameters_and_whole
 from lightning_peft.strategy.optim import held_parameters
 
@@ -81,14 +83,19 @@ def refuse_freezing(trainer: pl.Trainer, model: ModelView) -> None:
             )
 
 
-def refuse_other_methods(view: ModelView, given: Sequence[PEFTMethod]) -> None:
-    """Check that each adapter of a model is of the methods ``given`` to the strategy.
+def refuse_other_methods(view: ModelView, given: Sequence[PEFTMethod], asked: Sequence[bool]) -> None:
+    """Check that each adapter that is in a model already is of the methods ``given`` to the strategy, by their values.
+
+    Args:
+        view: The model.
+        given: The methods.
+        asked: For each, whether the user gave its hyper-parameters, and not its name alone.
 
     Raises:
-        PEFTError: One is of others.
+        PEFTError: One is of others; what differs is named.
     """
-    present = [methods for _, _, registry in registries(view) for methods in registry.methods.values()]
-    for methods in present:
+    present = [(p, registry.hosts[n], m) for p, _, registry in registries(view) for n, m in registry.methods.items()]
+    for prefix, hosts, methods in present:
         theirs, ours = ([type(method) for method in found] for found in (methods, given))
         if theirs != ours:
             names = [" + ".join(method.__name__ for method in found) for found in (theirs, ours)]
@@ -96,17 +103,44 @@ def refuse_other_methods(view: ModelView, given: Sequence[PEFTMethod]) -> None:
                 f"The model already has adapters of method {names[0]}, the strategy was given {names[1]}. Give "
                 "both the same method, or call eject(model) first."
             )
+        for position, (there, ours_now) in enumerate(zip(methods, given, strict=True)):
+            if asked[position] and there != ours_now:
+                own = {host for host, number in hosts.items() if number == position}
+                _refuse_other_values(view.part(prefix), own, there, ours_now)
+
+
+def _refuse_other_values(part: ModelView, hosts: set[str], there: PEFTMethod, given: PEFTMethod) -> None:
+    differing = {k: v for k, v in given.config().items() if there.config()[k] != v}
+    both = [f"{key}={value!r} (there {there.config()[key]!r})" for key, value in differing.items()]
+    if differing.keys() - there.free:
+        raise PEFTError(
+            f"The model already has {type(there).__name__} adapters, on which the strategy's {', '.join(both)} would "
+            "have no effect. Give it the hyper-parameters that are there; or call eject(model) first; or, to start "
+            "from an adapter in a file, inject(model, method) with the strategy's method before load_adapter."
+        )
+    unused = differing.keys() - {"target_modules", "exclude_modules", "layers", "init"}
+    try:
+        same = given.select(part).keys() == hosts
+    except PEFTError:
+        same = False
+    if unused or not same:
+        rank_zero_warn(
+            f"The model already has {type(there).__name__} adapters, on which the strategy's {', '.join(both)} have no "
+            "effect."
+        )
 
 
 def refuse_late_train_also(view: ModelView, train_also: Sequence[str]) -> None:
-    """Check that ``train_also`` had an effect when the adapters of a model were injected.
+    """Check that what ``train_also`` names is trained whole in a model that has adapters already.
 
     Raises:
-        PEFTError: It had none.
+        PEFTError: It is not.
     """
-    if train_also and not any(registry.train_also for _, _, registry in registries(view)):
+    trained = {f"{p}.{name}".lstrip(".") for p, _, registry in registries(view) for name in registry.train_also}
+    late = [n for n in whole_modules(view, train_also) if not any(f"{n}.".startswith(f"{t}.") for t in trained)]
+    if late:
         raise PEFTError(
-            f"The model already has adapters, so train_also={train_also!r} would have no effect. Pass it to "
+            f"The model already has adapters, so train_also={late!r} would have no effect. Pass it to "
             "inject, or leave the injection to the strategy."
         )
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import PEFTMethod
-from lightning_peft.core.registry import registries
+from lightning_peft.core.registry import adapted
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 
@@ -59,7 +59,7 @@ def after_step(model: nn.Module, step: int, total_steps: int | None) -> None:
 def _taking_part(model: nn.Module) -> Iterator[tuple[PEFTMethod, dict[str, Adapter]]]:
     """Yield the methods of the active adapter, and of others that got gradients, with its parts by name of the host."""
     view = ModelView(model)
-    for prefix, _, registry in registries(view):
+    for prefix, _, registry in adapted(view):
         slots = view.part(prefix).slots
         for name, methods in registry.methods.items():
             parts = {host: part for host, _, slot in slots if isinstance(part := slot._modules.get(name), Adapter)}

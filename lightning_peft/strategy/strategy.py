@@ -64,6 +64,9 @@ class PEFTStrategy(Lifecycle):
         else:
             self._become(_checked(base))
         self.methods = methods_of(method)
+        # A name asks for no hyper-parameters.
+        entries = [method] if isinstance(method, PEFTMethod | str) else method
+        self._asked = [isinstance(entry, PEFTMethod) for entry in entries]
         self._base_name = base if isinstance(base, str) else type(base).__name__
         if checkpoint not in ("adapter", "full"):
             raise PEFTError(f"checkpoint={checkpoint!r} was given; it is 'adapter' or 'full'.")

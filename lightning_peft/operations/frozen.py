@@ -11,7 +11,7 @@ from lightning_peft.core.sharding import local_part
 from lightning_peft.core.view import ModelView
 
 
-class Watch:
+class FrozenWeights:
     """What the frozen weights of a model were when it was made: a sum over the bits of each, which takes no copy.
 
     It tells every change but one that only puts a tensor's elements into another order, whichever way it was made
