@@ -132,9 +132,10 @@ def whole_modules(model: ModelView, patterns: Sequence[str]) -> dict[str, nn.Mod
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(module_name)
     for module_name, module in outermost.items():
-        if not any(True for _ in module.parameters()):
+        parameters = model.part(module_name).parameters.values()
+        if not parameters:
             raise PEFTError(f"train_also: {module_name!r} ({type(module).__name__}) has no parameters to train.")
-        for parameter in module.parameters():
+        for parameter in parameters:
             outside = [o for o in owners[id(parameter)] if o != module_name and not o.startswith(f"{module_name}.")]
             if outside:
                 raise PEFTError(

@@ -103,31 +103,38 @@ def refuse_other_methods(view: ModelView, given: Sequence[PEFTMethod], asked: Se
                 f"The model already has adapters of method {names[0]}, the strategy was given {names[1]}. Give "
                 "both the same method, or call eject(model) first."
             )
-        for position, (there, ours_now) in enumerate(zip(methods, given, strict=True)):
-            if asked[position] and there != ours_now:
-                own = {host for host, number in hosts.items() if number == position}
-                _refuse_other_values(view.part(prefix), own, there, ours_now)
+        for position, (there, wanted) in enumerate(zip(methods, given, strict=True)):
+            if asked[position] and there != wanted:
+                own = {f"{prefix}.{host}".lstrip(".") for host, number in hosts.items() if number == position}
+                _refuse_other_values(view, prefix, own, there, wanted)
 
 
-def _refuse_other_values(part: ModelView, hosts: set[str], there: PEFTMethod, given: PEFTMethod) -> None:
-    differing = {k: v for k, v in given.config().items() if there.config()[k] != v}
-    both = [f"{key}={value!r} (there {there.config()[key]!r})" for key, value in differing.items()]
-    if differing.keys() - there.free:
+def _refuse_other_values(
+    view: ModelView, prefix: str, hosts: set[str], there: PEFTMethod, given: PEFTMethod
+) -> None:
+    """Check that ``there``, which has adapted ``hosts``, has the values of ``given``; warn of those without effect."""
+    differing = {key for key, value in given.config().items() if there.config()[key] != value} - {"init"}
+    targets = {"target_modules", "exclude_modules", "layers"} & differing
+    if targets and _selected(view, prefix, given) == hosts:
+        differing -= targets
+    both = ", ".join(f"{k}={given.config()[k]!r} (there {there.config()[k]!r})" for k in sorted(differing))
+    kind = type(there).__name__
+    if differing - there.free:
         raise PEFTError(
-            f"The model already has {type(there).__name__} adapters, on which the strategy's {', '.join(both)} would "
-            "have no effect. Give it the hyper-parameters that are there; or call eject(model) first; or, to start "
-            "from an adapter in a file, inject(model, method) with the strategy's method before load_adapter."
+            f"The model already has {kind} adapters, on which the strategy's {both} would have no effect. Give it the "
+            "hyper-parameters that are there; or call eject(model) first; or, to start from an adapter in a file, call "
+            "inject(model, method) with the strategy's method before load_adapter."
         )
-    unused = differing.keys() - {"target_modules", "exclude_modules", "layers", "init"}
+    if differing:
+        rank_zero_warn(f"The model already has {kind} adapters, on which the strategy's {both} have no effect.")
+
+
+def _selected(view: ModelView, prefix: str, method: PEFTMethod) -> set[str]:
+    """Return the names of what ``method`` would adapt in the part ``prefix``; none, if it fits not."""
     try:
-        same = given.select(part).keys() == hosts
+        return {name for name in method.select(view) if not prefix or f"{name}.".startswith(f"{prefix}.")}
     except PEFTError:
-        same = False
-    if unused or not same:
-        rank_zero_warn(
-            f"The model already has {type(there).__name__} adapters, on which the strategy's {', '.join(both)} have no "
-            "effect."
-        )
+        return set()
 
 
 def refuse_late_train_also(view: ModelView, train_also: Sequence[str]) -> None:

@@ -2,14 +2,14 @@
 
 Lightning offers no public place for it: stock ``load_from_checkpoint`` lists every base weight as missing, or, with
 ``strict=False``, returns the base model and drops the adapters without a word. So two functions of
-``lightning.pytorch.core.saving`` are wrapped, here and nowhere else.
+``lightning.pytorch.core.saving``, and the method that they call, are wrapped, here and nowhere else.
 """
 
 from __future__ import annotations
 
 import os
-import warnings
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core import saving
@@ -36,24 +36,19 @@ def _load_file_or_directory(path: Any, *args: Any, **kwargs: Any) -> Any:
     return checkpoint
 
 
-class _NotYet:
-    """What is passed for ``strict`` while there are no adapters: it is false, and no module's own wish contradicts it.
+class _Later(dict[str, Any]):
+    """The state of a checkpoint with adapters: loaded when these are there, not when Lightning has made the module."""
 
-    Args:
-        strict: What was asked for, which is kept where it does contradict.
-    """
 
-    def __init__(self, strict: bool | None) -> None:
-        self._strict = strict
+class _NoKeys(NamedTuple):
+    missing_keys: tuple[str, ...] = ()
+    unexpected_keys: tuple[str, ...] = ()
 
-    def __bool__(self) -> bool:
-        return False
 
-    def __eq__(self, wish: object) -> bool:
-        return self._strict is None or self._strict == wish
-
-    def __repr__(self) -> str:
-        return repr(self._strict)
+def _load_state_dict(module: LightningModule, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    if isinstance(state_dict, _Later):
+        return _NoKeys()
+    return super(LightningModule, module).load_state_dict(state_dict, *args, **kwargs)
 
 
 def _load_state_with_adapters(cls: Any, checkpoint: dict[str, Any], strict: bool | None = None, **kwargs: Any) -> Any:
@@ -63,11 +58,9 @@ def _load_state_with_adapters(cls: Any, checkpoint: dict[str, Any], strict: bool
         cls, checkpoint = without_class_paths(cls, checkpoint, kwargs)
     if not issubclass(cls, LightningModule):
         return _load_state(cls, checkpoint, strict=strict, **kwargs)
-    # Lightning makes the module and calls its hooks, which may change the state; what is no adapter's it loads.
-    given = {**checkpoint, "state_dict": dict(checkpoint["state_dict"])}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found keys that are (not )?in the model state dict but")
-        model = _load_state(cls, given, strict=_NotYet(strict), **kwargs)
+    # Lightning makes the module and calls its hooks, which may change the state.
+    given = {**checkpoint, "state_dict": _Later(checkpoint["state_dict"])}
+    model = _load_state(cls, given, strict=strict, **kwargs)
     assert isinstance(model, LightningModule)
     files.inject_from(given, model)
     files.apply(given, ModelView(model), model.strict_loading if strict is None else strict)
@@ -78,3 +71,4 @@ def install() -> None:
     """Make ``load_from_checkpoint`` read checkpoints with adapters."""
     saving.pl_load = _load_file_or_directory  # type: ignore[assignment]
     saving._load_state = _load_state_with_adapters  # type: ignore[assignment]
+    LightningModule.load_state_dict = _load_state_dict  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -83,9 +84,80 @@ def test_a_checkpoint_directory_loads_as_an_adapter(tmp_path: Path) -> None:
     assert torch.equal(fresh.net(X), model.net(X))
 
 
+@pytest.mark.parametrize("wish", [None, True, False])
+@pytest.mark.parametrize("strict", [None, True, False])
+def test_strict_loading_is_respected_as_without_adapters(
+    tmp_path: Path, wish: bool | None, strict: bool | None
+) -> None:
+    class Wishing(Net):
+        def __init__(self, width: int = 8) -> None:
+            super().__init__(width)
+            self.save_hyperparameters()
+            if wish is not None:
+                self.strict_loading = wish
+
+    def loaded(file: str) -> type[Exception] | None:
+        try:
+            Wishing.load_from_checkpoint(file, strict=strict)
+        except ValueError as error:
+            assert "is in conflict with" in str(error)
+            return type(error)
+        return None
+
+    files = []
+    for name, strategy in (("stock", "auto"), ("adapters", PEFTStrategy(LoRA(r=2)))):
+        trainer = L.Trainer(
+            accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, strategy=strategy
+        )
+        trainer.fit(Wishing(), torch.utils.data.DataLoader(torch.randn(4, 8), batch_size=4))
+        files.append(str(tmp_path / f"{name}.ckpt"))
+        trainer.save_checkpoint(files[-1])
+    assert loaded(files[0]) is loaded(files[1])
+
+
+@pytest.mark.parametrize("kind", [ModelCheckpoint, AdapterCheckpoint])
+def test_hooks_may_change_the_state_on_both_ways(tmp_path: Path, kind: type) -> None:
+    seen = []
+
+    class Hooked(Net):
+        """Doubles a tensor, and puts frozen weights in, as a module does that is loaded strictly."""
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            state = checkpoint["state_dict"]
+            seen.append(set(state))
+            state["net.0.peft.default.lora_A"] = 2 * state["net.0.peft.default.lora_A"]
+            for name, tensor in self.state_dict().items():
+                state.setdefault(name, tensor)
+
+    def run(epochs: int, **options: Any) -> Net:
+        L.seed_everything(0)
+        model = Hooked()
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_epochs=epochs,
+            logger=False,
+            enable_progress_bar=False,
+            strategy=PEFTStrategy(LoRA(r=2), merge_on_train_end=False),
+            callbacks=[kind(dirpath=tmp_path / str(epochs), save_last=True)],
+        )
+        trainer.fit(model, torch.utils.data.DataLoader(torch.randn(16, 8), batch_size=4), **options)
+        return model
+
+    model = run(1)
+    (last,) = (tmp_path / "1").glob("last*")
+    resumed = run(1, ckpt_path=last)
+    names = adapter_state_dict(model).keys()
+    for loaded in (Hooked.load_from_checkpoint(last), resumed):
+        for name, tensor in adapter_state_dict(loaded).items():
+            factor = 2 if name == "net.0.peft.default.lora_A" else 1
+            assert torch.equal(tensor, adapter_state_dict(model)[name] * factor)
+    assert seen == [names, names]
+
+
 def test_the_private_seams_are_where_they_were() -> None:
     assert saving.pl_load is restore._load_file_or_directory
     assert saving._load_state is restore._load_state_with_adapters
+    assert L.LightningModule.load_state_dict is restore._load_state_dict
     assert list(inspect.signature(restore._load_state).parameters)[:3] == ["cls", "checkpoint", "strict"]
     assert module._load_from_checkpoint is saving._load_from_checkpoint
     assert list(inspect.signature(ModelCheckpoint._save_checkpoint).parameters) == ["self", "trainer", "filepath"]
