@@ -160,6 +160,12 @@ def inject_from(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
             freeze_rest(model.get_submodule(prefix), injection["train_also"])
 
 
+def activate(checkpoint: Mapping[str, Any], model: ModelView) -> None:
+    """Have the adapters of ``model`` run that ran when ``checkpoint`` was written."""
+    for prefix, injection in checkpoint_metadata(checkpoint)["injections"].items():
+        set_adapter(model.part(prefix).module, injection["active"])
+
+
 def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what ``checkpoint`` says of its adapters.
 

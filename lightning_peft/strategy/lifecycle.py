@@ -136,7 +136,7 @@ class Lifecycle(WritesDirectories, Inventory):
             self._held_back = (dict(checkpoint), strict)
             return
         unmerge(self._module)
-        files.apply(checkpoint, ModelView(self._module), strict, self._gathered)
+        self._apply(checkpoint, strict)
         if self._frozen is not None:
             self._look()
 
@@ -186,9 +186,15 @@ class Lifecycle(WritesDirectories, Inventory):
         """Load what was to be loaded before there were adapters, once the base is what it was without them."""
         remember_buffers(ModelView(self._module))
         if self._held_back is not None:
-            checkpoint, strict = self._held_back
-            files.apply(checkpoint, ModelView(self._module), strict, self._gathered)
+            self._apply(*self._held_back)
             self._held_back = None
+
+    def _apply(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
+        view = ModelView(self._module)
+        files.apply(checkpoint, view, strict, self._gathered)
+        if self._module.trainer.state.fn == TrainerFn.FITTING:
+            # The hook in which a module switches may not be called again in the middle of an epoch.
+            files.activate(checkpoint, view)
 
     def _place_adapters(self) -> None:
         """Put the adapters where they belong, before the base strategy moves or wraps the module."""

@@ -188,9 +188,6 @@ def test_several_adapters_switch() -> None:
     inject(model, LoRA(r=3, target_modules="attention"), name="b")
     assert torch.equal(outputs(model, inputs), with_a)
     set_adapter(model, "b")
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trained
-    assert all(".peft.b." in name for name in trained)
     assert torch.equal(outputs(model, inputs), outputs(*build("llama")))
     set_adapter(model, "a")
     assert torch.equal(outputs(model, inputs), with_a)

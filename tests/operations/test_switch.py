@@ -123,20 +123,27 @@ def test_switching_does_as_much_whatever_is_resident() -> None:
     assert calls_of_switching(2, 8) == calls_of_switching(32, 8) == calls_of_switching(2, 64)
 
 
-def test_only_the_active_adapter_trains_and_others_keep_what_the_user_set() -> None:
+def test_switching_leaves_what_requires_gradients_to_the_user() -> None:
     model = mlp()
     names = with_adapters(model, METHODS["lora"], 3)
 
     def training() -> set[str]:
         return {key.split(".")[2] for key, p in model.named_parameters() if p.requires_grad}
 
-    assert training() == {names[0]}
-    set_adapter(model, names[2])
-    assert training() == {names[2]}
+    assert training() == set(names)
     for key, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad or f".peft.{names[1]}." in key)
-    set_adapter(model, names[0])
-    assert training() == {names[0], names[1]}
+        parameter.requires_grad_(parameter.requires_grad and f".peft.{names[1]}." not in key)
+    for name in (names[1], names[2], names[0]):
+        set_adapter(model, name)
+        assert training() == {names[0], names[2]}
+
+
+def test_gradients_reach_what_runs_alone() -> None:
+    model = mlp()
+    names = with_adapters(model, METHODS["lora"], 2)
+    set_adapter(model, names[1])
+    model(X).square().sum().backward()
+    assert {k.split(".")[2] for k, p in model.named_parameters() if p.grad is not None} == {names[1]}
 
 
 def test_copies_switch_by_themselves() -> None:

@@ -109,8 +109,8 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         if empty := [i for i, group in enumerate(optimizer.param_groups) if not group["params"]]:
             raise PEFTError(
                 f"Param group {empty[0]} from configure_optimizers holds frozen parameters only. DeepSpeed takes it "
-                "out, and the scheduler would then set other groups' learning rates. Leave the group out there, or use a "
-                "scheduler of torch.optim.lr_scheduler."
+                "out, and the scheduler would then set other groups' learning rates. Leave the group out there, or "
+                "use a scheduler of torch.optim.lr_scheduler."
             )
         return optimizer, schedule
 
@@ -242,7 +242,8 @@ def _refuse_several(model: ModelView) -> None:
             raise PEFTError(
                 f"The model has several adapters, {', '.join(several)}. DeepSpeed steps all that is trained as one "
                 "flat tensor, so an adapter that a step does not use would be changed by it as well. Use another "
-                f"base, or train one: p.requires_grad_(False) for the parameters of the others ('….peft.{trained[-1]}.…')."
+                f"base, or train one: p.requires_grad_(False) for the parameters of the others, such as "
+                f"'….peft.{trained[-1]}.…'."
             )
 
 
