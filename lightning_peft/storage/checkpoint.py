@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -25,6 +24,7 @@ from lightning_peft.formats.files import atomic_directory, restore_interrupted
 from lightning_peft.operations.inject import inject, set_adapter
 from lightning_peft.storage.base_weights import Gathered, fill
 from lightning_peft.storage.loading import read_adapters
+from lightning_peft.storage.plain import reading
 from lightning_peft.storage.saving import write_adapters
 from lightning_peft.storage.state import (
     adapter_parameters_and_whole,
@@ -216,10 +216,8 @@ def read_directory(
         if is_sharded(directory) and (sharded or weights_only is False):
             return read_sharded(directory, weights_only)
         raise _unreadable(directory)
-    try:
+    with reading(file):
         checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only is not False)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise PEFTError(f"{file} is damaged or truncated: {error}. Take another checkpoint.") from error
     saved = checkpoint_metadata(checkpoint)
     state: dict[str, Tensor] = read_adapters(directory, saved[_PLACES])
     return {**checkpoint, "state_dict": state}
