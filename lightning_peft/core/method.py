@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter
@@ -42,6 +43,12 @@ class PEFTMethod:
         super().__init_subclass__(**kwargs)
         if cls.__dict__.get("name"):
             _METHODS[cls.name] = cls
+            # Methods are hyper-parameters of users' modules, and are to be read back with `weights_only=True`.
+            torch.serialization.add_safe_globals([cls])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over hyper-parameters that were pickled, checked as those of a new method are."""
+        vars(self).update(vars(method_from_config({**state, "method": self.name})))
 
     @property
     def reads_weights(self) -> bool:

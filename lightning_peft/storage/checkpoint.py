@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -26,6 +25,7 @@ from lightning_peft.operations.inject import inject, set_adapter
 from lightning_peft.operations.rest import freeze_rest
 from lightning_peft.storage.base_weights import Gathered, fill
 from lightning_peft.storage.loading import read_adapters
+from lightning_peft.storage.plain import reading
 from lightning_peft.storage.saving import write_adapters
 from lightning_peft.storage.state import (
     adapter_parameters_and_whole,
@@ -228,12 +228,8 @@ def read_directory(
         if is_sharded(directory) and (sharded or weights_only is False):
             return read_sharded(directory, weights_only)
         raise _unreadable(directory)
-    try:
+    with reading(file):
         checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only is not False)
-    except pickle.UnpicklingError as error:
-        raise unreadable(file, error) from error
-    except (RuntimeError, EOFError) as error:
-        raise PEFTError(f"{file} is damaged or truncated: {error}. Take another checkpoint.") from error
     saved = checkpoint_metadata(checkpoint)
     state: dict[str, Tensor] = read_adapters(directory, saved[_PLACES])
     return {**checkpoint, "state_dict": state}
@@ -255,20 +251,4 @@ def _unreadable(directory: Path) -> PEFTError:
     return PEFTError(
         f"{directory} holds no {_TRAINER_STATE}, so training cannot be resumed from it. An adapter is loaded "
         "with load_adapter(model, path), and ckpt_path left out."
-    )
-
-
-def unreadable(file: str | os.PathLike[str], error: pickle.UnpicklingError) -> PEFTError:
-    """Return what to raise for a file that torch has not read: it is damaged, or holds more than tensors and values."""
-    try:
-        kinds = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception:  # whatever a damaged file leads to
-        kinds = []
-    if not kinds:
-        return PEFTError(f"{file} is damaged or truncated: {error}. Take another checkpoint.")
-    return PEFTError(
-        f"{file} holds more than tensors and plain values: {', '.join(sorted(kinds)[:3])}. Reading that can run code, so "
-        "it is refused by default. It comes from save_hyperparameters() or from the state of a callback. If you trust "
-        "the file, pass weights_only=False to trainer.fit or load_from_checkpoint; to leave such objects out of the "
-        "next one, call save_hyperparameters(ignore=[...])."
     )

@@ -27,7 +27,12 @@ def parts_of(model: ModelView, names: Iterable[str] | None) -> tuple[list[Part],
                 getattr(part, what).append(_relative(name, prefix))
     kept = [part for part in parts.values() if part.hosts or part.chosen]
     beside = [part for part in parts.values() if not (part.hosts or part.chosen)]
-    rest = [f"{p}.{name}".lstrip(".") for p, _, registry in registries(model) for name in registry.whole if not registry.methods]
+    rest = [
+        f"{p}.{name}".lstrip(".")
+        for p, _, registry in registries(model)
+        for name in registry.whole
+        if not registry.methods
+    ]
     return kept, [*(f"{part.prefix}.{name}".lstrip(".") for part in beside for name in part.whole), *rest]
 
 

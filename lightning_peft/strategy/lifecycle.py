@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -30,9 +29,11 @@ from lightning_peft.operations.merge import is_merged, merge, unmerge
 from lightning_peft.operations.rest import freeze_rest
 from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage.base_weights import load_base_weights
+from lightning_peft.storage.plain import reading
 from lightning_peft.storage.state import adapter_state_dict
 from lightning_peft.strategy import refusals
 from lightning_peft.strategy.inventory import Inventory
+from lightning_peft.strategy.plain_values import warn_of_objects
 from lightning_peft.targets.inner_models import transformers_models
 
 # Beyond it a merge is reported as a warning. bfloat16 weights lose 3 to 20 % of a typical adapter.
@@ -109,10 +110,8 @@ class Lifecycle(WritesDirectories, Inventory):
         """
         if files.is_directory(checkpoint_path):
             return files.read_directory(checkpoint_path, weights_only, sharded=self._saves_shards)
-        try:
+        with reading(checkpoint_path):
             return super().load_checkpoint(checkpoint_path, weights_only is not False)
-        except UnpicklingError as error:
-            raise files.unreadable(checkpoint_path, error) from error
 
     def _load_base_weights(self) -> None:
         """Load the frozen weights, if they are to come from files."""
@@ -231,6 +230,7 @@ class Lifecycle(WritesDirectories, Inventory):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint file, or a directory if ``storage_options`` is an ``AdapterDirectory``."""
         files.finish(checkpoint, ModelView(self._module), self._full_checkpoints)
+        warn_of_objects(checkpoint)
         directory = isinstance(storage_options, files.AdapterDirectory)
         if directory or not self._saves_shards:
             checkpoint = map_tensors(checkpoint, whole)

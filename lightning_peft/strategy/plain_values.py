@@ -1,6 +1,6 @@
 """Hyper-parameters of a checkpoint as values: a file does not say which classes and functions are called.
 
-LightningCLI saves what it made objects from, class paths included, and the name of the function that does. Lightning
+What is no value is named when a checkpoint is written. LightningCLI saves what it made objects from, class paths included, and the name of the function that does. Lightning
 calls that function when it loads the checkpoint. Here a module is made from the values alone.
 """
 
@@ -12,8 +12,10 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lightning.pytorch.core import saving
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_peft.errors import PEFTError
+from lightning_peft.storage.plain import objects
 
 _INSTANTIATOR, _CLASS_PATH = "_instantiator", "_class_path"  # where LightningCLI saves them
 _OF_LIGHTNING = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
@@ -48,6 +50,17 @@ def without_class_paths(
         plain[key] = {name: value for name, value in values.items() if name not in (_INSTANTIATOR, _CLASS_PATH)}
         _refuse_objects(kind, {name: value for name, value in plain[key].items() if name not in given})
     return kind, plain
+
+
+def warn_of_objects(checkpoint: Mapping[str, Any]) -> None:
+    """Say what of ``checkpoint``, as it is written, is not read back without running a pickle."""
+    if found := objects(checkpoint):
+        listed = "; ".join(f"{where} ({names})" for where, names in list(found.items())[:5])
+        rank_zero_warn(
+            f"The checkpoint holds more than tensors and plain values, so that it is read with weights_only=False "
+            f"alone: {listed}. Make strings and numbers of them, or leave hyper-parameters out by "
+            "save_hyperparameters(ignore=[...])."
+        )
 
 
 def _imported_subclass(kind: type[Any], path: Any) -> type[Any]:

@@ -109,9 +109,7 @@ def refuse_other_methods(view: ModelView, given: Sequence[PEFTMethod], asked: Se
                 _refuse_other_values(view, prefix, own, there, wanted)
 
 
-def _refuse_other_values(
-    view: ModelView, prefix: str, hosts: set[str], there: PEFTMethod, given: PEFTMethod
-) -> None:
+def _refuse_other_values(view: ModelView, prefix: str, hosts: set[str], there: PEFTMethod, given: PEFTMethod) -> None:
     """Check that ``there``, which has adapted ``hosts``, has the values of ``given``; warn of those without effect."""
     differing = {key for key, value in given.config().items() if there.config()[key] != value} - {"init"}
     targets = {"target_modules", "exclude_modules", "layers"} & differing

@@ -135,9 +135,7 @@ def test_what_changes_no_result_is_a_warning(tmp_path: Path, method: LoRA, messa
 @pytest.mark.parametrize(
     "method", ["lora", LoRA(r=2), LoRA(r=2, target_modules=["net.0", "net.2"]), LoRA(r=2, init="pissa")], ids=str
 )
-def test_the_same_values_or_none_are_no_word(
-    tmp_path: Path, method: Any, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_the_same_values_or_none_are_no_word(tmp_path: Path, method: Any, recwarn: pytest.WarningsRecorder) -> None:
     module = loaded(tmp_path)
     before = adapter_state(module)
     trainer(tmp_path, PEFTStrategy(method)).fit(module, loader())

@@ -1,0 +1,79 @@
+"""What a checkpoint may hold so that it is read back without running a pickle: tensors and plain values."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from lightning_peft.core.sharding import map_tensors
+from lightning_peft.errors import PEFTError
+
+
+def objects(checkpoint: Mapping[str, Any]) -> dict[str, str]:
+    """Return where ``checkpoint`` holds something else, and what: it is read with ``weights_only=False`` alone.
+
+    Raises:
+        PEFTError: Something in it cannot be written at all.
+    """
+    # Tensors are plain, and large.
+    return dict(_objects(map_tensors(dict(checkpoint), lambda _: torch.empty(0)), "checkpoint"))
+
+
+def _objects(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    names = _asked_for(value, where)
+    inside: list[tuple[str, str]] = []
+    if names and isinstance(value, Mapping):
+        inside = [found for key, inner in value.items() for found in _objects(inner, f"{where}[{key!r}]")]
+    yield from inside or ([(where, ", ".join(names))] if names else [])
+
+
+def _asked_for(value: Any, where: str) -> list[str]:
+    """Return the names of the classes and functions that unpickling ``value`` would call."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise PEFTError(
+            f"{where} cannot be written to a checkpoint: {error}. Take it out, in on_save_checkpoint or with "
+            "save_hyperparameters(ignore=[...])."
+        ) from error
+    buffer.seek(0)
+    return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(buffer))
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what ``torch.load`` raises into an error that says whether the file ``path`` is damaged.
+
+    Raises:
+        PEFTError: It is, or it holds more than tensors and plain values.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if not os.path.exists(path):
+            raise  # there is none, or it is elsewhere than in the file system, and cannot be looked at
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a file that is cut off makes
+            raise PEFTError(f"Cannot read {path}: {error.strerror or error}. Check its permissions.") from error
+        if names := _names_in(path):
+            raise PEFTError(
+                f"{path} holds more than tensors and plain values: {', '.join(names)}. The file is whole, but that is "
+                "not unpickled unless you pass weights_only=False; do so only if you trust whoever wrote it. It may come from "
+                "save_hyperparameters() or a callback's state: save_hyperparameters(ignore=[...]) leaves it out."
+            ) from error
+        reason = str(error).partition("\n")[0]
+        raise PEFTError(f"{path} is damaged or truncated, or no checkpoint: {reason}. Take another one.") from error
+
+
+def _names_in(path: str | os.PathLike[str]) -> list[str]:
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+        return []
