@@ -13,9 +13,9 @@ import numpy
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from modules import Regression, adapter_state, assert_same, loader, trainer
+from modules import Regression, loader, trainer
 
-from lightning_peft import LoRA, PEFTError, PEFTMethod, PEFTStrategy
+from lightning_peft import LoRA, PEFTError
 from lightning_peft.core.method import registered_methods
 from lightning_peft.storage.checkpoint import AdapterDirectory
 
