@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback, ModelSummary
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor, optim
 from torch.optim import Optimizer
 
 from lightning_peft.core.registry import registries
 from lightning_peft.core.sharding import full_shape
 from lightning_peft.core.view import ModelView
+
+# What torch's optimizers keep for each element of a parameter, and the options with which they keep one more. Adafactor
+# and LBFGS keep what does not go by elements; Muon is not in every torch that is served.
+_STATE_ELEMENTS: dict[type[Optimizer], int] = {
+    optim.ASGD: 1,
+    optim.Adadelta: 2,
+    optim.Adagrad: 1,
+    optim.Adam: 2,
+    optim.AdamW: 2,
+    optim.Adamax: 2,
+    optim.NAdam: 2,
+    optim.RAdam: 2,
+    optim.RMSprop: 1,
+    optim.Rprop: 2,
+    optim.SGD: 0,
+    optim.SparseAdam: 2,
+}
+_MORE_STATE = ("amsgrad", "centered", "momentum")
 
 
 class PEFTSummary(Callback):
@@ -59,21 +75,10 @@ def summary_table(module: pl.LightningModule, optimizers: Iterable[Optimizer], s
 
 
 def state_elements(optimizer: Optimizer) -> int | None:
-    """Return how many state elements ``optimizer`` keeps per parameter element (AdamW: 2), or ``None`` if unknown.
-
-    Found by one step of a new optimizer of its kind on a small parameter.
-    """
+    """Return how many state elements ``optimizer`` keeps per parameter element (AdamW: 2), or ``None`` if unknown."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed wraps the one that was configured
-    accepted = inspect.signature(type(optimizer)).parameters
-    options = {key: value for key, value in optimizer.defaults.items() if key in accepted}
-    probe = nn.Parameter(torch.zeros(8, 8))
-    probe.grad = torch.zeros_like(probe)
-    try:
-        twin = type(optimizer)([probe], **options)
-        twin.step(lambda: 0.0)
-    except Exception:  # an optimizer of someone else's, whose constructor is not torch's
-        return None
-    return sum(v.numel() for v in twin.state[probe].values() if isinstance(v, Tensor)) // probe.numel()
+    count = _STATE_ELEMENTS.get(type(optimizer))
+    return None if count is None else count + sum(bool(optimizer.defaults.get(option)) for option in _MORE_STATE)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,15 +1,16 @@
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from modules import Regression, loader, trainer
-from torch import nn
-from torch.optim import SGD, AdamW
+from torch import Tensor, nn, optim
+from torch.optim import Optimizer
 
 from lightning_peft import LoRA, PEFTStrategy
 from lightning_peft.callbacks import PEFTSummary
-from lightning_peft.callbacks.summary import state_elements
+from lightning_peft.callbacks.summary import _STATE_ELEMENTS, state_elements
 
 
 def fit(tmp_path: Path, caplog: pytest.LogCaptureFixture, **options: object) -> str:
@@ -34,8 +35,6 @@ def test_printed_by_default_with_the_right_numbers(tmp_path: Path, caplog: pytes
 
 
 def test_sizes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from torch import nn
-
     class Wide(Regression):
         def build(self) -> nn.Module:
             return nn.Sequential(nn.Linear(8, 4096), nn.ReLU(), nn.Linear(4096, 512), nn.Linear(512, 4))
@@ -61,9 +60,55 @@ def test_a_summary_of_the_users_is_not_doubled(tmp_path: Path, caplog: pytest.Lo
     assert text.count("trained of") == 1
 
 
-def test_state_elements() -> None:
-    parameter = [nn.Parameter(torch.zeros(3))]
-    assert state_elements(SGD(parameter, lr=0.1)) == 0
-    assert state_elements(SGD(parameter, lr=0.1, momentum=0.9)) == 1
-    assert state_elements(AdamW(parameter)) == 2
-    assert state_elements(AdamW(parameter, amsgrad=True)) == 3
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, {}) for kind in _STATE_ELEMENTS),
+        *((kind, {"amsgrad": True}) for kind in (optim.Adam, optim.AdamW)),
+        (optim.RMSprop, {"momentum": 0.9, "centered": True}),
+        (optim.SGD, {"momentum": 0.9}),
+    ],
+)
+def test_state_elements_are_those_that_torch_keeps(kind: type[Optimizer], options: dict[str, Any]) -> None:
+    parameter = nn.Parameter(torch.ones(3, 5))
+    optimizer = kind([parameter], lr=0.1, **options)  # type: ignore[call-arg]
+    parameter.grad = torch.ones(3, 5)
+    if kind is optim.SparseAdam:
+        parameter.grad = parameter.grad.to_sparse()
+    counted = state_elements(optimizer)
+    optimizer.step()
+    assert (
+        counted == sum(v.numel() for v in optimizer.state[parameter].values() if isinstance(v, Tensor) and v.dim()) / 15
+    )
+
+
+def test_every_optimizer_of_torch_is_known() -> None:
+    found = {kind for kind in vars(optim).values() if isinstance(kind, type) and issubclass(kind, Optimizer)}
+    unknown = {kind.__name__ for kind in found - _STATE_ELEMENTS.keys()}
+    assert unknown - {"Muon"} == {"Optimizer", "Adafactor", "LBFGS"}
+
+
+def test_no_optimizer_of_the_users_is_made_or_stepped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made, stepped = [], []
+
+    class Own(optim.SGD):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            made.append(self)
+            super().__init__(*args, **options)
+
+        def step(self, closure: Any = None) -> Any:
+            stepped.append(self)
+            return super().step(closure)
+
+    class Module(Regression):
+        def configure_optimizers(self) -> Any:
+            return Own(self.parameters(), lr=0.1)
+
+    logging.getLogger("lightning.pytorch").propagate = True
+    with caplog.at_level(logging.INFO):
+        trainer(tmp_path, enable_model_summary=True, max_steps=2).fit(Module(), loader())
+    assert len(made) == 1
+    assert stepped == made * 2
+    # Nothing is claimed of what it keeps.
+    assert "trained of" in caplog.text
+    assert "optimizer state" not in caplog.text

@@ -15,11 +15,11 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-from modules import Llama, Regression, inputs, loader, trainer
+from modules import Halving, Llama, Regression, inputs, loader, trainer
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from lightning_peft import DoRA, LoRA, PEFTMethod, PEFTStrategy, eject, save_adapter, unmerge
+from lightning_peft import DoRA, LoRA, PEFTMethod, PEFTStrategy, eject, inject, save_adapter, unmerge
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.callbacks.summary import summary_table
@@ -103,6 +103,24 @@ class Tied(Shared):
         layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
         layers[2].weight = layers[0].weight
         return layers
+
+
+class OwnSchedule(Shared):
+    """Has a param group that is left without parameters, under a scheduler that is not torch's."""
+
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": [self.net[0].bias]}, {"params": [self.net[0].weight, *self.net[2].parameters()]}]
+        optimizer = torch.optim.AdamW(groups, lr=self.rate)
+        return {"optimizer": optimizer, "lr_scheduler": Halving(optimizer)}
+
+
+class Several(Shared):
+    """Holds two adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in "ab":
+            inject(self, LoRA(r=2), name=name)
 
 
 class LlamaFromFiles(Llama):
@@ -372,6 +390,8 @@ def rest(out: Path, record: Record) -> None:
         "tied": refused(3, module=Tied),
         "full": refused(3, checkpoint="full"),
         "no stage": refused(0),
+        "emptied group": refused(1, module=OwnSchedule),
+        "several": refused(1, module=Several),
     }
 
 

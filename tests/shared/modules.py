@@ -124,6 +124,24 @@ class Stop(pl.Callback):
         trainer.should_stop |= trainer.global_step == self.step
 
 
+class Halving:
+    """A scheduler that is none of torch's, such as timm's: it keeps a value for each group and sets half of it."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.values = [group["lr"] for group in optimizer.param_groups]
+
+    def step(self, *_: Any, **__: Any) -> None:
+        for group, value in zip(self.optimizer.param_groups, self.values, strict=False):
+            group["lr"] = value / 2
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.values = state["values"]
+
+
 def inputs(count: int = SAMPLES, seed: int = 3) -> Tensor:
     return torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
 

@@ -282,6 +282,8 @@ class TestMore:
             ("tied", "'net.0' is adapted and shares its weight"),
             ("full", "Use checkpoint='adapter', or stage 2"),
             ("no stage", "Choose stage 1, 2 or 3"),
+            ("emptied group", "Param group 0 from configure_optimizers holds frozen parameters only"),
+            ("several", "several adapters, a, b. DeepSpeed"),
         ],
     )
     def test_errors(self, more: Run, kind: str, expected: str) -> None:

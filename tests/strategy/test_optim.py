@@ -4,14 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from modules import Regression, adapter_state, assert_same, loader, trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
+from modules import Halving, Regression, adapter_state, assert_same, base_state, loader, trainer
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adagrad, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedulers
 
-from lightning_peft import LoRA, PEFTError, PEFTStrategy, inject
+from lightning_peft import BitFit, FullFinetuning, LoRA, PEFTError, PEFTStrategy, inject
 from lightning_peft.strategy.optim import restrict_to_trainable, state_by_name, state_by_position
+from lightning_peft.strategy.param_groups import settle_state
 
 ADAPTERS = [f"net.{layer}.peft.default.lora_{which}" for layer in (0, 2) for which in "AB"]
 
@@ -175,6 +178,126 @@ def test_lbfgs_trains(tmp_path: Path) -> None:
     assert all(t.any() for t in adapter_state(module).values())
 
 
+class Early(Regression):
+    """Makes its optimizer in ``__init__``, when there are no adapters."""
+
+    def __init__(self, make: Callable[..., Optimizer]) -> None:
+        super().__init__()
+        self.early = make(self.parameters())
+
+    def configure_optimizers(self) -> Any:
+        return self.early
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_state_that_is_kept_from_the_start_is_that_of_adapters(tmp_path: Path, early: bool) -> None:
+    def make(parameters: Any) -> Optimizer:
+        return Adagrad(parameters, lr=0.1, initial_accumulator_value=0.3)
+
+    module = Early(make) if early else Regression()
+    module.configure_optimizers = lambda: module.early if early else make(module.parameters())  # type: ignore[method-assign]
+    run = trainer(tmp_path, PEFTStrategy(LoRA(r=2), merge_on_train_end=False))
+    run.fit(module, loader())
+    (optimizer,) = run.optimizers
+    names = {id(p): name for name, p in module.named_parameters()}
+    assert sorted(names[id(p)] for p in optimizer.state) == ADAPTERS
+    # What torch makes of adapters alone.
+    alone = Regression()
+    alone.configure_optimizers = lambda: make([p for p in alone.parameters() if p.requires_grad])  # type: ignore[method-assign]
+    trainer(tmp_path, PEFTStrategy(LoRA(r=2), merge_on_train_end=False)).fit(alone, loader())
+    assert_same(adapter_state(module), adapter_state(alone))
+    saved = run.strategy.optimizer_state(optimizer)
+    assert {state["step"].item() for state in saved["state"].values()} == {4}
+
+
+def test_state_from_the_start_that_cannot_be_guessed_is_refused() -> None:
+    model = three_layers()
+    optimizer = Adagrad(model.parameters(), lr=0.1)
+    inject(model, LoRA(r=2))
+    for state in optimizer.state.values():
+        state["sum"].copy_(torch.rand(state["sum"].shape))
+    with pytest.raises(PEFTError, match=r"Adagrad keeps state.*Make the optimizer in configure_optimizers"):
+        restrict_to_trainable([optimizer], [], model)
+
+
+def test_state_of_steps_that_were_made_is_not_taken_for_a_start() -> None:
+    one, other = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = AdamW([one, other], lr=0.1)
+    one.grad = torch.ones(2)
+    optimizer.step()
+    settle_state(optimizer)
+    assert set(optimizer.state) == {one}
+
+
+def test_a_subset_is_trained_as_without_the_strategy(tmp_path: Path) -> None:
+    """Nothing is added to what the user's optimizer holds of the base."""
+
+    def configured(module: Regression) -> Regression:
+        module.configure_optimizers = lambda: SGD([module.net[2].weight], lr=0.1)  # type: ignore[method-assign]
+        return module
+
+    ours, plain = configured(Regression()), configured(Regression())
+    trainer(tmp_path, PEFTStrategy(FullFinetuning())).fit(ours, loader())
+    trainer(tmp_path, "auto").fit(plain, loader())
+    assert_same(base_state(ours), base_state(plain))
+    assert not torch.equal(ours.net[2].weight, Regression().net[2].weight)
+
+
+def test_what_a_method_trains_and_no_optimizer_holds_is_named(tmp_path: Path) -> None:
+    module = Regression()
+    module.configure_optimizers = lambda: SGD(module.net[2].parameters(), lr=0.1)  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match=r"1 parameters that the method trains are in no optimizer.*net\.0\.bias"):
+        trainer(tmp_path, PEFTStrategy(BitFit())).fit(module, loader())
+    assert torch.equal(module.net[0].bias, Regression().net[0].bias)
+    assert not torch.equal(module.net[2].bias, Regression().net[2].bias)
+
+
+def test_without_an_optimizer_nothing_is_trained_as_without_the_strategy(tmp_path: Path) -> None:
+    module = Regression()
+    module.configure_optimizers = lambda: None  # type: ignore[method-assign]
+    run = trainer(tmp_path, PEFTStrategy(FullFinetuning()))
+    with pytest.warns(UserWarning, match="will run with no optimizer"):
+        run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "saved.ckpt")
+    assert_same(base_state(module), base_state(Regression()))
+
+
+def test_parameters_of_others_stay_in_their_groups() -> None:
+    model, own = three_layers(), torch.zeros(2)
+    inject(model, LoRA(r=2))
+    optimizer = SGD([*model.parameters(), own], lr=0.1)
+    restrict_to_trainable([optimizer], [], model)
+    assert optimizer.param_groups[0]["params"][-1] is own
+
+
+# --- groups that a method splits ----------------------------------------------------------------------------------
+
+
+def two_named_groups(module: Any) -> Optimizer:
+    named = [(n, p) for n, p in module.named_parameters() if n.startswith("net.")]
+    groups = {"first": [p for n, p in named if n.startswith("net.0")], "rest": [p for n, p in named if "net.2" in n]}
+    return AdamW([{"params": parameters, "name": name} for name, parameters in groups.items()], lr=0.01)
+
+
+def test_groups_that_are_split_have_names_of_their_own(tmp_path: Path) -> None:
+    module, monitor = Regression(), LearningRateMonitor()
+    module.configure_optimizers = lambda: two_named_groups(module)  # type: ignore[method-assign]
+    options: dict[str, Any] = {"callbacks": [monitor], "logger": CSVLogger(tmp_path), "enable_checkpointing": False}
+    trainer(tmp_path, PEFTStrategy(LoRA(r=2, loraplus_lr_ratio=16)), log_every_n_steps=1, **options).fit(
+        module, loader()
+    )
+    rates = {name.removeprefix("lr-AdamW/"): values[0] for name, values in monitor.lrs.items()}
+    assert rates == {"first": 0.01, "rest": 0.01, "first_x16": 0.16, "rest_x16": 0.16}
+
+
+def test_a_ratio_is_applied_once_to_an_optimizer_that_is_used_again(tmp_path: Path) -> None:
+    module = Early(lambda parameters: AdamW(parameters, lr=0.01))
+    for _ in range(2):
+        run = trainer(tmp_path, PEFTStrategy(LoRA(r=2, loraplus_lr_ratio=16)))
+        run.fit(module, loader())
+        assert [group["lr"] for group in run.optimizers[0].param_groups] == [0.01, 0.16]
+
+
 # --- schedulers ---------------------------------------------------------------------------------------------------
 
 # Each makes a scheduler; `pick` reduces a list with one entry per group to the groups there are.
@@ -253,6 +376,67 @@ def test_other_optimizers_schedulers_are_untouched() -> None:
     assert len(second.param_groups) == len(schedule.base_lrs) == 2
 
 
+def adapted(*names: str, ratio: float = 1) -> tuple[nn.Module, Optimizer]:
+    model = three_layers()
+    inject(model, LoRA(r=2, target_modules=list(names), loraplus_lr_ratio=ratio))
+    return model, SGD(
+        [{"params": list(layer.parameters()), "lr": lr} for layer, lr in zip(model.values(), (1, 2, 3), strict=True)]
+    )
+
+
+def test_no_group_goes_from_under_a_scheduler_that_is_not_known() -> None:
+    model, optimizer = adapted("b", "c")
+    schedule = Halving(optimizer)
+    restrict_to_trainable([optimizer], [schedule], model)
+    optimizer.step()
+    schedule.step()
+    assert [(g["lr"], names_in(g, model)) for g in optimizer.param_groups] == [
+        (0.5, []),
+        (1.0, adapters_of("b")),
+        (1.5, adapters_of("c")),
+    ]
+    saved = state_by_name(optimizer, optimizer.state_dict(), model)
+    optimizer.load_state_dict(state_by_position(optimizer, saved, model))
+
+
+class OfTheUsers(schedulers.LRScheduler):
+    """Knows its groups by number."""
+
+    def get_lr(self) -> list[float]:  # type: ignore[override]
+        return [lr * (number + 1) for number, lr in enumerate(self.base_lrs)]
+
+
+@pytest.mark.parametrize("make", [OfTheUsers, schedulers.ConstantLR])
+@pytest.mark.parametrize("returned", [True, False])
+def test_no_group_goes_from_under_one_of_the_users_or_one_that_is_not_returned(make: Any, returned: bool) -> None:
+    model, optimizer = adapted("b", "c")
+    schedule = make(optimizer)
+    restrict_to_trainable([optimizer], [schedule] if returned else [], model)
+    known = returned and make is schedulers.ConstantLR
+    assert len(optimizer.param_groups) == (2 if known else 3)
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[-1]["lr"] == (9 if make is OfTheUsers else 1)
+
+
+def test_a_ratio_is_refused_where_a_scheduler_would_not_know() -> None:
+    model, optimizer = adapted("b", "c", ratio=16)
+    with pytest.raises(PEFTError, match=r"Halving sets learning rates too.*leave the ratio out"):
+        restrict_to_trainable([optimizer], [Halving(optimizer)], model)
+    schedulers.ConstantLR(optimizer)
+    with pytest.raises(PEFTError, match=r"a scheduler that configure_optimizers does not return sets"):
+        restrict_to_trainable([optimizer], [], model)
+
+
+def test_a_ratio_reaches_a_scheduler_of_the_users() -> None:
+    model, optimizer = adapted("a", "b", "c", ratio=16)
+    schedule = OfTheUsers(optimizer)
+    restrict_to_trainable([optimizer], [schedule], model)
+    optimizer.step()
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [1, 4, 9, 16 * 4, 2 * 16 * 5, 3 * 16 * 6]
+
+
 # --- state by name ------------------------------------------------------------------------------------------------
 
 
@@ -326,3 +510,10 @@ def test_an_optimizer_without_state_needs_none() -> None:
     optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     saved = state_by_name(optimizer, optimizer.state_dict(), model)
     optimizer.load_state_dict(state_by_position(optimizer, saved, model))
+
+
+def test_a_state_of_another_form_is_kept_as_it_is() -> None:
+    """Such as that of an optimizer that wraps another."""
+    model, optimizer = stepped(steps=0)
+    state = {"wrapped": optimizer.state_dict(), "slow": [torch.ones(2)]}
+    assert state_by_position(optimizer, state_by_name(optimizer, state, model), model) == state
