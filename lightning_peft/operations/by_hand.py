@@ -20,7 +20,7 @@ from lightning_peft.core.registry import Registry, changed, trained_whole
 from lightning_peft.core.sharding import whole, write
 from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_packed
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import NotFiniteError, PEFTError
 from lightning_peft.operations.fold import fold_into, has_effect, is_in_pieces, restore, weight_names
 
 State = dict[str, Any]
@@ -134,7 +134,12 @@ def _into_merged(host: nn.Module, slot: Slot, state: State, prefix: str) -> None
         # Another shape is an error, which torch reports.
         if isinstance(value, Tensor) and value.shape == tensor.shape:
             write(tensor, whole(value))
-    _, again = fold_into(host, adapter, {id(own[name]) for name in untied}, nullcontext, keep=True)
+    host_name = clean_name(prefix.rstrip("."))
+    try:
+        _, again = fold_into(host_name, host, adapter, {id(own[name]) for name in untied}, nullcontext, keep=True)
+    except NotFiniteError:
+        slot.merged = None  # what was loaded is there, beside the weight
+        raise
     # In place: hosts of one weight share it.
     tied = merged["tied"]
     merged.clear()

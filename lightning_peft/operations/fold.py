@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.sharding import in_zero_pieces, kept_part, whole, write
 from lightning_peft.core.weights import as_matrix, as_stored, is_transposed, weight_of, widened
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import NotFiniteError, PEFTError
 
 
 def weight_names(adapter: Adapter) -> tuple[str, ...]:
@@ -24,6 +24,7 @@ def weight_names(adapter: Adapter) -> tuple[str, ...]:
 
 
 def fold_into(
+    name: str,
     host: nn.Module,
     adapter: Adapter,
     shared: Collection[int],
@@ -33,6 +34,7 @@ def fold_into(
     """Merge one host.
 
     Args:
+        name: The adapted module's name, for messages.
         host: The adapted module.
         adapter: Its adapter.
         shared: Ids of parameters that belong to other modules too: ``host`` gets new ones in their place.
@@ -41,23 +43,26 @@ def fold_into(
 
     Returns:
         What rounding took, relative to the change, and what :func:`restore` needs: each process keeps what it holds.
+
+    Raises:
+        NotFiniteError: The new weights would hold NaN or infinity. ``host`` is as it was.
     """
     weights = {name: host.get_parameter(name) for name in weight_names(adapter)}
     bias = host._parameters.get("bias")
     old_bias = None if bias is None else kept_part(bias).to("cpu", copy=True)
     backup: dict[str, Any] = {
-        name: weight if id(weight) in shared else kept_part(weight).to("cpu", copy=True) if keep else None
-        for name, weight in weights.items()
+        key: weight if id(weight) in shared else kept_part(weight).to("cpu", copy=True) if keep else None
+        for key, weight in weights.items()
     }
     with gathered(host):
         whole_bias = None if bias is None else whole(bias)
-        before = {name: whole(weight_of(host) if name == "weight" else host.get_parameter(name)) for name in weights}
-        stored, new_bias, loss = _folded(host, _whole_adapter(adapter), before, whole_bias)
-        for name, weight in weights.items():
+        before = {key: whole(weight_of(host) if key == "weight" else host.get_parameter(key)) for key in weights}
+        stored, new_bias, loss = _folded(name, host, _whole_adapter(adapter), before, whole_bias)
+        for key, weight in weights.items():
             if id(weight) in shared:
-                _set(host, name, nn.Parameter(stored[name].contiguous(), requires_grad=False))
+                _set(host, key, nn.Parameter(stored[key].contiguous(), requires_grad=False))
             else:
-                write(weight, stored[name])
+                write(weight, stored[key])
         if whole_bias is None and new_bias is not None:
             host.bias = nn.Parameter(new_bias.to(weights["weight"]), requires_grad=False)
             backup["added_bias"] = True
@@ -80,7 +85,10 @@ def has_effect(host: nn.Module, adapter: Adapter, given: Mapping[str, Tensor]) -
         return False
     bias = given.get("bias", host._parameters.get("bias"))
     bias = None if bias is None else whole(bias)
-    after, new_bias, _ = _folded(host, _whole_adapter(adapter), before, bias)
+    try:
+        after, new_bias, _ = _folded("", host, _whole_adapter(adapter), before, bias)
+    except NotFiniteError:
+        return True
     if new_bias is not None and (bias is None or not torch.equal(new_bias, bias)):
         return True
     return any(not torch.equal(after[name], weight) for name, weight in before.items())
@@ -111,22 +119,56 @@ def restore(host: nn.Module, backup: dict[str, Any]) -> None:
         host.register_parameter("bias", None)
 
 
+def check_fold(
+    name: str, host: nn.Module, adapter: Adapter, gathered: Callable[[nn.Module], AbstractContextManager[Any]]
+) -> None:
+    """Check, at the cost of computing it, what :func:`fold_into` would give ``host``.
+
+    Raises:
+        NotFiniteError: It would hold NaN or infinity.
+    """
+    with gathered(host):
+        bias = host._parameters.get("bias")
+        weights = {
+            key: whole(weight_of(host) if key == "weight" else host.get_parameter(key)) for key in weight_names(adapter)
+        }
+        _folded(name, host, _whole_adapter(adapter), weights, None if bias is None else whole(bias))
+
+
 def _folded(
-    host: nn.Module, adapter: Adapter, weights: Mapping[str, Tensor], bias: Tensor | None
+    name: str, host: nn.Module, adapter: Adapter, weights: Mapping[str, Tensor], bias: Tensor | None
 ) -> tuple[dict[str, Tensor], Tensor | None, float]:
     """Return the new weights as they are stored, the new bias, and what rounding took of the change.
 
     ``weights`` are those of before, whole and as they are stored.
+
+    Raises:
+        NotFiniteError: The new weights would hold NaN or infinity.
     """
     if adapter.replaces:
-        before = {name: widened(weight) for name, weight in weights.items()}
-        after = {name: weight.detach() for name, weight in adapter.replace(before).items()}
-        stored = {name: weight.to(weights[name].dtype) for name, weight in after.items()}
+        before = {key: widened(weight) for key, weight in weights.items()}
+        after = {key: weight.detach() for key, weight in adapter.replace(before).items()}
+        stored = {key: weight.to(weights[key].dtype) for key, weight in after.items()}
+        for key, weight in after.items():
+            _refuse_non_finite(f"{name}.{key}", weight, stored[key])
         return stored, bias, _loss([(before[n], after[n], stored[n]) for n in before])
     matrix = as_matrix(host, weights["weight"])
     folded, bias = adapter.fold(matrix, bias)
     new = as_stored(host, folded)
+    _refuse_non_finite(name, folded, new)
+    if bias is not None:
+        _refuse_non_finite(f"{name}.bias", bias, bias.to(new.dtype))
     return {"weight": new}, bias, _loss([(matrix, folded, new.T if is_transposed(host) else new.flatten(1))])
+
+
+def _refuse_non_finite(name: str, values: Tensor, stored: Tensor) -> None:
+    if not stored.numel() or torch.isfinite(torch.stack(torch.aminmax(stored))).all():
+        return
+    raise NotFiniteError(
+        f"Merged, the weight of {name!r} would hold values up to {values.abs().max():.3g}; {stored.dtype} holds no more "
+        f"than {torch.finfo(stored.dtype).max:.3g}. No weight has changed. Load an earlier checkpoint, or, if the "
+        "values are right, the base model in a wider dtype."
+    )
 
 
 def _loss(weights: Iterable[tuple[Tensor, Tensor, Tensor]]) -> float:

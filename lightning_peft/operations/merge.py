@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,7 +19,7 @@ from lightning_peft.core.sharding import whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_packed, weight_of
 from lightning_peft.errors import NotFiniteError, PEFTError
-from lightning_peft.operations.fold import fold_into, restore, weight_names
+from lightning_peft.operations.fold import check_fold, fold_into, restore, weight_names
 from lightning_peft.operations.inject import remove
 from lightning_peft.targets.inner_models import transformers_models
 
@@ -70,8 +70,8 @@ def merge(
             parameters of the module that it is called with are whole. The strategy passes it.
 
     Raises:
-        PEFTError: There are no adapters; one holds NaN or infinity; ``unload`` and one cannot be merged; or a weight
-            that would have to be untied is in pieces. No weight has changed.
+        PEFTError: There are no adapters; one holds NaN or infinity, or merged would make a weight hold it; ``unload``
+            and one cannot be merged; or a weight that would have to be untied is in pieces. No weight has changed.
     """
     view = ModelView(model)
     roots = required(view)
@@ -82,22 +82,20 @@ def merge(
     if unload and kept:
         raise PEFTError(_not_unloaded(kept[0], next(host for name, host, _, _ in active if name == kept[0])))
     _refuse_non_finite(todo)
-    shared = view.shared
     if any(isinstance(p, DTensor) for _, host, _, adapter in todo for p in _weights(host, adapter)):
         refuse_ties(view)
     if gathered is nullcontext:
         _refuse_pieces(todo)
-    losses: dict[str, float] = {}
-    written: dict[int, dict[str, Any]] = {}
-    for name, host, slot, adapter in todo:
-        weights = _weights(host, adapter)
-        if slot.merged is None and adapter.follows_ties and id(weights[0]) in written:
-            slot.merged = written[id(weights[0])]
-        elif slot.merged is None:
-            untied = set() if adapter.follows_ties else shared & {id(weight) for weight in weights}
-            losses[name], slot.merged = fold_into(host, adapter, untied, gathered, keep=not unload)
-            slot.merged["tied"] = _declare_untied(view) if untied else []
-            written[id(weights[0])] = slot.merged
+    new = [found for found in todo if found[2].merged is None]
+    if unload:
+        # Without copies there is no way back: what each weight will be is worked out beforehand.
+        for name, host, _, adapter in new:
+            check_fold(name, host, adapter, gathered)
+    try:
+        losses = _fold_all(view, new, gathered, keep=not unload)
+    except NotFiniteError:
+        _restore([(host, slot) for _, host, slot, _ in new])
+        raise
     if unload:
         for prefix, _, registry in roots:
             remove(view.part(prefix), registry)
@@ -121,7 +119,11 @@ def unmerge(model: nn.Module) -> None:
 @torch.no_grad()
 def restore_weights(model: ModelView) -> None:
     """Give every merged weight its old values back, if there are some."""
-    for _, host, slot in model.slots:
+    _restore([(host, slot) for _, host, slot in model.slots])
+
+
+def _restore(hosts: Iterable[tuple[nn.Module, Slot]]) -> None:
+    for host, slot in hosts:
         if slot.merged is None:
             continue
         restore(host, slot.merged)
@@ -161,6 +163,28 @@ def _not_unloaded(name: str, host: nn.Module) -> str:
         f"merge(unload=True): the adapter of {name!r} cannot be merged{reason}, so removing it would change the "
         f"model's outputs. Call merge(model) to merge the others, or eject(model) to remove them all{advice}."
     )
+
+
+def _fold_all(
+    model: ModelView,
+    hosts: Sequence[_Host],
+    gathered: Callable[[nn.Module], AbstractContextManager[Any]],
+    keep: bool,
+) -> dict[str, float]:
+    """Merge ``hosts`` and return what rounding took, by name."""
+    shared = model.shared
+    losses: dict[str, float] = {}
+    written: dict[int, dict[str, Any]] = {}
+    for name, host, slot, adapter in hosts:
+        weights = _weights(host, adapter)
+        if adapter.follows_ties and id(weights[0]) in written:
+            slot.merged = written[id(weights[0])]
+            continue
+        untied = set() if adapter.follows_ties else shared & {id(weight) for weight in weights}
+        losses[name], slot.merged = fold_into(name, host, adapter, untied, gathered, keep=keep)
+        slot.merged["tied"] = _declare_untied(model) if untied else []
+        written[id(weights[0])] = slot.merged
+    return losses
 
 
 def _can_merge(host: nn.Module, adapter: Adapter, in_pieces: bool) -> bool:

@@ -25,7 +25,7 @@ from lightning_peft.operations.inject import inject, set_adapter
 from lightning_peft.operations.rest import freeze_rest
 from lightning_peft.storage.base_weights import Gathered, fill
 from lightning_peft.storage.loading import read_adapters
-from lightning_peft.storage.plain import reading
+from lightning_peft.storage.readable import reading
 from lightning_peft.storage.saving import write_adapters
 from lightning_peft.storage.state import (
     adapter_parameters_and_whole,

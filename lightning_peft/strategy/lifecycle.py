@@ -29,7 +29,7 @@ from lightning_peft.operations.merge import is_merged, merge, unmerge
 from lightning_peft.operations.rest import freeze_rest
 from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage.base_weights import load_base_weights
-from lightning_peft.storage.plain import reading
+from lightning_peft.storage.readable import reading
 from lightning_peft.storage.state import adapter_state_dict
 from lightning_peft.strategy import refusals
 from lightning_peft.strategy.inventory import Inventory

@@ -15,7 +15,7 @@ from lightning.pytorch.core import saving
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.storage.plain import objects
+from lightning_peft.storage.readable import objects
 
 _INSTANTIATOR, _CLASS_PATH = "_instantiator", "_class_path"  # where LightningCLI saves them
 _OF_LIGHTNING = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")

@@ -8,8 +8,12 @@ from families import FAMILIES, build, outputs, randomise
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lightning_peft import LoRA, PEFTError, inject, merge, unmerge
+from unchanged import assert_unchanged, snapshot
+
+from lightning_peft import BitFit, LoRA, PEFTError, inject, merge, unmerge
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
+from lightning_peft.errors import NotFiniteError
+from lightning_peft.operations.merge import is_merged
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,6 +97,60 @@ def test_everything_is_checked_before_the_first_write() -> None:
     assert all(torch.equal(value, before[n]) or n.endswith("lora_B") for n, value in model.state_dict().items())
 
 
+def layers(dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.MultiheadAttention(8, 2), nn.Linear(8, 8)).to(dtype)
+
+
+@pytest.mark.parametrize("unload", [False, True])
+@pytest.mark.parametrize("name", ["3", "2"])
+@pytest.mark.parametrize(
+    ("dtype", "value", "message"),
+    [
+        (torch.float16, 3e3, r"values up to 1\.\de\+05; torch\.float16 holds no more than 6\.55e\+04"),
+        (torch.bfloat16, 1e30, r"values up to inf; torch\.bfloat16"),
+        (torch.float32, 1e30, r"values up to inf; torch\.float32"),
+    ],
+)
+def test_weights_that_would_overflow_are_refused(
+    name: str, dtype: torch.dtype, value: float, message: str, unload: bool
+) -> None:
+    model = layers(dtype)
+    inject(model, LoRA(r=2, alpha=2, target_modules=["0", "2", "3"]))
+    randomise(model)
+    for key, parameter in model.named_parameters():
+        if key.startswith(f"{name}.peft"):
+            nn.init.constant_(parameter, value if key.endswith("B") else 1e10 if value > 1e4 else 20)
+    before = snapshot(model)
+    with pytest.raises(NotFiniteError, match=rf"weight of '{name}.* would hold {message}"):
+        merge(model, unload=unload)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("unload", [False, True])
+def test_a_bias_that_would_overflow_is_refused(unload: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False)).half()
+    inject(model, BitFit(create_missing=True))
+    (bias,) = (parameter for name, parameter in model.named_parameters() if ".peft." in name)
+    nn.init.constant_(bias, 1e5)
+    before = snapshot(model)
+    with pytest.raises(NotFiniteError, match=r"weight of '0\.bias' would hold values up to 1e\+05"):
+        merge(model, unload=unload)
+    assert_unchanged(model, before)
+
+
+def test_an_adapter_that_would_overflow_is_loaded_beside_the_merged_weight() -> None:
+    model = layers(torch.float16)
+    inject(model, LoRA(r=2, target_modules=["0"]))
+    state = {n: torch.full_like(t, 1e4) if ".peft." in n else t.clone() for n, t in model.state_dict().items()}
+    weight = model[0].weight.clone()
+    merge(model)
+    with pytest.raises(NotFiniteError, match="weight of '0'"):
+        model.load_state_dict(state)
+    assert not is_merged(model)
+    assert torch.equal(model[0].weight, weight)
+
+
 def test_an_interrupted_merge_for_good_cannot_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = build("llama")
     inject(model, LoRA(r=2))
@@ -101,7 +159,7 @@ def test_an_interrupted_merge_for_good_cannot_be_undone(monkeypatch: pytest.Monk
 
     def interrupted(self: LoRAAdapter, *args: torch.Tensor) -> object:
         calls.append(self)
-        if len(calls) > 3:
+        if len(calls) > len(set(calls)) + 3:  # everything is worked out before anything is written
             raise KeyboardInterrupt
         return fold(self, *args)
 

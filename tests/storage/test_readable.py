@@ -40,9 +40,9 @@ class Given(Regression):
 OBJECTS = {
     "path": (Path("x"), r"PosixPath"),
     "scalar": (numpy.float32(1.0), r"multiarray\.scalar"),
-    "enum": (Colour.RED, r"test_plain\.Colour"),
+    "enum": (Colour.RED, r"test_readable\.Colour"),
     "function": (os.path.join, r"posixpath\.join"),
-    "dataclass": (Options(), r"test_plain\.Options"),
+    "dataclass": (Options(), r"test_readable\.Options"),
     "partial": (functools.partial(max, 1), r"functools\.partial"),
 }
 PLAIN = [1, 0.5, "a", None, True, (1, 2), [1], {"a": {1, 2}}, torch.ones(2), torch.float16]
