@@ -125,6 +125,7 @@ def test_the_fast_path_writes_files_that_others_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1300)  # a few minutes on two cores that do nothing else
 def test_the_real_model_learns_sql(tmp_path: Path) -> None:
     output = run_quickstart(tmp_path)
     line = next(line for line in output.splitlines() if line.startswith("right result"))
