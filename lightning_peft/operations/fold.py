@@ -165,8 +165,8 @@ def _refuse_non_finite(name: str, values: Tensor, stored: Tensor) -> None:
     if not stored.numel() or torch.isfinite(torch.stack(torch.aminmax(stored))).all():
         return
     raise NotFiniteError(
-        f"Merged, the weight of {name!r} would hold values up to {values.abs().max():.3g}; {stored.dtype} holds no more "
-        f"than {torch.finfo(stored.dtype).max:.3g}. No weight has changed. Load an earlier checkpoint, or, if the "
+        f"Merged, the weight of {name!r} would hold values up to {values.abs().max():.3g}; {stored.dtype} holds no "
+        f"more than {torch.finfo(stored.dtype).max:.3g}. No weight has changed. Load an earlier checkpoint, or, if the "
         "values are right, the base model in a wider dtype."
     )
 

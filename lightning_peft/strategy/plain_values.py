@@ -1,7 +1,8 @@
 """Hyper-parameters of a checkpoint as values: a file does not say which classes and functions are called.
 
-What is no value is named when a checkpoint is written. LightningCLI saves what it made objects from, class paths included, and the name of the function that does. Lightning
-calls that function when it loads the checkpoint. Here a module is made from the values alone.
+What is no value is named when a checkpoint is written. LightningCLI saves what it made objects from, class paths
+included, and the name of the function that does; Lightning calls that function when it loads the checkpoint. Here a
+module is made from the values alone.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import torch
 from families import FAMILIES, build, outputs, randomise
 from torch import nn
 from transformers import AutoModelForCausalLM
-
 from unchanged import assert_unchanged, snapshot
 
 from lightning_peft import BitFit, LoRA, PEFTError, inject, merge, unmerge

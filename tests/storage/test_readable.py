@@ -106,7 +106,7 @@ def test_what_cannot_be_written_is_named_before_anything_is(tmp_path: Path) -> N
     run = trainer(tmp_path, callbacks=[Adding()], enable_checkpointing=False)
     run.fit(Regression(), loader())
     for options in ({}, {"storage_options": AdapterDirectory()}):
-        with pytest.raises(PEFTError, match="cannot be written to a checkpoint.*on_save_checkpoint"):
+        with pytest.raises(PEFTError, match=r"cannot be written to a checkpoint.*on_save_checkpoint"):
             run.save_checkpoint(tmp_path / "saved", **options)
     assert not (tmp_path / "saved").exists()
 
