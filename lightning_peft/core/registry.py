@@ -42,6 +42,8 @@ class Registry:
     """Names of parameters and buffers of the base that somebody is known to have written to."""
     requires_grad: dict[str, bool] = field(default_factory=dict)
     """``requires_grad`` of the base's parameters before the injection."""
+    frozen: tuple[str, ...] = ()
+    """Names of the outermost modules that were frozen then beside a network that was trained."""
     samples: dict[str, list[float]] | None = None
     """Samples of the base's weights, for when no process has them whole: see ``fingerprint.record_base``."""
     hooks: tuple[RemovableHandle, ...] = ()

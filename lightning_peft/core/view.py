@@ -45,6 +45,8 @@ class ModelView:
         """The further names of such modules, with the first one."""
         self.walked: list[tuple[str, nn.Module]] = []
         """Every module once, wrappers too, with its clean name."""
+        self.whole: tuple[str, ...] = ()
+        """Names of the modules that the operation is to train whole."""
         self.remarks = remarks
         """What a user should know of what was done, each said once, in order; views of parts share them."""
         self._seen, self._facts = seen, dict[Callable[..., Any], Any]()

@@ -17,6 +17,7 @@ from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import features, is_linear, tensor_options
 from lightning_peft.errors import PEFTError
+from lightning_peft.targets.frozen import frozen_apart
 from lightning_peft.targets.inner_models import head_modules
 from lightning_peft.targets.patterns import as_list, match_names, require_matches
 
@@ -94,7 +95,8 @@ class BitFit(PEFTMethod):
     def _chosen(self, model: ModelView) -> dict[str, nn.Module]:
         modules = model.modules
         if self.target_modules is None:
-            return modules
+            apart = frozen_apart(model)
+            return {name: module for name, module in modules.items() if name not in apart.left | apart.copies}
         patterns = as_list(self.target_modules)
         require_matches(patterns, modules, "target_modules")
         names = set().union(*(match_names(pattern, modules) for pattern in patterns))

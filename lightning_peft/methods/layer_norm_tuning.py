@@ -10,6 +10,7 @@ from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.targets.blocks import layer_norms
+from lightning_peft.targets.frozen import frozen_apart
 from lightning_peft.targets.patterns import as_list, match_names, require_matches
 
 
@@ -35,7 +36,10 @@ class LayerNormTuning(PEFTMethod):
                 f"LayerNormTuning: this {model.kind} has no LayerNorm or RMSNorm with weights. Take another "
                 "method, or train other modules with train_also."
             )
-        if self.target_modules is not None:
+        if self.target_modules is None:
+            apart = frozen_apart(model)
+            norms = {name: norm for name, norm in norms.items() if name not in apart.left | apart.copies}
+        else:
             patterns = as_list(self.target_modules)
             require_matches(patterns, norms, "target_modules")
             names = set().union(*(match_names(pattern, norms) for pattern in patterns))

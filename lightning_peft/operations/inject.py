@@ -21,6 +21,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.by_hand import unwatch, watch
 from lightning_peft.operations.prepare import Prepared, changing_tensors, parameter_names, prepare, whole_modules
+from lightning_peft.targets.frozen import frozen_apart
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
@@ -158,6 +159,7 @@ def freeze(model: ModelView, name: str, whole: Mapping[str, nn.Module], chosen: 
         train_also=tuple(whole),
         chosen=tuple(chosen),
         requires_grad={n: p.requires_grad for n, p in parameters.items()},
+        frozen=frozen_apart(model).roots,
     )
     for parameter in parameters.values():
         parameter.requires_grad_(False)

@@ -13,6 +13,7 @@ from lightning_peft.core.plain import is_weighted, nature
 from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_packed
 from lightning_peft.errors import PEFTError, listed
+from lightning_peft.targets.frozen import frozen_apart
 from lightning_peft.targets.patterns import as_list, match_names, require_matches
 
 
@@ -34,6 +35,7 @@ class Prepared:
 
 def prepare(model: ModelView, methods: tuple[PEFTMethod, ...], whole: dict[str, nn.Module], seed: int) -> Prepared:
     """Make the adapters, in the model's order, without attaching them."""
+    model.whole = tuple(whole)
     inside = {id(part) for name in whole for _, part in model.part(name).walked}
     modules: dict[str, nn.Module] = {}
     adapters: dict[str, Adapter] = {}
@@ -60,6 +62,7 @@ def prepare(model: ModelView, methods: tuple[PEFTMethod, ...], whole: dict[str, 
     chosen -= parameter_names(model, whole)
     names = [n for n in model.parameters if n in chosen] if chosen else []
     by_host = {h: adapters[h] for h in order}
+    _keep_copies_frozen(model, by_host)
     return Prepared(modules, by_host, {h: owners[h] for h in order}, tuple(names), methods, whole)
 
 
@@ -81,6 +84,18 @@ def _made(model: ModelView, method: PEFTMethod, hosts: Mapping[str, nn.Module], 
             "theirs."
         )
     return made
+
+
+def _keep_copies_frozen(model: ModelView, adapters: Mapping[str, Adapter]) -> None:
+    """Freeze the adapters of frozen copies, such as a teacher of its student, but for what they share with others."""
+    copies = {host: adapter for host, adapter in adapters.items() if host in frozen_apart(model).copies}
+    trained = {id(p) for host, adapter in adapters.items() if host not in copies for p in adapter.parameters()}
+    for parameter in (p for adapter in copies.values() for p in adapter.parameters() if id(p) not in trained):
+        parameter.requires_grad_(False)
+    if copies:
+        model.remark(
+            f"The adapters of {listed(map(repr, copies))} stay frozen: these modules are frozen copies of others."
+        )
 
 
 def prepared_tensors(model: ModelView, prepared: Prepared, name: str) -> dict[str, Tensor]:

@@ -132,6 +132,7 @@ def metadata(model: ModelView) -> dict[str, Any]:
                 "active": registry.active,
                 "train_also": list(registry.train_also),
                 "moved": sorted(registry.moved),
+                "frozen": list(registry.frozen),
                 "base": describe_base(model, prefix),
             }
             for prefix, _, registry in required(model)

@@ -62,7 +62,9 @@ def _taking_part(model: nn.Module) -> Iterator[tuple[PEFTMethod, dict[str, Adapt
     for prefix, _, registry in adapted(view):
         slots = view.part(prefix).slots
         for name, methods in registry.methods.items():
-            parts = {host: part for host, _, slot in slots if isinstance(part := slot._modules.get(name), Adapter)}
+            found = {host: part for host, _, slot in slots if isinstance(part := slot._modules.get(name), Adapter)}
+            # Those of frozen copies are frozen too.
+            parts = {host: part for host, part in found.items() if any(p.requires_grad for p in part.parameters())}
             if name == registry.active or any(p.grad is not None for part in parts.values() for p in part.parameters()):
                 for position, method in enumerate(methods):
                     yield method, {h: part for h, part in parts.items() if registry.hosts[name][h] == position}

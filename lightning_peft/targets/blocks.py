@@ -23,6 +23,7 @@ from lightning_peft.core.view import ModelView, once
 from lightning_peft.core.weights import features, is_linear
 from lightning_peft.errors import PEFTError
 from lightning_peft.targets.attention import attention_roots, refuse_mixed, role_of, surrounding
+from lightning_peft.targets.frozen import left_frozen
 from lightning_peft.targets.inner_models import head_modules
 from lightning_peft.targets.layers import in_layers
 
@@ -63,7 +64,9 @@ def find_blocks(
             unknown, or no such layer.
     """
     refuse_mixed(model)
-    blocks = _every_block(model)
+    every = _every_block(model)
+    left = left_frozen(model, [block.last for block in every])
+    blocks = [block for block in every if block.last not in left]
     if "mlp" in kinds:
         _refuse_unknown_mlp(model, blocks, layers)
     for kind in kinds:

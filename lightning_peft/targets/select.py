@@ -9,6 +9,7 @@ from torch import nn
 from lightning_peft.core import plain
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError, listed
+from lightning_peft.targets.frozen import REASON, left_frozen
 from lightning_peft.targets.layers import in_layers
 from lightning_peft.targets.patterns import PRESETS, Names, as_list, match_names, matches, nothing_matched
 from lightning_peft.targets.presets import in_preset, nothing_in_preset, uncalled_modules
@@ -62,6 +63,8 @@ def select(
     if layers is not None:
         chosen &= set(in_layers(model, chosen, layers))
     reasons = _reasons(model, {n: modules[n] for n in modules if n in chosen}, candidates, parameters, obstacle)
+    frozen = left_frozen(model, chosen) - named
+    reasons |= {name: REASON for name in modules if name in frozen}
     if refused := [name for name in reasons if name in named]:
         raise PEFTError(f"{refused[0]!r} cannot be adapted: {reasons[refused[0]]}. Exclude it.")
     left_out = [
