@@ -22,7 +22,7 @@ class FrozenWeights:
     """
 
     def __init__(self, model: ModelView) -> None:
-        self._names = model.parameters.keys()
+        self._names = frozenset(model.parameters)
         self._sums = _sums(model)
 
     def changed(self, model: ModelView) -> set[str]:
