@@ -45,7 +45,10 @@ def _asked_for(value: Any, where: str) -> list[str]:
             "save_hyperparameters(ignore=[...])."
         ) from error
     buffer.seek(0)
-    return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(buffer))
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(buffer))
+    except ValueError:  # somebody has put a function of another format in the place of torch.save
+        return []
 
 
 @contextmanager
