@@ -118,7 +118,8 @@ def _mergeable(host: nn.Module, slot: Slot) -> list[tuple[str, Adapter]]:
 def _into_merged(host: nn.Module, slot: Slot, state: State, prefix: str) -> None:
     """Merge anew what ``state`` has for ``host``; torch then copies the outcome onto itself."""
     merged, adapter = slot.merged, slot.active_adapter
-    assert merged is not None and adapter is not None
+    assert merged is not None
+    assert adapter is not None
     weights = weight_names(adapter)
     if any(is_in_pieces(host.get_parameter(name)) for name in weights):
         raise PEFTError(

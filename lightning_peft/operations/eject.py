@@ -30,8 +30,8 @@ def eject(model: nn.Module) -> None:
         assign(tensor, value)
     if unknown := restore_changed(view):
         warnings.warn(
-            f"{len(unknown)} frozen tensors of the base were written to, and no copies of them were kept, so they stay as "
-            f"they are: {', '.join(unknown[:3])}. Load the base model again.",
+            f"{len(unknown)} frozen tensors of the base were written to, and no copies of them were kept, so they stay "
+            f"as they are: {', '.join(unknown[:3])}. Load the base model again.",
             stacklevel=2,
         )
     for prefix, _, registry in roots:

@@ -1,4 +1,4 @@
-"""Noticing that frozen weights were written to: by an average, a callback that prunes, or a training loop of its own."""
+"""Noticing that frozen weights were written to: by an average, a callback that prunes, or a loop of its own."""
 
 from __future__ import annotations
 

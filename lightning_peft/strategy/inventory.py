@@ -1,4 +1,4 @@
-"""What is trained is what is saved, and what changes is what is saved: looked after from ``connect`` to the end of a run."""
+"""What is trained is what is saved, and what changes is what is saved: looked after in the whole of a run."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ class Inventory(Training):
         if written and not trains_everything(view):
             rank_zero_warn(
                 f"{len(written)} frozen weights have changed though no optimizer holds them: {', '.join(written[:3])}. "
-                "From now on checkpoints hold them too. If they were to stay as they are, look for what writes to them: "
-                "an average, a callback, the training step."
+                "From now on checkpoints hold them too. If they were to stay as they are, look for what writes to "
+                "them: an average, a callback, the training step."
             )
 
     def _written(self, view: ModelView) -> set[str]:

@@ -63,8 +63,8 @@ def refuse_unsaved(optimizers: Iterable[Optimizer], model: ModelView, known: Map
             )
         if name := known.get(id(parameter)):
             raise PEFTError(
-                f"An optimizer trains {name!r}, which the module has no more: it, or the module around it, was replaced "
-                "after the adapters were injected. Replace it in __init__, configure_model or setup."
+                f"An optimizer trains {name!r}, which the module has no more: it, or the module around it, was "
+                "replaced after the adapters were injected. Replace it in __init__, configure_model or setup."
             )
 
 

@@ -71,4 +71,4 @@ def install() -> None:
     """Make ``load_from_checkpoint`` read checkpoints with adapters."""
     saving.pl_load = _load_file_or_directory  # type: ignore[assignment]
     saving._load_state = _load_state_with_adapters  # type: ignore[assignment]
-    LightningModule.load_state_dict = _load_state_dict  # type: ignore[method-assign]
+    LightningModule.load_state_dict = _load_state_dict  # type: ignore[method-assign, assignment]

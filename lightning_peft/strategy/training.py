@@ -111,8 +111,8 @@ class Training(Strategy):
         idle = [name for name, parameter in names.items() if parameter.grad is None]
         if idle:
             rank_zero_warn(
-                f"{len(idle)} adapter parameters got no gradient in the first step, so their modules were not called, or "
-                f"under torch.no_grad: {', '.join(idle[:5])}. If they never are, leave them out with exclude_modules."
+                f"{len(idle)} adapter parameters got no gradient in the first step, so their modules were not called, "
+                f"or under torch.no_grad: {', '.join(idle[:5])}. If they never are, leave them out with exclude_modules."
             )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`state_dict()` and `load_state_dict()` called by hand: outputs are those of the state that was loaded, or an error."""
+"""`state_dict()` and `load_state_dict()` called by hand: outputs are those of the loaded state, or an error."""
 
 import copy
 import io

@@ -100,8 +100,7 @@ def test_strict_loading_is_respected_as_without_adapters(
         try:
             Wishing.load_from_checkpoint(file, strict=strict)
         except ValueError as error:
-            assert "is in conflict with" in str(error)
-            return type(error)
+            return type(error) if "is in conflict with" in str(error) else None
         return None
 
     files = []
