@@ -69,7 +69,7 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
             raise PEFTError(
                 f"{path} holds more than tensors and plain values: {', '.join(names)}. The file is whole, but that is "
                 "not unpickled unless you pass weights_only=False; do so only if you trust whoever wrote it. It may "
-                "come from save_hyperparameters() or a callback's state: save_hyperparameters(ignore=[...]) leaves it out."
+                "come from save_hyperparameters(), which takes ignore=[...], or from a callback's state."
             ) from error
         reason = str(error).partition("\n")[0]
         raise PEFTError(f"{path} is damaged or truncated, or no checkpoint: {reason}. Take another one.") from error

@@ -112,7 +112,7 @@ class Training(Strategy):
         if idle:
             rank_zero_warn(
                 f"{len(idle)} adapter parameters got no gradient in the first step, so their modules were not called, "
-                f"or under torch.no_grad: {', '.join(idle[:5])}. If they never are, leave them out with exclude_modules."
+                f"or under no_grad: {', '.join(idle[:5])}. If they never are, leave them out with exclude_modules."
             )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

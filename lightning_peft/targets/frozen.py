@@ -1,8 +1,8 @@
 """What the user had frozen before adapters came: a reward, a teacher, a perceptual loss; or the backbone to adapt.
 
 A network that is frozen beside one that is trained is to stay as it is: what finds modules by itself passes over it.
-But many freeze a backbone by hand before they adapt it, and have at most a head beside it that is not. The sizes tell the
-two apart: what is not frozen is a network beside the others if it has at least a tenth of their weights.
+But many freeze a backbone by hand before they adapt it, and have at most a head beside it that is not. The sizes tell
+the two apart: what is not frozen is a network beside the others if it has at least a tenth of their weights.
 
 A frozen copy of what is trained, such as a teacher that follows its student, is adapted like that, with adapters that
 stay frozen too: code that goes over the parameters of both finds the same ones in both.
