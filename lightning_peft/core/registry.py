@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from weakref import WeakSet
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from lightning_peft.core.view import ModelView, once
 from lightning_peft.errors import PEFTError
 
 _ATTRIBUTE = "_peft_registry"
+
+_UNLOADED: WeakSet[nn.Module] = WeakSet()
+"""Modules that nothing on themselves tells from those that never had adapters."""
 
 
 @dataclass
@@ -185,6 +189,16 @@ def own_registry(model: nn.Module) -> Registry | None:
     """Return the registry kept on ``model`` itself."""
     registry = model.__dict__.get(_ATTRIBUTE)
     return registry if isinstance(registry, Registry) else None
+
+
+def note_unloaded(model: nn.Module) -> None:
+    """Note that adapters were merged into the weights of ``model`` for good."""
+    _UNLOADED.add(model)
+
+
+def was_unloaded(model: ModelView) -> bool:
+    """Whether that holds for ``model`` or a part of it, as far as this process knows."""
+    return any(module in _UNLOADED for module in model.modules.values())
 
 
 def method_of(registry: Registry, adapter: str, host: str) -> PEFTMethod:

@@ -72,26 +72,37 @@ def fold_into(
     return loss, backup
 
 
+def merged_values(
+    host: nn.Module, adapter: Adapter, values: Mapping[str, Tensor], name: str = ""
+) -> dict[str, Tensor]:
+    """Return what a merge would make of the weights and the bias ``values`` of ``host``, whole and as it stores them.
+
+    Raises:
+        NotFiniteError: They would hold NaN or infinity.
+    """
+    weights = {name: values[name] for name in weight_names(adapter)}
+    stored, bias, _ = _folded(name, host, _whole_adapter(adapter), weights, values.get("bias"))
+    return stored if bias is None else {**stored, "bias": bias.to(next(iter(weights.values())).dtype)}
+
+
 def has_effect(host: nn.Module, adapter: Adapter, given: Mapping[str, Tensor]) -> bool:
     """Whether merging ``adapter`` would change ``host`` if that had the weights and the bias ``given``, by name.
 
     It would not, if there are no values that could be compared.
     """
-    weights = {name: host.get_parameter(name) for name in weight_names(adapter)}
-    if any(is_in_pieces(w) for w in weights.values()):
+    own = {name: host.get_parameter(name) for name in weight_names(adapter)}
+    if any(map(is_in_pieces, own.values())):
         return False
-    before = {n: whole(given.get(n, weight)).to(weight) for n, weight in weights.items()}
+    if host._parameters.get("bias") is not None:
+        own["bias"] = host.get_parameter("bias")
+    before = {name: whole(given.get(name, parameter)).to(parameter) for name, parameter in own.items()}
     if any(tensor.is_meta for tensor in (*before.values(), *adapter.parameters())):
         return False
-    bias = given.get("bias", host._parameters.get("bias"))
-    bias = None if bias is None else whole(bias)
     try:
-        after, new_bias, _ = _folded("", host, _whole_adapter(adapter), before, bias)
+        after = merged_values(host, adapter, before)
     except NotFiniteError:
         return True
-    if new_bias is not None and (bias is None or not torch.equal(new_bias, bias)):
-        return True
-    return any(not torch.equal(after[name], weight) for name, weight in before.items())
+    return any(name not in before or not torch.equal(value, before[name]) for name, value in after.items())
 
 
 def is_in_pieces(weight: Tensor) -> bool:

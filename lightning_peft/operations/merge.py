@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from lightning_peft.core.adapter import Adapter, Slot
 from lightning_peft.core.plain import is_weighted, nature
 from lightning_peft.core.refusals import refuse_stand_in
-from lightning_peft.core.registry import required
+from lightning_peft.core.registry import note_unloaded, required
 from lightning_peft.core.sharding import whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_packed, weight_of
@@ -77,12 +77,12 @@ def merge(
     roots = required(view)
     refuse_stand_in(view, "merge")
     active = [(n, h, s, a) for n, h, s in view.slots if isinstance(a := s.active_adapter, Adapter)]
-    todo = [found for found in active if _can_merge(found[1], found[3], gathered is not nullcontext)]
+    todo = [found for found in active if can_merge(found[1], found[3], gathered is not nullcontext)]
     kept = tuple(name for name, _, slot, _ in active if not any(slot is found[2] for found in todo))
     if unload and kept:
         raise PEFTError(_not_unloaded(kept[0], next(host for name, host, _, _ in active if name == kept[0])))
     _refuse_non_finite(todo)
-    if any(isinstance(p, DTensor) for _, host, _, adapter in todo for p in _weights(host, adapter)):
+    if any(isinstance(p, DTensor) for _, host, _, adapter in todo for p in weights_of(host, adapter)):
         refuse_ties(view)
     if gathered is nullcontext:
         _refuse_pieces(todo)
@@ -97,8 +97,9 @@ def merge(
         _restore([(host, slot) for _, host, slot, _ in new])
         raise
     if unload:
-        for prefix, _, registry in roots:
+        for prefix, root, registry in roots:
             remove(view.part(prefix), registry)
+            note_unloaded(root)
     worst = max(losses, key=lambda name: losses[name], default="")
     mean = sum(losses.values()) / len(losses) if losses else 0.0
     return MergeReport(len(todo), mean, losses.get(worst, 0.0), worst, kept)
@@ -142,26 +143,30 @@ def refuse_ties(model: ModelView) -> None:
     shared = model.shared
     for name, host, slot in model.slots:
         adapter = slot.active_adapter
-        if adapter is None or not _can_merge(host, adapter, in_pieces=True) or adapter.follows_ties:
+        if adapter is None or not can_merge(host, adapter, in_pieces=True) or adapter.follows_ties:
             continue
-        if any(id(weight) in shared for weight in _weights(host, adapter)):
+        if any(id(weight) in shared for weight in weights_of(host, adapter)):
             raise PEFTError(
                 f"{name!r} is adapted and shares its weight with another module. A sharded weight cannot be untied to "
                 "merge the adapter: leave the module out with exclude_modules, or set merge_on_train_end=False."
             )
 
 
+def why_kept(host: nn.Module) -> str:
+    """Return why nothing is merged into ``host``, if that is its doing, to be added to a message."""
+    if is_packed(host):
+        return " (its weight is quantised, and the sum, quantised anew, would lose most of it)"
+    if is_weighted(host) and nature(host) != "plain":
+        return f" (a {type(host).__name__} does not compute the plain function of its weight)"
+    return ""
+
+
 def _not_unloaded(name: str, host: nn.Module) -> str:
     """Return the message for an adapter of ``host`` that cannot be merged and would be lost."""
-    reason = advice = ""
-    if is_packed(host):
-        reason = " (its weight is quantised, and the sum, quantised anew, would lose most of it)"
-        advice = "; or load the adapter into the model as it was before it was quantised"
-    elif is_weighted(host) and nature(host) != "plain":
-        reason = f" (a {type(host).__name__} does not compute the plain function of its weight)"
+    advice = "; or load the adapter into the model as it was before it was quantised" if is_packed(host) else ""
     return (
-        f"merge(unload=True): the adapter of {name!r} cannot be merged{reason}, so removing it would change the "
-        f"model's outputs. Call merge(model) to merge the others, or eject(model) to remove them all{advice}."
+        f"merge(unload=True): the adapter of {name!r} cannot be merged{why_kept(host)}, so removing it would change "
+        f"the model's outputs. Call merge(model) to merge the others, or eject(model) to remove them all{advice}."
     )
 
 
@@ -176,7 +181,7 @@ def _fold_all(
     losses: dict[str, float] = {}
     written: dict[int, dict[str, Any]] = {}
     for name, host, slot, adapter in hosts:
-        weights = _weights(host, adapter)
+        weights = weights_of(host, adapter)
         if adapter.follows_ties and id(weights[0]) in written:
             slot.merged = written[id(weights[0])]
             continue
@@ -187,9 +192,10 @@ def _fold_all(
     return losses
 
 
-def _can_merge(host: nn.Module, adapter: Adapter, in_pieces: bool) -> bool:
+def can_merge(host: nn.Module, adapter: Adapter, in_pieces: bool) -> bool:
+    """Whether ``adapter`` can be folded into a weight of ``host``, which may be in pieces."""
     # A weight may have been packed, or become one that is worked out from others, since the injection.
-    if not adapter.mergeable or is_packed(host) or not _has_weights(host, adapter):
+    if not adapter.mergeable or is_packed(host) or not _hasweights_of(host, adapter):
         return False
     # A parameter that comes new into a sharded module belongs to no shard.
     adds_bias = adapter.adds_bias and host._parameters.get("bias") is None
@@ -210,7 +216,8 @@ def _has_weights(host: nn.Module, adapter: Adapter) -> bool:
     return set(weight_names(adapter)) <= dict(host.named_parameters()).keys()
 
 
-def _weights(host: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
+def weights_of(host: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
+    """Return the parameters of ``host`` that merging ``adapter`` changes."""
     return [host.get_parameter(name) for name in weight_names(adapter)]
 
 

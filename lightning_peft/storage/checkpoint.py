@@ -23,6 +23,7 @@ from lightning_peft.formats.distributed import is_sharded, read_sharded
 from lightning_peft.formats.files import atomic_directory, restore_interrupted
 from lightning_peft.operations.inject import inject, set_adapter
 from lightning_peft.operations.rest import freeze_rest
+from lightning_peft.storage import fingerprint
 from lightning_peft.storage.base_weights import Gathered, fill
 from lightning_peft.storage.loading import read_adapters
 from lightning_peft.storage.readable import reading
@@ -33,7 +34,6 @@ from lightning_peft.storage.state import (
     load_adapter_state_dict,
     metadata,
     saved_tensors,
-    values_before_merge,
 )
 
 KEY = "lightning_peft"
@@ -66,15 +66,6 @@ def finish(checkpoint: dict[str, Any], model: ModelView, full: bool) -> None:
         # Hooks that take frozen weights out take with them what has changed of the rest.
         state = {**{name: tensor.detach() for name, tensor, _ in changed(model)}, **state}
         checkpoint["state_dict"] = {name: state[name] for name in saved_tensors(model)}
-
-
-def unmerged_state_dict(state: dict[str, Any], model: ModelView) -> dict[str, Any]:
-    """Return ``state``, the state dict of ``model``, by clean name and with the weights as they are without a merge."""
-    state = {clean_name(name): tensor for name, tensor in state.items()}
-    for name, _, slot in model.slots:
-        if slot.merged is not None and slot.merged.get("added_bias"):
-            state.pop(f"{name}.bias" if name else "bias")
-    return {**state, **values_before_merge(model)}
 
 
 def apply(
@@ -139,6 +130,17 @@ def _apply_base(
     except RuntimeError as error:
         raise PEFTError(f"{source} does not fit the base model: {error}") from error
     return [name for name in missing if clean_name(name) not in names], extra
+
+
+def refuse_other_base(checkpoint: Mapping[str, Any], model: ModelView) -> None:
+    """Check that ``checkpoint`` fits the base that is ``model``, which has no adapters yet.
+
+    Raises:
+        PEFTError: It does not.
+    """
+    held = {clean_name(name) for name in checkpoint["state_dict"]}
+    for prefix, injection in checkpoint_metadata(checkpoint)["injections"].items():
+        fingerprint.refuse_other_base(model, injection["base"], "The checkpoint", prefix, held)
 
 
 def inject_from(checkpoint: Mapping[str, Any], model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.core.registry import changed, registries, trained_whole
+from lightning_peft.core.registry import changed, registries, trained_whole, was_unloaded
 from lightning_peft.core.sharding import full_shape, in_zero_pieces, whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_packed
@@ -96,11 +96,15 @@ def refuse_other_base(
     pairs = [pair for name in ours.keys() & theirs.keys() for pair in zip(ours[name], theirs[name], strict=False)]
     norm = math.sqrt(sum(b * b for _, b in pairs))
     distance = math.sqrt(sum((a - b) ** 2 for a, b in pairs))
+    # What adapters learnt differs by less than other models do, and would be counted twice.
+    unloaded = was_unloaded(model)
+    tolerance = 0.0 if unloaded else _TOLERANCE
     # Equal weights under another class name are the same base: a renamed module, or the same encoder with another head.
-    if distance > _TOLERANCE * norm or (not pairs and saved.get("class") != present["class"]):
+    if distance > tolerance * norm or (not pairs and saved.get("class") != present["class"]):
         raise PEFTError(
             f"{source} was written for another base model: {_name(saved)}. This is {_name(present)}"
-            + (f", whose weights differ by {distance / norm:.0%}." if norm and distance > _TOLERANCE * norm else ".")
+            + (f", whose weights differ by {distance / norm:.0%}." if norm and distance > tolerance * norm else ".")
+            + (" Adapters were merged into them for good, and the base is gone: build the model anew." if unloaded else "")
             + " Load the base model that the adapter was trained on."
         )
 

@@ -14,37 +14,32 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_peft.callbacks.checkpoint import WritesDirectories
 from lightning_peft.callbacks.summary import PEFTSummary
-from lightning_peft.core.registry import own_registry, registries, remember_buffers, several_adapters
+from lightning_peft.core.registry import own_registry, registries, remember_buffers, was_unloaded
 from lightning_peft.core.sharding import map_tensors, whole
 from lightning_peft.core.view import ModelView
-from lightning_peft.errors import NotFiniteError
 from lightning_peft.formats.distributed import split_values
 from lightning_peft.operations.inject import inject
-from lightning_peft.operations.merge import is_merged, merge, unmerge
+from lightning_peft.operations.merge import is_merged, unmerge
 from lightning_peft.operations.rest import freeze_rest
 from lightning_peft.storage import checkpoint as files
+from lightning_peft.storage import plain
 from lightning_peft.storage.base_weights import load_base_weights
 from lightning_peft.storage.readable import reading
 from lightning_peft.storage.state import adapter_state_dict
 from lightning_peft.strategy import refusals
-from lightning_peft.strategy.inventory import Inventory
+from lightning_peft.strategy.leaving import Leaving
 from lightning_peft.strategy.plain_values import warn_of_objects
 from lightning_peft.targets.inner_models import transformers_models
 
-# Beyond it a merge is reported as a warning. bfloat16 weights lose 3 to 20 % of a typical adapter.
-_MERGE_LOSS_WARNING = 0.01
 
-
-class Lifecycle(WritesDirectories, Inventory):
+class Lifecycle(WritesDirectories, Leaving):
     """What becomes of a model and its adapters in a run."""
 
     _base_name: str
-    _merge_on_train_end: bool
     _train_also: list[str]
     _asked: list[bool]
     _train_mode: bool
@@ -111,12 +106,13 @@ class Lifecycle(WritesDirectories, Inventory):
         if files.is_directory(checkpoint_path):
             return files.read_directory(checkpoint_path, weights_only, sharded=self._saves_shards)
         with reading(checkpoint_path):
-            return super().load_checkpoint(checkpoint_path, weights_only is not False)
+            return plain.with_adapters(super().load_checkpoint(checkpoint_path, weights_only is not False))
 
     def _load_base_weights(self) -> None:
         """Load the frozen weights, if they are to come from files."""
         # Merged weights hold what the adapters learnt.
-        if self._base_weights is not None and not is_merged(self._module):
+        merged = is_merged(self._module) or was_unloaded(ModelView(self._module))
+        if self._base_weights is not None and not merged:
             load_base_weights(self._module, self._base_weights, gathered=self._gathered)
             remember_buffers(ModelView(self._module), again=True)
 
@@ -149,6 +145,7 @@ class Lifecycle(WritesDirectories, Inventory):
         if not any(isinstance(callback, PEFTSummary) for callback in callbacks):
             callbacks.insert(0, PEFTSummary())
         refusals.refuse_averaging(trainer)
+        restores = self._held_back is not None
         self.precision_plugin = plugin = self.precision_plugin
         convert = plugin.convert_module
 
@@ -165,10 +162,20 @@ class Lifecycle(WritesDirectories, Inventory):
         refusals.refuse_unserved(self, self._module, self._base_name, self._is_set_up)
         if trainer.state.fn == TrainerFn.FITTING:
             self._look()
+        elif restores and self._unloads:
+            self._merge()
 
     def _prepare(self, trainer: pl.Trainer) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING
+        if self._is_plain:
+            if self._held_back is not None:
+                files.refuse_other_base(self._held_back[0], ModelView(self._module))
+            elif not fitting:
+                self._is_set_up = True
+                return
         self._inject()
+        if fitting:
+            self._refuse_leaving_plain()
         self._place_adapters()
         refusals.refuse_different_ranks(self, ModelView(self._module))
         if fitting or self._held_back is not None:
@@ -212,12 +219,14 @@ class Lifecycle(WritesDirectories, Inventory):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return adapter state, or everything with ``checkpoint="full"``; a merge is not seen in either."""
+        if self._is_plain:
+            return super().lightning_module_state_dict()
         self._take_stock()
         if not self._full_checkpoints:
             return self._adapter_state()
         # Where the base strategy gathers a model, it does so for one process only.
         state = {**super().lightning_module_state_dict(), **self._adapter_state()}
-        return files.unmerged_state_dict(state, ModelView(self._module))
+        return plain.unmerged_state_dict(state, ModelView(self._module))
 
     def _adapter_state(self) -> dict[str, Any]:
         return adapter_state_dict(self._module)
@@ -229,9 +238,15 @@ class Lifecycle(WritesDirectories, Inventory):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint file, or a directory if ``storage_options`` is an ``AdapterDirectory``."""
-        files.finish(checkpoint, ModelView(self._module), self._full_checkpoints)
+        directory, view = isinstance(storage_options, files.AdapterDirectory), ModelView(self._module)
+        if self._is_plain:
+            if directory:
+                plain.refuse_directory()
+            return self._write_checkpoint(checkpoint, filepath, storage_options)
+        files.finish(checkpoint, view, self._full_checkpoints)
         warn_of_objects(checkpoint)
-        directory = isinstance(storage_options, files.AdapterDirectory)
+        if self._unloads:
+            plain.leave_plain(checkpoint, view, self._full_checkpoints and not directory)
         if directory or not self._saves_shards:
             checkpoint = map_tensors(checkpoint, whole)
         else:
@@ -239,27 +254,8 @@ class Lifecycle(WritesDirectories, Inventory):
         if not directory:
             self._write_checkpoint(checkpoint, filepath, storage_options)
         elif self.is_global_zero:
-            files.write_directory(checkpoint, filepath, ModelView(self._module))
+            files.write_directory(checkpoint, filepath, view)
 
     def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None) -> None:
         """Write a checkpoint as the base strategy does."""
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-
-    def on_train_end(self) -> None:
-        """Merge. Lightning calls this last, after every checkpoint has been written."""
-        super().on_train_end()
-        if not self._merge_on_train_end or not self._is_real_run() or is_merged(self._module):
-            return
-        if several := several_adapters(ModelView(self._module)):
-            rank_zero_info(
-                f"The model has several adapters, {', '.join(several)}, so none was merged. merge(model) merges the "
-                "active one."
-            )
-            return
-        try:
-            report = merge(self._module, gathered=self._gathered)
-        except NotFiniteError as error:
-            # The run has ended as it would without adapters: what diverged is for the user to see.
-            rank_zero_warn(f"The adapters stay unmerged: the run has diverged. {error}")
-        else:
-            (rank_zero_warn if report.largest_loss > _MERGE_LOSS_WARNING else rank_zero_info)(str(report))

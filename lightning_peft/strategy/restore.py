@@ -15,7 +15,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core import saving
 
 from lightning_peft.core.view import ModelView
+from lightning_peft.operations.merge import merge
 from lightning_peft.storage import checkpoint as files
+from lightning_peft.storage.plain import is_plain, leaves_plain
 from lightning_peft.strategy.plain_values import without_class_paths
 
 _load_file = saving.pl_load
@@ -58,12 +60,16 @@ def _load_state_with_adapters(cls: Any, checkpoint: dict[str, Any], strict: bool
         cls, checkpoint = without_class_paths(cls, checkpoint, kwargs)
     if not issubclass(cls, LightningModule):
         return _load_state(cls, checkpoint, strict=strict, **kwargs)
+    if is_plain(checkpoint):
+        return _load_state(cls, checkpoint, strict=strict, **kwargs)
     # Lightning makes the module and calls its hooks, which may change the state.
     given = {**checkpoint, "state_dict": _Later(checkpoint["state_dict"])}
     model = _load_state(cls, given, strict=strict, **kwargs)
     assert isinstance(model, LightningModule)
     files.inject_from(given, model)
     files.apply(given, ModelView(model), model.strict_loading if strict is None else strict)
+    if leaves_plain(checkpoint):
+        merge(model, unload=True)
     return model
 
 

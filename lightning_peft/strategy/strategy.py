@@ -18,6 +18,7 @@ from lightning_peft.strategy.bases import behaviour
 from lightning_peft.strategy.bases.auto import AUTO, SINGLE_DEVICE, choose_strategy
 from lightning_peft.strategy.bases.names import base_names, strategy_from_name
 from lightning_peft.strategy.bases.spawn import PEFTMultiProcessingLauncher
+from lightning_peft.strategy.leaving import UNLOAD
 from lightning_peft.strategy.lifecycle import Lifecycle
 
 
@@ -33,8 +34,10 @@ class PEFTStrategy(Lifecycle):
         base: The strategy underneath: ``"auto"``, a registered name such as ``"ddp"``, or a configured strategy.
         merge_on_train_end: Merge the adapters into the weights when training has ended. The adapters and a copy of the
             adapted weights in host memory are kept, so that ``unmerge``, ``test(ckpt_path="best")`` and another ``fit``
-            work.
-        checkpoint: ``"adapter"`` writes adapter state only, ``"full"`` the frozen weights as well.
+            work. ``"unload"`` removes the adapters for good: a plain module is left behind, by ``load_from_checkpoint``
+            too, for code that saves, reloads or compiles modules itself. ``False`` leaves the adapters attached.
+        checkpoint: ``"adapter"`` writes adapter state only, ``"full"`` the frozen weights as well; with ``"unload"`` so
+            that the file's ``state_dict`` is that of the plain module.
         train_also: Patterns of modules to train whole and to save with the adapter, such as a classification head.
         train_mode: Put transformers models, which arrive in eval mode, into train mode when fit starts: in eval mode
             their dropout is off and gradient checkpointing does nothing.
@@ -51,7 +54,7 @@ class PEFTStrategy(Lifecycle):
         method: PEFTMethod | str | list[PEFTMethod | str] = "lora",
         base: Strategy | str = "auto",
         *,
-        merge_on_train_end: bool = True,
+        merge_on_train_end: bool | Literal["unload"] = True,
         checkpoint: Literal["adapter", "full"] = "adapter",
         train_also: list[str] | str | None = None,
         train_mode: bool = True,
@@ -70,6 +73,8 @@ class PEFTStrategy(Lifecycle):
         self._base_name = base if isinstance(base, str) else type(base).__name__
         if checkpoint not in ("adapter", "full"):
             raise PEFTError(f"checkpoint={checkpoint!r} was given; it is 'adapter' or 'full'.")
+        if merge_on_train_end not in (True, False, UNLOAD):
+            raise PEFTError(f"merge_on_train_end={merge_on_train_end!r} was given; it is True, False or '{UNLOAD}'.")
         self._full_checkpoints = checkpoint == "full"
         self._merge_on_train_end = merge_on_train_end
         self._train_also = [train_also] if isinstance(train_also, str) else list(train_also or ())

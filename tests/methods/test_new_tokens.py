@@ -23,7 +23,7 @@ from lightning_peft import (
     unmerge,
 )
 from lightning_peft.core.view import ModelView
-from lightning_peft.storage.checkpoint import unmerged_state_dict
+from lightning_peft.storage.plain import unmerged_state_dict
 
 TIED = "gpt2"
 

@@ -43,6 +43,7 @@ _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
     """What ``PEFTStrategy`` does differently on ``DeepSpeedStrategy``."""
 
+    _has_whole_weights = False
     config: dict[str, Any]
     _engine: Any = None
     """DeepSpeed's engine of this run, or of the last one."""
@@ -213,6 +214,15 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
     def _adapter_state(self) -> dict[str, Any]:
         return self._values()
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return what is saved of the module, whole."""
+        if self._is_plain and self.zero_stage_3:
+            raise PEFTError(
+                "ZeRO-3 has the weights in pieces on several processes, so the module that merge_on_train_end='unload' "
+                "left cannot be saved. Merge a checkpoint of the run into the base model in one process."
+            )
+        return super().lightning_module_state_dict()
+
     def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None) -> None:
         """Write DeepSpeed's directory, beside its place until it is whole; a single file, if there is no optimizer."""
         if self._trained is None:
@@ -232,6 +242,8 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         if self._is_real_run():
             self._set_adapters(self._values())
         super().on_train_end()
+        if self._is_plain:
+            self._trained = None
 
 
 def _refuse_several(model: ModelView) -> None:

@@ -52,6 +52,14 @@ class OnFSDP(OnShards, PlainState, FSDPStrategy):
     def _is_wrapped(self) -> bool:
         return self._wrapped is not None and self._wrapped.module is self._module
 
+    def _inject(self) -> None:
+        if self._is_plain and any(isinstance(part, FullyShardedDataParallel) for part in self._module.modules()):
+            raise PEFTError(
+                "A run on FSDP left this module plain (merge_on_train_end='unload') and in shards, to which no adapters "
+                "can be added. Build the module anew for another fit."
+            )
+        super()._inject()
+
     def _place_adapters(self) -> None:
         if not self._is_wrapped:
             _refuse_wrapped(self._module)

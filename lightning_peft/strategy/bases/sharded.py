@@ -24,6 +24,7 @@ class OnShards(Lifecycle):
     per step; averaged, they cost what they do under DDP.
     """
 
+    _has_whole_weights = False
     _sync_blocked = False
 
     @contextmanager

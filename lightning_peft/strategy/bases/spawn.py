@@ -9,8 +9,9 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_peft.core.registry import registries
+from lightning_peft.core.registry import note_unloaded, registries
 from lightning_peft.core.view import ModelView
+from lightning_peft.operations.eject import eject
 from lightning_peft.operations.merge import is_merged, merge, unmerge
 from lightning_peft.strategy.lifecycle import Lifecycle
 
@@ -25,25 +26,34 @@ class PEFTMultiProcessingLauncher(_MultiProcessingLauncher):
     _strategy: Lifecycle  # type: ignore[assignment]
 
     def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> Any:
-        module = trainer.lightning_module
+        module, plain = trainer.lightning_module, self._strategy._is_plain
         merged = is_merged(module)
         if merged:
             # The copies of the weights that undo a merge are no part of the state: send it unmerged, merge over there.
             unmerge(module)
         output = super()._collect_rank_zero_results(trainer, results)
         if output is not None:
-            output.extra["lightning_peft_merged"] = merged
+            output.extra.update(lightning_peft_merged=merged, lightning_peft_plain=plain)
         return output
 
     def _recover_results_in_main_process(self, worker_output: Any, trainer: pl.Trainer) -> None:
-        module = trainer.lightning_module
-        self._inject(module)
+        module, plain = trainer.lightning_module, worker_output.extra["lightning_peft_plain"]
+        if plain:
+            self._take_out(module)
+        else:
+            self._inject(module)
         adapted = bool(registries(ModelView(module)))
         if adapted:
             unmerge(module)
         super()._recover_results_in_main_process(worker_output, trainer)
         if adapted and worker_output.extra["lightning_peft_merged"]:
             merge(module)
+
+    def _take_out(self, module: pl.LightningModule) -> None:
+        """Leave the module plain in this process too."""
+        if registries(ModelView(module)):
+            eject(module)
+        note_unloaded(module)
 
     def _inject(self, module: pl.LightningModule) -> None:
         """Inject in this process, in which no ``setup`` ran."""

@@ -1,0 +1,101 @@
+"""A checkpoint that holds the base as well fits a module whose constructor draws its weights at random."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from modules import SteppedRegression, assert_same, by_hand, inputs, loader, trainer
+from torch import nn
+
+from lightning_peft import BitFit, DoRA, FullFinetuning, LoRA, PEFTError, PEFTStrategy, VeRA, adapter_state_dict, unmerge
+from lightning_peft.callbacks import AdapterCheckpoint
+
+STRATEGIES: dict[str, Callable[[], PEFTStrategy]] = {
+    "full fine-tuning": lambda: PEFTStrategy(FullFinetuning()),
+    "full fine-tuning, full": lambda: PEFTStrategy(FullFinetuning(), checkpoint="full"),
+    "LoRA, full": lambda: PEFTStrategy(LoRA(r=2), checkpoint="full"),
+    "PiSSA, full": lambda: PEFTStrategy(LoRA(r=2, init="pissa"), checkpoint="full"),
+    "DoRA, full": lambda: PEFTStrategy(DoRA(r=2), checkpoint="full"),
+    "VeRA, full": lambda: PEFTStrategy(VeRA(r=4), checkpoint="full"),
+    "BitFit, full": lambda: PEFTStrategy(BitFit(), checkpoint="full"),
+    "LoRA and a head, full": lambda: PEFTStrategy(
+        LoRA(r=2, target_modules="net.0"), train_also="net.2", checkpoint="full"
+    ),
+}
+
+
+class Drawn(SteppedRegression):
+    """Draws its weights anew in every instance."""
+
+    count = 0
+
+    def __init__(self) -> None:
+        Drawn.count += 1
+        super().__init__(seed=Drawn.count)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_it_is_loaded_tested_and_gone_on_from(tmp_path: Path, name: str) -> None:
+    straight = Drawn()
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer(tmp_path, STRATEGIES[name](), max_epochs=2, callbacks=[saver]).fit(straight, loader())
+    unmerge(straight)
+    expected = straight(inputs())
+    first, last = tmp_path / "epoch=0.ckpt", tmp_path / "epoch=1.ckpt"
+    torch.testing.assert_close(Drawn.load_from_checkpoint(last)(inputs()), expected, rtol=0, atol=0)
+    tested = Drawn()
+    trainer(tmp_path, STRATEGIES[name]()).test(tested, loader(), ckpt_path=last, verbose=False)
+    torch.testing.assert_close(tested(inputs()), expected, rtol=0, atol=0)
+    resumed = Drawn()
+    trainer(tmp_path, STRATEGIES[name](), max_epochs=2).fit(resumed, loader(), ckpt_path=first)
+    unmerge(resumed)
+    assert_same(dict(resumed.state_dict()), dict(straight.state_dict()))
+
+
+def test_full_fine_tuning_by_adapter_checkpoint(tmp_path: Path) -> None:
+    module = Drawn()
+    saver = AdapterCheckpoint(tmp_path, filename="one")
+    trainer(tmp_path, PEFTStrategy(FullFinetuning()), callbacks=[saver]).fit(module, loader())
+    assert_same(dict(Drawn.load_from_checkpoint(tmp_path / "one").state_dict()), dict(module.state_dict()))
+
+
+@pytest.mark.parametrize("strategy", [lambda: PEFTStrategy(LoRA(r=2)), lambda: PEFTStrategy(BitFit())])
+def test_what_is_not_in_the_file_has_to_be_there(tmp_path: Path, strategy: Callable[[], PEFTStrategy]) -> None:
+    run = trainer(tmp_path, strategy())
+    run.fit(Drawn(), loader())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(PEFTError, match="another base model"):
+        Drawn.load_from_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(PEFTError, match="another base model"):
+        trainer(tmp_path, strategy(), max_epochs=2).fit(Drawn(), loader(), ckpt_path=tmp_path / "one.ckpt")
+
+
+def test_a_base_that_lacks_in_a_full_file_is_an_error(tmp_path: Path) -> None:
+    run = trainer(tmp_path, STRATEGIES["LoRA, full"]())
+    run.fit(Drawn(), loader())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    del checkpoint["state_dict"]["net.2.bias"]
+    torch.save(checkpoint, tmp_path / "two.ckpt")
+    with pytest.raises(PEFTError, match=r"does not fit the base model\. Missing: \['net\.2\.bias'\]"):
+        Drawn.load_from_checkpoint(tmp_path / "two.ckpt")
+
+
+class Compiled(Drawn):
+    """Has a compiled part, whose tensors torch names otherwise."""
+
+    def build(self) -> nn.Module:
+        return torch.compile(super().build(), backend="eager")  # type: ignore[return-value]
+
+
+def test_names_of_a_compiled_part(tmp_path: Path) -> None:
+    module: Any = Compiled()
+    run = trainer(tmp_path, STRATEGIES["LoRA, full"]())
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    loaded = Compiled.load_from_checkpoint(tmp_path / "one.ckpt")
+    expected = by_hand(adapter_state_dict(module), inputs(), seed=Drawn.count - 1)
+    torch.testing.assert_close(loaded(inputs()), expected, rtol=1e-5, atol=1e-5)
