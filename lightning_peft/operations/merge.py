@@ -195,7 +195,7 @@ def _fold_all(
 def can_merge(host: nn.Module, adapter: Adapter, in_pieces: bool) -> bool:
     """Whether ``adapter`` can be folded into a weight of ``host``, which may be in pieces."""
     # A weight may have been packed, or become one that is worked out from others, since the injection.
-    if not adapter.mergeable or is_packed(host) or not _hasweights_of(host, adapter):
+    if not adapter.mergeable or is_packed(host) or not _has_weights(host, adapter):
         return False
     # A parameter that comes new into a sharded module belongs to no shard.
     adds_bias = adapter.adds_bias and host._parameters.get("bias") is None
