@@ -29,6 +29,6 @@ def refuse_unloading(model: ModelView, in_pieces: bool) -> None:
             reasons.append(f"{name!r} shares its weight with another module, from which merging {kind} unties it")
     if reasons:
         raise PEFTError(
-            f"merge_on_train_end='unload' was given, which leaves a plain module behind; but {reasons[0]}. Take methods "
-            "and modules that can be merged for good, or leave out 'unload'."
+            f"merge_on_train_end='unload' was given, which leaves a plain module behind; but {reasons[0]}. Take "
+            "methods and modules that can be merged for good, or leave out 'unload'."
         )

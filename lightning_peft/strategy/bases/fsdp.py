@@ -55,8 +55,8 @@ class OnFSDP(OnShards, PlainState, FSDPStrategy):
     def _inject(self) -> None:
         if self._is_plain and any(isinstance(part, FullyShardedDataParallel) for part in self._module.modules()):
             raise PEFTError(
-                "A run on FSDP left this module plain (merge_on_train_end='unload') and in shards, to which no adapters "
-                "can be added. Build the module anew for another fit."
+                "A run on FSDP left this module plain (merge_on_train_end='unload') and in shards, to which no "
+                "adapters can be added. Build the module anew for another fit."
             )
         super()._inject()
 
