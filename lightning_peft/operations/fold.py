@@ -72,9 +72,7 @@ def fold_into(
     return loss, backup
 
 
-def merged_values(
-    host: nn.Module, adapter: Adapter, values: Mapping[str, Tensor], name: str = ""
-) -> dict[str, Tensor]:
+def merged_values(host: nn.Module, adapter: Adapter, values: Mapping[str, Tensor], name: str = "") -> dict[str, Tensor]:
     """Return what a merge would make of the weights and the bias ``values`` of ``host``, whole and as it stores them.
 
     Raises:
