@@ -27,6 +27,7 @@ from lightning_peft.planning.layout import Layout, Precision
 from lightning_peft.planning.report import GIB, Batch, report
 from lightning_peft.strategy import PEFTStrategy
 from lightning_peft.strategy.bases.names import base_names
+from lightning_peft.strategy.untrained import own_train_also
 from lightning_peft.tasks import CausalLM, SequenceClassification
 from lightning_peft.tasks.pretrained import meta_model
 
@@ -74,7 +75,7 @@ def show_plan(
     module = _module(run.get("model"))
     if peft is not None:
         strategy: Any = PEFTStrategy(_made(peft.get("method", "lora")))  # type: ignore[abstract]
-        inject(module, strategy.methods, train_also=peft.get("train_also") or ())
+        inject(module, strategy.methods, train_also=own_train_also(module, peft.get("train_also")))
     batch = Batch(
         batch_size or data.get("batch_size") or 1,
         sequence_length or data.get("max_length") or 1024,

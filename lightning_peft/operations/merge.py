@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.core.adapter import Adapter, Slot
-from lightning_peft.core.plain import is_weighted, nature
+from lightning_peft.targets.plain import is_weighted, nature
 from lightning_peft.core.refusals import refuse_stand_in
 from lightning_peft.core.registry import note_unloaded, required
 from lightning_peft.core.sharding import whole
