@@ -17,6 +17,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_packed
 from lightning_peft.errors import PEFTError
 from lightning_peft.targets.inner_models import transformers_models
+from lightning_peft.targets.layers import listed_blocks
 
 Samples = dict[str, list[float]]
 """A few elements of the weights of modules, by name."""
@@ -59,10 +60,13 @@ def _described(model: ModelView, before: Mapping[int, Tensor | None], gather: bo
     weights = {n: w for n, module in model.modules.items() if (w := module._parameters.get("weight")) is not None}
     adapted = [name for name, _, _ in model.slots if name in weights]
     frozen = [n for n, w in weights.items() if n not in adapted and len(full_shape(w)) > 1 and id(w) not in before]
+    # Heads stand beside the lists of layers, or are the last of them.
+    blocks = listed_blocks(model)
+    frozen = [*(n for n in frozen if n not in blocks), *_thinned([n for n in frozen if n in blocks])]
     return {
         # Methods that adapt no weights leave all of them to choose from.
         "samples": _samples(model, _thinned(adapted or list(weights)), before, gather),
-        "frozen": _samples(model, _thinned(frozen), before, gather, at_start=True),
+        "frozen": _samples(model, frozen, before, gather, at_start=True),
     }
 
 
@@ -198,7 +202,7 @@ def _samples(
 
 
 def _thinned(names: Sequence[str]) -> list[str]:
-    """Return some of ``names``, evenly, with the last: the head's, if there is one."""
+    """Return some of ``names``, evenly, with the last."""
     return list(names[::-1][:: max(1, len(names) // _MODULES)])[::-1]
 
 

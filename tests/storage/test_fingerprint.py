@@ -21,7 +21,7 @@ def model(layers: int = 2, tokens: int = 20, head: int = 1, train_also: Sequence
     norm = nn.LayerNorm(8)
     nn.init.constant_(norm.weight, 9.0)
     torch.manual_seed(head)
-    made = nn.ModuleDict({"embedding": embedding, "body": body, "norm": norm, "head": nn.Linear(8, 3)})
+    made = nn.ModuleDict({"head": nn.Linear(8, 3), "embedding": embedding, "body": body, "norm": norm})
     nn.init.normal_(made["head"].weight, std=0.02)
     inject(made, LoRA(r=2, target_modules=["q"]), train_also=train_also)
     return made
@@ -37,6 +37,20 @@ def test_another_frozen_head_is_refused(layers: int) -> None:
     check(model(layers), model(layers))
     with pytest.raises(PEFTError, match=r"beside another 'head'\. It was frozen.*train_also=\['head'\]"):
         check(model(layers), model(layers, head=2))
+
+
+def test_the_last_of_many_layers_is_looked_at() -> None:
+    def layers(seed: int) -> nn.Module:
+        torch.manual_seed(0)
+        made = nn.Sequential(*(nn.Linear(4, 4) for _ in range(200)))
+        torch.manual_seed(seed)
+        made.append(nn.Linear(4, 2))
+        inject(made, LoRA(r=2, target_modules=["0"]))
+        return made
+
+    check(layers(1), layers(1))
+    with pytest.raises(PEFTError, match="beside another '200'"):
+        check(layers(1), layers(2))
 
 
 def test_a_head_that_is_trained_is_in_the_file() -> None:
