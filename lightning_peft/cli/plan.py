@@ -27,6 +27,7 @@ from lightning_peft.planning.layout import Layout, Precision
 from lightning_peft.planning.report import GIB, Batch, report
 from lightning_peft.strategy import PEFTStrategy
 from lightning_peft.strategy.bases.names import base_names
+from lightning_peft.strategy.untrained import own_train_also
 from lightning_peft.tasks import CausalLM, SequenceClassification
 from lightning_peft.tasks.pretrained import meta_model
 
@@ -74,7 +75,7 @@ def show_plan(
     module = _module(run.get("model"))
     if peft is not None:
         strategy: Any = PEFTStrategy(_made(peft.get("method", "lora")))  # type: ignore[abstract]
-        inject(module, strategy.methods, train_also=peft.get("train_also") or ())
+        inject(module, strategy.methods, train_also=own_train_also(module, peft.get("train_also")))
     batch = Batch(
         batch_size or data.get("batch_size") or 1,
         sequence_length or data.get("max_length") or 1024,
@@ -165,7 +166,9 @@ def _module(model: _Setting | None) -> nn.Module:
     for task, auto_class in _TASKS.items():
         if issubclass(kind, task) and "model" in options:
             changes = {key: options[key] for key in ("dtype", "num_labels") if options.get(key) is not None}
-            return nn.ModuleDict({"model": meta_model(options["model"], auto_class, **changes)})
+            stand_in = type(kind.__name__, (nn.Module,), {"train_also": getattr(kind, "train_also", ())})()
+            stand_in.add_module("model", meta_model(options["model"], auto_class, **changes))
+            return stand_in
     try:
         with torch.device("meta"):
             module = _made(model)

@@ -48,7 +48,7 @@ class Registry:
     """``requires_grad`` of the base's parameters before the injection."""
     frozen: tuple[str, ...] = ()
     """Names of the outermost modules that were frozen then beside a network that was trained."""
-    samples: dict[str, list[float]] | None = None
+    samples: dict[str, dict[str, list[float]]] | None = None
     """Samples of the base's weights, for when no process has them whole: see ``fingerprint.record_base``."""
     hooks: tuple[RemovableHandle, ...] = ()
     """What ``by_hand.watch`` has registered."""

@@ -17,7 +17,7 @@ from lightning_peft.core.sharding import whole, write
 from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import tensor_options
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.inner_models import transformers_models
+from lightning_peft.targets.inner_models import input_embedding, transformers_models
 from lightning_peft.targets.select import select
 
 
@@ -128,7 +128,7 @@ class NewTokens(PEFTMethod):
 
     def _embeddings(self, model: ModelView) -> dict[str, nn.Embedding]:
         if self.target_modules is None:
-            inputs = {id(_input_embedding(m)) for m in transformers_models(model).values()}
+            inputs = {id(input_embedding(m)) for m in transformers_models(model).values()}
             found = {n: m for n, m in model.modules.items() if id(m) in inputs and isinstance(m, nn.Embedding)}
             if not found:
                 raise PEFTError(
@@ -170,10 +170,3 @@ class NewTokens(PEFTMethod):
             if isinstance(module, nn.Embedding) and id(module.weight) not in rows:
                 rows[id(module.weight)] = Rows(module, self.tokens(name, module), name)
         return {name: NewTokensAdapter(module, rows[id(module.weight)]) for name, module in hosts.items()}
-
-
-def _input_embedding(model: nn.Module) -> nn.Module | None:
-    try:
-        return cast(Any, model).get_input_embeddings()  # type: ignore[no-any-return]
-    except NotImplementedError:  # models with several, such as CLIP
-        return None

@@ -12,7 +12,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.core.adapter import Adapter, Slot
-from lightning_peft.core.plain import is_weighted, nature
 from lightning_peft.core.refusals import refuse_stand_in
 from lightning_peft.core.registry import note_unloaded, required
 from lightning_peft.core.sharding import whole
@@ -22,6 +21,7 @@ from lightning_peft.errors import NotFiniteError, PEFTError
 from lightning_peft.operations.fold import check_fold, fold_into, restore, weight_names
 from lightning_peft.operations.inject import remove
 from lightning_peft.targets.inner_models import transformers_models
+from lightning_peft.targets.plain import is_weighted, nature
 
 _Host = tuple[str, nn.Module, Slot, Adapter]
 

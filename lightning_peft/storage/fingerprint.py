@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,13 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_packed
 from lightning_peft.errors import PEFTError
 from lightning_peft.targets.inner_models import transformers_models
+from lightning_peft.targets.layers import listed_blocks
+
+Samples = dict[str, list[float]]
+"""A few elements of the weights of modules, by name."""
 
 _MODULES = 64
+_MANY = 2**20
 _SAMPLES = 4
 
 # Relative distance between two samples. Rounding to bfloat16 gives 0.002 and an unrelated model 1.4; another
@@ -27,15 +32,17 @@ _TOLERANCE = 0.02
 
 
 def describe_base(model: ModelView, prefix: str = "") -> dict[str, Any]:
-    """Return the base's class, its name or path if it has one, and samples of the weights that adapters adapt.
+    """Return the base's class, its name or path if it has one, and samples of weights.
+
+    Those are of what is adapted, and of the other matrices that are frozen: a head, for one, may be new and random.
 
     Args:
         model: A model with adapters.
         prefix: The part of it to describe; names of samples are relative to it.
     """
     recorded = _recorded(model, prefix)
-    samples = _samples(model.part(prefix), _before_training(model)) if recorded is None else recorded
-    return {**_identity(model, prefix), "samples": samples}
+    samples = _described(model.part(prefix), _before_training(model)) if recorded is None else recorded
+    return {**_identity(model, prefix), **samples}
 
 
 def record_base(model: ModelView) -> None:
@@ -45,16 +52,34 @@ def record_base(model: ModelView) -> None:
     """
     for prefix, _, registry in registries(model):
         if registry.samples is None:
-            registry.samples = _samples(model.part(prefix), _before_training(model), gather=True)
+            registry.samples = _described(model.part(prefix), _before_training(model), gather=True)
 
 
-def _recorded(model: ModelView, prefix: str = "") -> dict[str, list[float]] | None:
+def _described(model: ModelView, before: Mapping[int, Tensor | None], gather: bool = False) -> dict[str, Samples]:
+    """Return what the description of a base has of its weights."""
+    weights = {n: w for n, module in model.modules.items() if (w := module._parameters.get("weight")) is not None}
+    adapted = [name for name, _, _ in model.slots if name in weights]
+    frozen = [n for n, w in weights.items() if n not in adapted and len(full_shape(w)) > 1 and id(w) not in before]
+    # Heads stand beside the lists of layers, or are the last of them.
+    blocks = listed_blocks(model)
+    frozen = [*(n for n in frozen if n not in blocks), *_thinned([n for n in frozen if n in blocks])]
+    return {
+        # Methods that adapt no weights leave all of them to choose from.
+        "samples": _samples(model, _thinned(adapted or list(weights)), before, gather),
+        "frozen": _samples(model, frozen, before, gather, at_start=True),
+    }
+
+
+def _recorded(model: ModelView, prefix: str = "") -> dict[str, Samples] | None:
     """Return the samples that were kept, with names relative to ``prefix``."""
     for root, _, registry in registries(model):
         if registry.samples is not None and f"{prefix}.".startswith(f"{root}.".lstrip(".")):
             inside = prefix.removeprefix(root).lstrip(".")
             lead = f"{inside}." if inside else ""
-            return {name.removeprefix(lead): v for name, v in registry.samples.items() if name.startswith(lead)}
+            return {
+                kind: {name.removeprefix(lead): v for name, v in samples.items() if name.startswith(lead)}
+                for kind, samples in registry.samples.items()
+            }
     return None
 
 
@@ -86,27 +111,53 @@ def refuse_other_base(
         PEFTError: It is about another one; both are named.
     """
     present = _identity(model, prefix)
-    lead = f"{prefix}." if prefix else ""
-    theirs = {n: v for n, v in saved.get("samples", {}).items() if f"{lead}{n}.weight".lstrip(".") not in held}
-    if saved.get("samples") and not theirs:
+    theirs = {kind: _without(saved.get(kind, {}), prefix, held) for kind in ("samples", "frozen")}
+    if saved.get("samples") and not theirs["samples"]:
         return
     ours = _recorded(model, prefix)
     if ours is None:
-        ours = _samples(model.part(prefix), _before_training(model), list(theirs))
-    pairs = [pair for name in ours.keys() & theirs.keys() for pair in zip(ours[name], theirs[name], strict=False)]
-    norm = math.sqrt(sum(b * b for _, b in pairs))
-    distance = math.sqrt(sum((a - b) ** 2 for a, b in pairs))
+        part, before = model.part(prefix), _before_training(model)
+        ours = {kind: _samples(part, list(theirs[kind]), before, at_start=kind == "frozen") for kind in theirs}
+    found = _distances(ours["samples"], theirs["samples"])
+    distance, norm = (math.hypot(*(pair[i] for pair in found.values())) for i in (0, 1))
     # What adapters learnt differs by less than other models do, and would be counted twice.
     unloaded = was_unloaded(model)
     tolerance = 0.0 if unloaded else _TOLERANCE
     # Equal weights under another class name are the same base: a renamed module, or the same encoder with another head.
-    if distance > tolerance * norm or (not pairs and saved.get("class") != present["class"]):
+    if distance > tolerance * norm or (not found and saved.get("class") != present["class"]):
         raise PEFTError(
             f"{source} was written for another base model: {_name(saved)}. This is {_name(present)}"
             + (f", whose weights differ by {distance / norm:.0%}." if norm and distance > tolerance * norm else ".")
             + (" Adapters were merged into them for good, so the base is gone: build it anew." if unloaded else "")
             + " Load the base model that the adapter was trained on."
         )
+    if other := _other_parts(_distances(ours["frozen"], theirs["frozen"])):
+        raise PEFTError(
+            f"{source} was written beside another {other[0]!r}. It was frozen, so it is not in there, and here it has "
+            "other values. Give the module the same; or, if it was new and random, train it with the adapter: "
+            f"train_also=[{other[0]!r}]."
+        )
+
+
+def _without(samples: Samples, prefix: str, held: Container[str]) -> Samples:
+    """Return ``samples`` without those of tensors that are ``held``."""
+    lead = f"{prefix}." if prefix else ""
+    return {name: sample for name, sample in samples.items() if f"{lead}{name}.weight".lstrip(".") not in held}
+
+
+def _distances(ours: Samples, theirs: Samples) -> dict[str, tuple[float, float]]:
+    """Return the distance of our sample from theirs, and the norm of theirs, where there are both."""
+    return {
+        name: (math.dist(ours[name], theirs[name]), math.hypot(*theirs[name]))
+        for name in theirs
+        if name in ours and len(ours[name]) == len(theirs[name])
+    }
+
+
+def _other_parts(found: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Return the names of samples that are further apart than by rounding; of one near zero, rounding is more."""
+    typical = math.hypot(*(norm for _, norm in found.values())) / math.sqrt(len(found) or 1)
+    return [name for name, (d, norm) in found.items() if d > _TOLERANCE * max(norm, typical / 10)]
 
 
 def _name(base: Mapping[str, Any]) -> str:
@@ -115,30 +166,44 @@ def _name(base: Mapping[str, Any]) -> str:
 
 
 def _samples(
-    model: ModelView, before: Mapping[int, Tensor | None], names: Sequence[str] | None = None, gather: bool = False
-) -> dict[str, list[float]]:
-    """Return a few elements of the weights of the adapted modules, or of ``names``, as they are without adapters.
+    model: ModelView,
+    names: Iterable[str],
+    before: Mapping[int, Tensor | None],
+    gather: bool = False,
+    at_start: bool = False,
+) -> Samples:
+    """Return a few elements of the weight of each of ``names``, as it is without adapters.
 
-    ``before`` are the old values of what has changed itself, by id.
+    Args:
+        model: The model.
+        names: Of modules.
+        before: The old values of what has changed itself, by id.
+        gather: Whether every process is here, to read weights that are in pieces.
+        at_start: Take the first elements, which stay where they are if rows are added; else some from all over.
     """
-    adapted = {name: slot for name, host, slot in model.slots if "weight" in host._parameters}
-    modules = model.modules
-    # Methods that adapt no weights leave all of them to choose from.
-    candidates = list(adapted) or [name for name, module in modules.items() if "weight" in module._parameters]
-    chosen = candidates[:: max(1, len(candidates) // _MODULES)] if names is None else names
+    modules, slots = model.modules, {name: slot for name, _, slot in model.slots}
+    # A layer that is adapted is gathered sooner or later, an embedding need never be.
+    most = _MANY if at_start else math.inf
     found = {}
-    for name in chosen:
-        slot = adapted.get(name)
+    for name in names:
+        slot = slots.get(name)
         present = getattr(modules.get(name), "weight", None)
         weight = before.get(id(present), slot.merged.get("weight", present) if slot and slot.merged else present)
         if not isinstance(weight, Tensor) or is_packed(modules[name]) or not full_shape(weight).numel():
             continue
-        if weight.is_meta or ((isinstance(weight, DTensor) or in_zero_pieces(weight)) and not gather):
+        in_pieces = isinstance(weight, DTensor) or in_zero_pieces(weight)
+        if weight.is_meta or (in_pieces and not (gather and full_shape(weight).numel() <= most)):
             continue
         flat = whole(weight).flatten()
-        positions = [flat.numel() * (2 * k + 1) // (2 * _SAMPLES) for k in range(_SAMPLES)]
+        count = flat.numel()
+        positions = [min(k, count - 1) if at_start else count * (2 * k + 1) // (2 * _SAMPLES) for k in range(_SAMPLES)]
         found[name] = flat[torch.tensor(positions, device=flat.device)].to("cpu", torch.float32).tolist()
     return found
+
+
+def _thinned(names: Sequence[str]) -> list[str]:
+    """Return some of ``names``, evenly, with the last."""
+    return list(names[::-1][:: max(1, len(names) // _MODULES)])[::-1]
 
 
 def _before_training(model: ModelView) -> dict[int, Tensor | None]:

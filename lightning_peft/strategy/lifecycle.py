@@ -34,6 +34,7 @@ from lightning_peft.storage.state import adapter_state_dict
 from lightning_peft.strategy import refusals
 from lightning_peft.strategy.leaving import Leaving
 from lightning_peft.strategy.plain_values import warn_of_objects
+from lightning_peft.strategy.untrained import own_train_also, untrained
 from lightning_peft.targets.inner_models import transformers_models
 
 
@@ -41,7 +42,7 @@ class Lifecycle(WritesDirectories, Leaving):
     """What becomes of a model and its adapters in a run."""
 
     _base_name: str
-    _train_also: list[str]
+    _train_also: list[str] | None
     _asked: list[bool]
     _train_mode: bool
     _base_weights: str | None
@@ -85,14 +86,15 @@ class Lifecycle(WritesDirectories, Leaving):
             refusals.refuse_reading_late_weights(self.methods)
         # One seed for all ranks: without it each would start from other values where nothing broadcasts them.
         seed = self.broadcast(torch.initial_seed())
-        inject(self._module, self.methods, train_also=self._train_also, seed=seed, allow_sharded=self._takes_sharded)
+        also = own_train_also(self._module, self._train_also)
+        inject(self._module, self.methods, train_also=also, seed=seed, allow_sharded=self._takes_sharded)
         self._note_built()
 
     def _inject_around(self, view: ModelView) -> None:
         """Do what an injection does beside adapters, where a model or a part of it has some already."""
         if own_registry(self._module) is not None:
-            refusals.refuse_late_train_also(view, self._train_also)
-        elif frozen := freeze_rest(self._module, self._train_also):
+            refusals.refuse_late_train_also(view, self._train_also or ())
+        elif frozen := freeze_rest(self._module, own_train_also(self._module, self._train_also)):
             rank_zero_warn(
                 f"Parts of this {view.kind} have adapters already, so the rest gets none and is frozen: {frozen[0]!r} "
                 f"and {len(frozen) - 1} other parameters. Name in train_also what of it is to be trained."
@@ -188,6 +190,8 @@ class Lifecycle(WritesDirectories, Leaving):
             self._slots = [slot for _, _, slot in ModelView(self._module).slots]
             self._set_modes()
             refusals.refuse_freezing(trainer, ModelView(self._module))
+            for text in untrained(ModelView(self._module)):
+                rank_zero_warn(text)
 
     def _apply_held_back(self) -> None:
         """Load what was to be loaded before there were adapters, once the base is what it was without them."""

@@ -20,6 +20,7 @@ from lightning_peft.strategy.bases.names import base_names, strategy_from_name
 from lightning_peft.strategy.bases.spawn import PEFTMultiProcessingLauncher
 from lightning_peft.strategy.leaving import UNLOAD
 from lightning_peft.strategy.lifecycle import Lifecycle
+from lightning_peft.targets.patterns import as_list
 
 
 class PEFTStrategy(Lifecycle):
@@ -38,7 +39,8 @@ class PEFTStrategy(Lifecycle):
             too, for code that saves, reloads or compiles modules itself. ``False`` leaves the adapters attached.
         checkpoint: ``"adapter"`` writes adapter state only, ``"full"`` the frozen weights as well; with ``"unload"`` so
             that the file's ``state_dict`` is that of the plain module.
-        train_also: Patterns of modules to train whole and to save with the adapter, such as a classification head.
+        train_also: Patterns of modules to train whole and to save with the adapter, such as a classification head. If
+            not given, what the module names in an attribute ``train_also``, as the ready task with a new head does.
         train_mode: Put transformers models, which arrive in eval mode, into train mode when fit starts: in eval mode
             their dropout is off and gradient checkpointing does nothing.
         base_weights: A directory of safetensors that ``save_pretrained`` wrote, for a model that was built without
@@ -77,7 +79,7 @@ class PEFTStrategy(Lifecycle):
             raise PEFTError(f"merge_on_train_end={merge_on_train_end!r} was given; it is True, False or '{UNLOAD}'.")
         self._full_checkpoints = checkpoint == "full"
         self._merge_on_train_end = merge_on_train_end
-        self._train_also = [train_also] if isinstance(train_also, str) else list(train_also or ())
+        self._train_also = None if train_also is None else as_list(train_also)
         self._train_mode = train_mode
         self._base_weights = base_weights
 

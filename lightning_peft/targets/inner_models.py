@@ -41,6 +41,14 @@ def head_modules(model: ModelView) -> set[int]:
     return heads
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """Return the input embedding of a transformers model, if it has just one."""
+    try:
+        return cast(Any, model).get_input_embeddings()  # type: ignore[no-any-return]
+    except NotImplementedError:  # models with several, such as CLIP
+        return None
+
+
 def is_lightning_module(model: nn.Module) -> bool:
     """Whether ``model`` is a LightningModule; known by what it offers, since nothing here imports lightning."""
     return hasattr(model, "configure_optimizers") and hasattr(model, "training_step")

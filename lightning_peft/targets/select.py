@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from lightning_peft.core import plain
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError, listed
+from lightning_peft.targets import plain
 from lightning_peft.targets.frozen import REASON, left_frozen
 from lightning_peft.targets.layers import in_layers
 from lightning_peft.targets.patterns import PRESETS, Names, as_list, match_names, matches, nothing_matched
@@ -20,7 +20,7 @@ def select(
     targets: Names,
     *,
     adaptable: Callable[[nn.Module], bool],
-    obstacle: Callable[[str, nn.Module], str | None] = lambda name, module: plain.obstacle(module),
+    obstacle: Callable[[str, nn.Module], str | None] | None = None,
     weights: Callable[[nn.Module], Iterable[str]] | None = None,
     exclude: Names | None = None,
     layers: str | Sequence[int] | None = None,
@@ -36,7 +36,7 @@ def select(
             :func:`matches`), mixed at will.
         adaptable: Whether the method adapts modules of a kind. A pattern passes over others, unless it matches nothing
             else.
-        obstacle: Gives the reason why one of such a kind, by name, cannot be adapted all the same.
+        obstacle: Gives the reason why the method cannot adapt one of such a kind, by name, all the same.
         weights: Gives the names of parameters of a module that can be adapted one by one. They are selected by their
             own name, ``experts.down_proj``, and returned by it, with that module.
         exclude: Patterns of modules to leave out.
@@ -107,7 +107,7 @@ def _reasons(
     chosen: Mapping[str, nn.Module],
     candidates: Mapping[str, nn.Module],
     parameters: Mapping[str, nn.Module],
-    obstacle: Callable[[str, nn.Module], str | None],
+    obstacle: Callable[[str, nn.Module], str | None] | None,
 ) -> dict[str, str]:
     """Return those of ``chosen`` that cannot be adapted, each with the reason."""
     uncalled, found = uncalled_modules(model), dict[str, str]()
@@ -123,7 +123,7 @@ def _reasons(
         elif name not in candidates:
             reason = f"the method adapts no {type(module).__name__}"
         else:
-            reason = obstacle(name, module)
+            reason = plain.obstacle(module) or (None if obstacle is None else obstacle(name, module))
         if reason is not None:
             found[name] = reason
     return found

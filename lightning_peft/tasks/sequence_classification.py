@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import Accuracy, F1Score, MetricCollection
 from transformers import AutoModelForSequenceClassification
 
+from lightning_peft.core.view import ModelView
+from lightning_peft.targets.new_parts import heads, new_parts
 from lightning_peft.tasks.pretrained import Dtype, load_model, load_tokenizer
 from lightning_peft.tasks.schedule import adamw_with_linear_decay
 
@@ -17,9 +19,9 @@ from lightning_peft.tasks.schedule import adamw_with_linear_decay
 class SequenceClassification(LightningModule):
     """A text classifier on a pretrained model.
 
-    The classification head is new, so it has to be trained whole: give the strategy its name, for example
-    `train_also: [classifier]` (BERT) or `[score]` (Llama). Validation logs `val_loss`, `val_accuracy` and `val_f1`
-    (macro average over classes); testing the same with `test_`. `predict` returns class numbers.
+    The head is trained whole and saved with the adapter, unless the strategy is given another `train_also`. Validation
+    logs `val_loss`, `val_accuracy` and `val_f1` (macro average over classes); testing the same with `test_`. `predict`
+    returns class numbers.
 
     Args:
         model: A directory, a name on the Hugging Face hub, or `package:NAME` for model files inside the
@@ -60,6 +62,12 @@ class SequenceClassification(LightningModule):
             }
         )
         self.metrics = nn.ModuleDict({stage: metrics.clone(prefix=f"{stage}_") for stage in ("val", "test")})
+
+    @property
+    def train_also(self) -> list[str]:
+        """The modules that mean nothing before they are trained: the head, and what else has no pretrained values."""
+        model = ModelView(self.model)
+        return [f"model.{name}" for name in dict.fromkeys([*heads(model), *new_parts(model)])]
 
     def forward(self, **inputs: Tensor) -> Any:
         """Call the classifier itself."""

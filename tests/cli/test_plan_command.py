@@ -227,8 +227,9 @@ def test_a_classifier_with_its_head(folder: Path, tmp_path: Path, capsys: pytest
     }
     method = {"class_path": "lightning_peft.LoRA", "init_args": {"r": 2, "target_modules": ["query"]}}
     config = file(tmp_path, model, method=method, devices=1)
-    rows = planned(capsys, config, "--trainer.strategy.train_also=[classifier]", "--sequence_length=8")
-    assert f"{2 * 2 * (64 + 64) + 7 * 64 + 7:,} are trained" in rows["parameters"]
+    for given in ([], ["--trainer.strategy.train_also=[classifier]"]):
+        rows = planned(capsys, config, *given, "--sequence_length=8")
+        assert f"{2 * 2 * (64 + 64) + 7 * 64 + 7:,} are trained" in rows["parameters"]
 
 
 @pytest.mark.parametrize("kind", [Regression, LateRegression])

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "callbacks": "core formats storage",
     "strategy": "core targets operations formats storage callbacks strategy.bases",
     "strategy.bases": "core operations formats storage strategy",
-    "tasks": "adapters.virtual_tokens",
+    "tasks": "core targets adapters.virtual_tokens",
     "cli": "core operations formats storage planning callbacks strategy strategy.bases tasks",
 }
 KNOW_LIGHTNING = {"callbacks", "strategy", "strategy.bases", "tasks", "cli"}

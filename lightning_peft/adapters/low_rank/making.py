@@ -13,7 +13,6 @@ from lightning_peft.adapters.low_rank.fused import FusedLoRAAdapter
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.adapters.low_rank.own_weights import OwnWeightsLoRAAdapter, attention_weights, factor_shapes
 from lightning_peft.adapters.low_rank.shared_input import SharedInput
-from lightning_peft.core import plain
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.sharding import full_shape
 from lightning_peft.core.weights import features
@@ -46,9 +45,7 @@ class Maker:
         if isinstance(module, nn.MultiheadAttention):
             derived = set(attention_weights(module)) - dict(module.named_parameters()).keys()
             return f"its {min(derived)} is worked out from other parameters" if derived else None
-        return plain.obstacle(module) or self._kind(module).refusal(
-            module, self.rank(name), self.dropout, self.freeze_A
-        )
+        return self._kind(module).refusal(module, self.rank(name), self.dropout, self.freeze_A)
 
     def beside(self, name: str, module: nn.Module) -> LoRAAdapter:
         """Make the adapter that stands beside ``module``.

@@ -8,7 +8,7 @@ import torch
 from odd_layers import LAYERS, Einsum, given, made
 from torch import Tensor, nn
 
-from lightning_peft.core.plain import nature, obstacle
+from lightning_peft.targets.plain import nature, obstacle
 
 
 @pytest.mark.parametrize("name", LAYERS)
