@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from weakref import WeakSet
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn

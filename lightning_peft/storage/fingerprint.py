@@ -104,7 +104,11 @@ def refuse_other_base(
         raise PEFTError(
             f"{source} was written for another base model: {_name(saved)}. This is {_name(present)}"
             + (f", whose weights differ by {distance / norm:.0%}." if norm and distance > tolerance * norm else ".")
-            + (" Adapters were merged into them for good, and the base is gone: build the model anew." if unloaded else "")
+            + (
+                " Adapters were merged into them for good, and the base is gone: build the model anew."
+                if unloaded
+                else ""
+            )
             + " Load the base model that the adapter was trained on."
         )
 

@@ -19,7 +19,7 @@ from modules import Halving, Llama, Regression, inputs, loader, trainer
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from lightning_peft import DoRA, LoRA, PEFTMethod, PEFTStrategy, eject, inject, save_adapter, unmerge
+from lightning_peft import DoRA, LoRA, PEFTMethod, PEFTStrategy, eject, inject, unmerge
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.callbacks.summary import summary_table
@@ -276,8 +276,6 @@ def every_stage(out: Path, record: Record, stage: int) -> int:
     fitted.fit_loop.max_epochs = 4
     fitted.fit(module, data)
     record.fitted(f"{tag}-again", fitted, module)
-    if stage == 3:
-        record.content["refusal"] = error(lambda: save_adapter(module, out / "refused"))
     unmerge(module)
     record.content[f"{tag}-unmerged"] = base_weights(module)
     eject(module)

@@ -10,7 +10,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from modules import SteppedRegression, assert_same, by_hand, inputs, loader, trainer
 from torch import nn
 
-from lightning_peft import BitFit, DoRA, FullFinetuning, LoRA, PEFTError, PEFTStrategy, VeRA, adapter_state_dict, unmerge
+from lightning_peft import (
+    BitFit,
+    DoRA,
+    FullFinetuning,
+    LoRA,
+    PEFTError,
+    PEFTStrategy,
+    VeRA,
+    adapter_state_dict,
+    unmerge,
+)
 from lightning_peft.callbacks import AdapterCheckpoint
 
 STRATEGIES: dict[str, Callable[[], PEFTStrategy]] = {

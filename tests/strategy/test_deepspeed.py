@@ -193,10 +193,6 @@ class TestEveryStage:
         with pytest.raises(PEFTError, match=r"processes=2; this run has processes=4.*AdapterCheckpoint"):
             require_layout(path, 2, 4)
 
-    def test_an_adapter_in_pieces_is_not_saved(self, first: Run) -> None:
-        assert "AdapterCheckpoint" in first["refusal"]
-        assert not (first.out / "refused").exists()
-
 
 @pytest.mark.slow
 class TestMore:

@@ -345,7 +345,11 @@ class Biasless(Regression):
 @pytest.mark.parametrize(
     ("module", "method", "message"),
     [
-        (Regression, SeriesAdapter(target_modules=["net.0"], bottleneck=2), r"cannot be merged into a weight of 'net\.0'"),
+        (
+            Regression,
+            SeriesAdapter(target_modules=["net.0"], bottleneck=2),
+            r"cannot be merged into a weight of 'net\.0'",
+        ),
         (Biasless, BitFit(create_missing=True), r"gives 'net\.0' a bias"),
         (TiedLayers, LoRA(r=2, target_modules="net.0"), r"'net\.0' shares its weight"),
     ],
