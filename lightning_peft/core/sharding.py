@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -54,6 +54,16 @@ def from_kept_part(target: Tensor, part: Tensor) -> Tensor:
         return part
     mesh, placements, stride = target.device_mesh, target.placements, target.stride()
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=target.shape, stride=stride)
+
+
+def zero_part(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return what this process keeps of ``value``, a whole tensor, if ZeRO-3 cuts it up as it has ``parameter``.
+
+    All pieces are flat and of one size, the last ones filled up with zeros.
+    """
+    group, size = parameter.ds_process_group, parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    padding = dist.get_world_size(group) * size - value.numel()
+    return nn.functional.pad(value.flatten(), (0, padding)).narrow(0, dist.get_rank(group) * size, size)
 
 
 def in_zero_pieces(tensor: Tensor) -> bool:

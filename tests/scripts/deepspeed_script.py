@@ -82,6 +82,16 @@ class Late(Shared):
                 replace(parameter, value)
 
 
+class Odd(Shared):
+    """Three classes: a size that two processes do not divide."""
+
+    def build(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def loss(self, x: Tensor) -> Tensor:
+        return (self(x) - x[:, :3]).square().mean()
+
+
 class InjectsItself(Late):
     def configure_model(self) -> None:
         super().configure_model()
@@ -276,6 +286,9 @@ def every_stage(out: Path, record: Record, stage: int) -> int:
     fitted.fit_loop.max_epochs = 4
     fitted.fit(module, data)
     record.fitted(f"{tag}-again", fitted, module)
+    for kind, resume in (("odd", None), ("odd-resumed", out / "single-odd-two-directories" / "last")):
+        _, odd = fit(out, f"{tag}-{kind}", base(stage), module=Odd, resume=resume, **WHOLE, **TWO)
+        record.content[f"{tag}-{kind}"] = {**adapters(odd), **base_weights(odd.net[2])}
     unmerge(module)
     record.content[f"{tag}-unmerged"] = base_weights(module)
     eject(module)
