@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -27,14 +28,6 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def from_local_part(target: Tensor, part: Tensor) -> Tensor:
-    """Return the tensor that is ``target`` but for what this process holds, which is ``part``."""
-    if not isinstance(target, DTensor):
-        return part
-    mesh, placements, stride = target.device_mesh, target.placements, target.stride()
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=target.shape, stride=stride)
-
-
 def kept_part(parameter: Tensor) -> Tensor:
     """Return what this process holds of ``parameter`` when nothing is gathered, sharing memory with it.
 
@@ -46,6 +39,31 @@ def kept_part(parameter: Tensor) -> Tensor:
     parameter.partition()  # type: ignore[attr-defined]
     piece: Tensor = parameter.ds_tensor.detach()
     return piece
+
+
+def from_kept_part(target: Tensor, part: Tensor) -> Tensor:
+    """Return the tensor that is ``target`` but for what processes keep of it (:func:`kept_part`), which is ``part``.
+
+    It is in pieces as ``target`` is; under ZeRO-3 it is whole, and every process has to call this.
+    """
+    if hasattr(target, "ds_tensor"):
+        parts = [torch.empty_like(target.ds_tensor) for _ in range(dist.get_world_size(target.ds_process_group))]
+        dist.all_gather(parts, part.to(target.ds_tensor), group=target.ds_process_group)
+        return torch.cat(parts)[: target.ds_numel].view(full_shape(target))
+    if not isinstance(target, DTensor):
+        return part
+    mesh, placements, stride = target.device_mesh, target.placements, target.stride()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=target.shape, stride=stride)
+
+
+def zero_part(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return what this process keeps of ``value``, a whole tensor, if ZeRO-3 cuts it up as it has ``parameter``.
+
+    All pieces are flat and of one size, the last ones filled up with zeros.
+    """
+    group, size = parameter.ds_process_group, parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    padding = dist.get_world_size(group) * size - value.numel()
+    return nn.functional.pad(value.flatten(), (0, padding)).narrow(0, dist.get_rank(group) * size, size)
 
 
 def in_zero_pieces(tensor: Tensor) -> bool:

@@ -21,6 +21,7 @@ MARKER = "lightning_peft.json"
 """The file that makes a directory ours to overwrite."""
 
 _ASIDE = ".old"
+_ATTEMPTS = 100
 _MAX_JSON_BYTES = 16 * 2**20
 
 
@@ -50,7 +51,13 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _refuse_foreign(target: Path) -> None:
-    if target.exists() and not (target / MARKER).is_file() and not (target.is_dir() and not any(target.iterdir())):
+    try:
+        names = os.listdir(target)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        names = [target.name]
+    if names and MARKER not in names:
         raise PEFTError(
             f"{target} exists and was not written by lightning_peft: it is not overwritten. Choose another path, or "
             "remove it."
@@ -162,10 +169,17 @@ def _replace(staging: Path, target: Path) -> None:
     # No portable call exchanges two directories: the old one steps aside for the moment between two renames, and
     # `restore_interrupted` brings it back after a crash in that moment.
     aside = _aside(target)
-    shutil.rmtree(aside, ignore_errors=True)
-    if target.exists():
-        target.rename(aside)
-    staging.rename(target)
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            if target.exists():
+                target.rename(aside)
+            staging.rename(target)
+            break
+        except OSError:
+            # Processes that write one adapter to one path come in between each other's renames.
+            if not left or not staging.exists():
+                raise
     _fsync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
 

@@ -9,7 +9,6 @@ would not be its own. Adapter state alone is whole: frozen weights are never ask
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -137,7 +136,7 @@ def _into_merged(host: nn.Module, slot: Slot, state: State, prefix: str) -> None
             write(tensor, whole(value))
     host_name = clean_name(prefix.rstrip("."))
     try:
-        _, again = fold_into(host_name, host, adapter, {id(own[name]) for name in untied}, nullcontext, keep=True)
+        _, again = fold_into(host_name, host, adapter, {id(own[name]) for name in untied}, keep=True)
     except NotFiniteError:
         slot.merged = None  # what was loaded is there, beside the weight
         raise

@@ -22,6 +22,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.operations.inject import inject
+from lightning_peft.operations.shards import resharded
 from lightning_peft.targets.naming import targets_from
 
 _Factors = dict[str, tuple[Tensor, Tensor]]
@@ -74,7 +75,7 @@ def combine(
     Raises:
         PEFTError: An adapter does not exist or is no LoRA, or the arguments do not fit. Nothing has changed.
     """
-    view = ModelView(model)
+    view = resharded(model)
     required(view)
     found = adapted(view)
     _check_adapters(found, adapters, weights, name)

@@ -9,9 +9,9 @@ from torch import nn
 from lightning_peft.core.refusals import refuse_stand_in
 from lightning_peft.core.registry import required, restore_changed, trained_whole
 from lightning_peft.core.sharding import assign
-from lightning_peft.core.view import ModelView
 from lightning_peft.operations.inject import remove
 from lightning_peft.operations.merge import restore_weights
+from lightning_peft.operations.shards import resharded
 
 
 def eject(model: nn.Module) -> None:
@@ -22,7 +22,7 @@ def eject(model: nn.Module) -> None:
     Raises:
         PEFTError: There are no adapters.
     """
-    view = ModelView(model)
+    view = resharded(model)
     roots = required(view)
     refuse_stand_in(view, "eject")
     restore_weights(view)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -16,6 +15,7 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.sharding import in_zero_pieces, kept_part, whole, write
 from lightning_peft.core.weights import as_matrix, as_stored, is_transposed, weight_of, widened
 from lightning_peft.errors import NotFiniteError, PEFTError
+from lightning_peft.operations.shards import gathered
 
 
 def weight_names(adapter: Adapter) -> tuple[str, ...]:
@@ -28,7 +28,6 @@ def fold_into(
     host: nn.Module,
     adapter: Adapter,
     shared: Collection[int],
-    gathered: Callable[[nn.Module], AbstractContextManager[Any]],
     keep: bool,
 ) -> tuple[float, dict[str, Any]]:
     """Merge one host.
@@ -38,7 +37,6 @@ def fold_into(
         host: The adapted module.
         adapter: Its adapter.
         shared: Ids of parameters that belong to other modules too: ``host`` gets new ones in their place.
-        gathered: As for :func:`lightning_peft.operations.merge.merge`.
         keep: Whether to keep what :func:`restore` needs; without, a weight needs no more memory than its change.
 
     Returns:
@@ -54,7 +52,7 @@ def fold_into(
         key: weight if id(weight) in shared else kept_part(weight).to("cpu", copy=True) if keep else None
         for key, weight in weights.items()
     }
-    with gathered(host):
+    with gathered(*_owners(host, adapter)):
         whole_bias = None if bias is None else whole(bias)
         before = {key: whole(weight_of(host) if key == "weight" else host.get_parameter(key)) for key in weights}
         stored, new_bias, loss = _folded(name, host, _whole_adapter(adapter), before, whole_bias)
@@ -128,15 +126,13 @@ def restore(host: nn.Module, backup: dict[str, Any]) -> None:
         host.register_parameter("bias", None)
 
 
-def check_fold(
-    name: str, host: nn.Module, adapter: Adapter, gathered: Callable[[nn.Module], AbstractContextManager[Any]]
-) -> None:
+def check_fold(name: str, host: nn.Module, adapter: Adapter) -> None:
     """Check, at the cost of computing it, what :func:`fold_into` would give ``host``.
 
     Raises:
         NotFiniteError: It would hold NaN or infinity.
     """
-    with gathered(host):
+    with gathered(*_owners(host, adapter)):
         bias = host._parameters.get("bias")
         weights = {
             key: whole(weight_of(host) if key == "weight" else host.get_parameter(key)) for key in weight_names(adapter)
@@ -194,8 +190,18 @@ def _loss(weights: Iterable[tuple[Tensor, Tensor, Tensor]]) -> float:
 
 
 def _set(host: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(host.get_submodule(owner), leaf, parameter)
+    owner, leaf = _owner(host, name)
+    setattr(owner, leaf, parameter)
+
+
+def _owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return host.get_submodule(path), leaf
+
+
+def _owners(host: nn.Module, adapter: Adapter) -> list[nn.Module]:
+    """Return ``host`` and the modules in it whose parameters a merge changes."""
+    return [host, *(_owner(host, name)[0] for name in weight_names(adapter))]
 
 
 def _whole_adapter(adapter: Adapter) -> Adapter:

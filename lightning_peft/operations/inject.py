@@ -21,6 +21,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.by_hand import unwatch, watch
 from lightning_peft.operations.prepare import Prepared, changing_tensors, parameter_names, prepare, whole_modules
+from lightning_peft.operations.shards import resharded
 from lightning_peft.targets.frozen import frozen_apart
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -56,7 +57,7 @@ def inject(
     Raises:
         PEFTError: The method does not fit the model; the model is as it was before.
     """
-    view = ModelView(model)
+    view = resharded(model)
     methods = methods_of(method)
     registry = own_registry(view.module)
     if registry is not None and registry.methods.get(name) == methods:
@@ -119,7 +120,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
     Raises:
         PEFTError: There is no such adapter, or the model is merged.
     """
-    view = ModelView(model)
+    view = resharded(model)
     found = required(view)
     known = sorted({adapter for _, _, registry in found for adapter in registry.methods})
     if name not in known:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from lightning_peft.core.adapter import Adapter, Slot
 from lightning_peft.core.refusals import refuse_stand_in
@@ -20,6 +18,7 @@ from lightning_peft.core.weights import is_packed, weight_of
 from lightning_peft.errors import NotFiniteError, PEFTError
 from lightning_peft.operations.fold import check_fold, fold_into, restore, weight_names
 from lightning_peft.operations.inject import remove
+from lightning_peft.operations.shards import in_pieces, resharded
 from lightning_peft.targets.inner_models import transformers_models
 from lightning_peft.targets.plain import is_weighted, nature
 
@@ -51,48 +50,41 @@ class MergeReport:
 
 
 @torch.no_grad()
-def merge(
-    model: nn.Module,
-    *,
-    unload: bool = False,
-    gathered: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
-) -> MergeReport:
+def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
     """Fold the active adapters into the weights they adapt, computed in at least float32.
 
     A weight that is tied to another module's is untied first (its twin keeps the old values). Merging a merged model
-    does nothing. Until :func:`unmerge`, a copy of every adapted weight is kept in host memory.
+    does nothing. Until :func:`unmerge`, a copy of every adapted weight is kept in host memory. A model that is in
+    pieces on several processes is merged piece by piece: each of them has to call this, and the ones below.
 
     Args:
         model: A model with adapters.
         unload: Also remove the adapters for good, and keep no copies: the model is a plain one with the adapters'
             effect in its weights.
-        gathered: For weights that are in pieces in a way of their own (FSDP1, ZeRO-3): a context in which the
-            parameters of the module that it is called with are whole. The strategy passes it.
 
     Raises:
         PEFTError: There are no adapters; one holds NaN or infinity, or merged would make a weight hold it; ``unload``
             and one cannot be merged; or a weight that would have to be untied is in pieces. No weight has changed.
     """
-    view = ModelView(model)
+    view = resharded(model)
     roots = required(view)
     refuse_stand_in(view, "merge")
     active = [(n, h, s, a) for n, h, s in view.slots if isinstance(a := s.active_adapter, Adapter)]
-    todo = [found for found in active if can_merge(found[1], found[3], gathered is not nullcontext)]
+    todo = [found for found in active if can_merge(found[1], found[3])]
     kept = tuple(name for name, _, slot, _ in active if not any(slot is found[2] for found in todo))
     if unload and kept:
         raise PEFTError(_not_unloaded(kept[0], next(host for name, host, _, _ in active if name == kept[0])))
     _refuse_non_finite(todo)
-    if any(isinstance(p, DTensor) for _, host, _, adapter in todo for p in weights_of(host, adapter)):
+    if any(in_pieces(host) for _, host, _, _ in todo):
         refuse_ties(view)
-    if gathered is nullcontext:
-        _refuse_pieces(todo)
+    _refuse_pieces(todo)
     new = [found for found in todo if found[2].merged is None]
     if unload:
         # Without copies there is no way back: what each weight will be is worked out beforehand.
         for name, host, _, adapter in new:
-            check_fold(name, host, adapter, gathered)
+            check_fold(name, host, adapter)
     try:
-        losses = _fold_all(view, new, gathered, keep=not unload)
+        losses = _fold_all(view, new, keep=not unload)
     except NotFiniteError:
         _restore([(host, slot) for _, host, slot, _ in new])
         raise
@@ -112,7 +104,7 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         PEFTError: There are no adapters.
     """
-    view = ModelView(model)
+    view = resharded(model)
     required(view)
     restore_weights(view)
 
@@ -170,12 +162,7 @@ def _not_unloaded(name: str, host: nn.Module) -> str:
     )
 
 
-def _fold_all(
-    model: ModelView,
-    hosts: Sequence[_Host],
-    gathered: Callable[[nn.Module], AbstractContextManager[Any]],
-    keep: bool,
-) -> dict[str, float]:
+def _fold_all(model: ModelView, hosts: Sequence[_Host], keep: bool) -> dict[str, float]:
     """Merge ``hosts`` and return what rounding took, by name."""
     shared = model.shared
     losses: dict[str, float] = {}
@@ -186,29 +173,31 @@ def _fold_all(
             slot.merged = written[id(weights[0])]
             continue
         untied = set() if adapter.follows_ties else shared & {id(weight) for weight in weights}
-        losses[name], slot.merged = fold_into(name, host, adapter, untied, gathered, keep=keep)
+        losses[name], slot.merged = fold_into(name, host, adapter, untied, keep=keep)
         slot.merged["tied"] = _declare_untied(model) if untied else []
         written[id(weights[0])] = slot.merged
     return losses
 
 
-def can_merge(host: nn.Module, adapter: Adapter, in_pieces: bool) -> bool:
+def can_merge(host: nn.Module, adapter: Adapter) -> bool:
     """Whether ``adapter`` can be folded into a weight of ``host``, which may be in pieces."""
     # A weight may have been packed, or become one that is worked out from others, since the injection.
     if not adapter.mergeable or is_packed(host) or not _has_weights(host, adapter):
         return False
     # A parameter that comes new into a sharded module belongs to no shard.
     adds_bias = adapter.adds_bias and host._parameters.get("bias") is None
-    return not (adds_bias and (in_pieces or isinstance(weight_of(host), DTensor)))
+    return not (adds_bias and in_pieces(host))
 
 
 def _refuse_pieces(hosts: Sequence[_Host]) -> None:
     for name, host, _, _ in hosts:
+        if in_pieces(host):
+            continue
         if isinstance(host, nn.Linear) and weight_of(host).shape != (host.out_features, host.in_features):
             raise PEFTError(
                 f"The weight of {name!r} is in pieces on several processes ({list(weight_of(host).shape)} here), so it "
-                "cannot be merged into. The strategy does it at the end of training; or load the adapter into the base "
-                "model in one process and merge there."
+                "cannot be merged into. Leave the sharding to PEFTStrategy, or load the adapter into the base model in "
+                "one process and merge there."
             )
 
 

@@ -20,6 +20,7 @@ from lightning_peft.core.registry import required
 from lightning_peft.core.stand_in import stand_in
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.operations.shards import resharded
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def adapter_names(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
             several processes; a method does not act on rows by themselves. Within the context: a module is given
             another number of rows.
     """
-    view = ModelView(model)
+    view = resharded(model)
     names = _checked(view, names)
     distinct = list(dict.fromkeys(names))
     rows = torch.tensor([distinct.index(name) for name in names])

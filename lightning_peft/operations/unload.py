@@ -8,7 +8,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.operations.merge import can_merge, weights_of, why_kept
 
 
-def refuse_unloading(model: ModelView, in_pieces: bool) -> None:
+def refuse_unloading(model: ModelView) -> None:
     """Check that merging for good will leave a model whose state is that of one that is built anew.
 
     Raises:
@@ -23,7 +23,7 @@ def refuse_unloading(model: ModelView, in_pieces: bool) -> None:
         kind = type(adapter).__name__
         if adapter.adds_bias and host._parameters.get("bias") is None:
             reasons.append(f"{kind} gives {name!r} a bias, for which a model that is built anew has no place")
-        elif not can_merge(host, adapter, in_pieces):
+        elif not can_merge(host, adapter):
             reasons.append(f"{kind} cannot be merged into a weight of {name!r}{why_kept(host)}")
         elif not adapter.follows_ties and any(id(weight) in shared for weight in weights_of(host, adapter)):
             reasons.append(f"{name!r} shares its weight with another module, from which merging {kind} unties it")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,15 +17,14 @@ from lightning_peft.core.sharding import local_part, local_slices
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.files import inside, open_tensors, read_json
+from lightning_peft.operations.shards import gathered
 from lightning_peft.targets.inner_models import transformers_models
 
 _FILE = "model.safetensors"
 _INDEX = f"{_FILE}.index.json"
 
-Gathered = Callable[[nn.Module], AbstractContextManager[Any]]
 
-
-def load_base_weights(model: nn.Module, path: str | os.PathLike[str], *, gathered: Gathered = nullcontext) -> None:
+def load_base_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load the frozen weights of ``model`` from what ``save_pretrained`` wrote, one tensor at a time.
 
     For models that were built without weights (``trainer.init_module(empty_init=True)``): of a tensor that is sharded
@@ -37,7 +36,6 @@ def load_base_weights(model: nn.Module, path: str | os.PathLike[str], *, gathere
             holds one transformers model.
         path: A directory with ``model.safetensors``, or with its shards and their index. Transformers saves some
             architectures under the names of an older version: use ``save_pretrained(..., save_original_format=False)``.
-        gathered: A context in which the parameters of the module that it is called with are whole, for FSDP1.
 
     Raises:
         PEFTError: A file is missing or damaged, or its names (then nothing was loaded) or shapes are not the model's.
@@ -47,10 +45,10 @@ def load_base_weights(model: nn.Module, path: str | os.PathLike[str], *, gathere
     with ExitStack() as stack:
         files = list(_open_all(Path(path), stack))
         stored = {name: _Stored(file.get_slice(name)) for file in files for name in file.keys()}  # noqa: SIM118
-        fill(root, stored, str(path), gathered=gathered)
+        fill(root, stored, str(path))
 
 
-def fill(root: nn.Module, stored: Mapping[str, Any], source: str, *, gathered: Gathered = nullcontext) -> None:
+def fill(root: nn.Module, stored: Mapping[str, Any], source: str) -> None:
     """Copy ``stored``, whole tensors by name, into the base part of ``root``, which may be in pieces.
 
     Raises:

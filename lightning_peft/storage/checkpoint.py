@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_peft.core.adapter import CHILD, clean_name
 from lightning_peft.core.method import method_from_config
@@ -23,8 +21,9 @@ from lightning_peft.formats.distributed import is_sharded, read_sharded
 from lightning_peft.formats.files import atomic_directory, restore_interrupted
 from lightning_peft.operations.inject import inject, set_adapter
 from lightning_peft.operations.rest import freeze_rest
+from lightning_peft.operations.shards import in_pieces
 from lightning_peft.storage import fingerprint
-from lightning_peft.storage.base_weights import Gathered, fill
+from lightning_peft.storage.base_weights import fill
 from lightning_peft.storage.loading import read_adapters
 from lightning_peft.storage.readable import reading
 from lightning_peft.storage.saving import write_adapters
@@ -68,16 +67,13 @@ def finish(checkpoint: dict[str, Any], model: ModelView, full: bool) -> None:
         checkpoint["state_dict"] = {name: state[name] for name in saved_tensors(model)}
 
 
-def apply(
-    checkpoint: Mapping[str, Any], model: ModelView, strict: bool = True, gathered: Gathered = nullcontext
-) -> None:
+def apply(checkpoint: Mapping[str, Any], model: ModelView, strict: bool = True) -> None:
     """Load the model part of a checkpoint into ``model``, which has the same adapters and is not merged.
 
     Args:
         checkpoint: As it was read.
         model: The model.
         strict: Whether frozen weights, if the checkpoint has them, are to be exactly those of ``model``.
-        gathered: As for :func:`lightning_peft.operations.merge.merge`.
 
     Raises:
         PEFTError: It holds no adapters, other ones, or those of another base model.
@@ -97,7 +93,7 @@ def apply(
             stacklevel=2,
         )
     if base or saved.get("full"):
-        missing, extra = _apply_base(base, model, source, gathered)
+        missing, extra = _apply_base(base, model, source)
         if strict and saved.get("full") and (missing or extra):
             raise PEFTError(f"{source} does not fit the base model. Missing: {missing[:5]}. Superfluous: {extra[:5]}.")
     for prefix, _, registry in required(model):
@@ -112,12 +108,10 @@ def _in_base(model: ModelView, name: str) -> bool:
     return module is not None and (leaf in module._parameters or leaf in module._buffers)
 
 
-def _apply_base(
-    base: Mapping[str, Tensor], model: ModelView, source: str, gathered: Gathered
-) -> tuple[list[str], list[str]]:
+def _apply_base(base: Mapping[str, Tensor], model: ModelView, source: str) -> tuple[list[str], list[str]]:
     """Load ``base`` into the base part of ``model``; return what that has beyond it, and what it has beyond that."""
-    if gathered is not nullcontext or any(isinstance(p, DTensor) for p in model.parameters.values()):
-        fill(model.module, base, source, gathered=gathered)
+    if any(in_pieces(module) for _, module in model.walked):
+        fill(model.module, base, source)
         return [], []
     names = adapter_parameters_and_whole(model).keys()
     present = model.module.state_dict()

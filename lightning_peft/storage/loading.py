@@ -16,7 +16,7 @@ from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.refusals import refuse_merged
 from lightning_peft.core.registry import note_moved, registries
 from lightning_peft.core.seeding import parameters_left_empty
-from lightning_peft.core.sharding import assign, write
+from lightning_peft.core.sharding import assign, replace, whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats import hf, own
@@ -32,6 +32,7 @@ from lightning_peft.formats.files import (
 from lightning_peft.formats.pieces import take, whole_of
 from lightning_peft.operations.inject import inject_prepared, prepare_injection
 from lightning_peft.operations.prepare import Prepared, prepared_tensors
+from lightning_peft.operations.shards import resharded
 from lightning_peft.storage.fingerprint import refuse_other_base
 from lightning_peft.storage.saving import BESIDE_FILE, adapters_of, converted
 from lightning_peft.storage.state import (
@@ -56,7 +57,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str = 
         PEFTError: The directory is missing, damaged, holds NaN, or belongs to another base or method. The model is as
             it was before.
     """
-    view = ModelView(model)
+    view = resharded(model)
     refuse_merged(view, "load an adapter")
     directory = Path(path)
     restore_interrupted(directory)
@@ -133,7 +134,7 @@ class _Load:
         if self.prepared is not None:
             inject_prepared(self.model.part(self.prefix), self.prepared, self.name)
         for key, tensor in self.tensors.items():
-            write(self.targets[key], tensor)
+            replace(self.targets[key], tensor)
 
 
 def _present(model: ModelView, prefix: str, adapter: str) -> tuple[PEFTMethod, ...] | None:
@@ -189,7 +190,7 @@ def _load_beside(model: ModelView, beside: Mapping[str, Tensor]) -> None:
 
 def _refuse_changed_base(root: ModelView, copies: Mapping[str, Tensor], source: str) -> None:
     for name, tensor in copies.items():
-        present = root.parameters[name]
+        present = whole(root.parameters[name])
         if present.shape != tensor.shape or not torch.allclose(present.cpu(), tensor.to(present.dtype), atol=1e-6):
             raise PEFTError(
                 f"{source} brings its own {name} {list(tensor.shape)}, which is not the model's "

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_peft.core.adapter import CHILD, clean_name
-from lightning_peft.core.sharding import from_local_part
+from lightning_peft.core.sharding import from_kept_part
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.fold import merged_values, weight_names
@@ -26,7 +26,7 @@ def unmerged_state_dict(state: dict[str, Any], model: ModelView) -> dict[str, An
         for name, value in merged.items():
             if isinstance(value, Tensor):
                 parameter = host.get_parameter(name)
-                state.update(dict.fromkeys(names[id(parameter)], from_local_part(parameter, value.detach())))
+                state.update(dict.fromkeys(names[id(parameter)], from_kept_part(parameter, value.detach())))
         for alias in names[id(host.get_parameter("bias"))] if merged.get("added_bias") else ():
             del state[alias]
     return state

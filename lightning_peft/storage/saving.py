@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import CHILD, Adapter
 from lightning_peft.core.registry import changed, required
+from lightning_peft.core.sharding import map_tensors, whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats import hf, own
@@ -22,6 +23,7 @@ from lightning_peft.formats.files import (
     write_tensors,
 )
 from lightning_peft.formats.pieces import joined
+from lightning_peft.operations.shards import resharded
 from lightning_peft.storage.fingerprint import describe_base
 from lightning_peft.storage.parts import parts_of
 from lightning_peft.storage.state import (
@@ -38,7 +40,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str | 
 
     ``PeftModel.from_pretrained(base, path)`` reads that. Other methods, and several methods together, are written in a
     format of this package's own, which HF PEFT refuses. A LightningModule that holds one model gives that model's
-    adapter; one that holds several gives a subdirectory for each.
+    adapter; one that holds several gives a subdirectory for each. If a model is in pieces on several processes, each of
+    them has to call this, with one path or a path of its own.
 
     Args:
         model: A model with adapters, merged or not.
@@ -48,14 +51,15 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str | 
     Raises:
         PEFTError: There is no such adapter, or ``path`` cannot be written or is not ours to replace.
     """
-    view = ModelView(model)
+    view = resharded(model)
     found = required(view)
     name = name or found[0][2].active
     if not any(name in registry.methods for _, _, registry in found):
         known = sorted({adapter for _, _, registry in found for adapter in registry.methods})
         raise PEFTError(f"There is no adapter {name!r}. Adapters: {', '.join(known)}.")
+    state = map_tensors(adapter_state(view), whole)
     with atomic_directory(path) as directory:
-        write_adapters(directory, view, adapter_state(view), names=[name])
+        write_adapters(directory, view, state, names=[name])
 
 
 def write_adapters(

@@ -14,9 +14,10 @@ from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.refusals import refuse_merged
 from lightning_peft.core.registry import changed, required, trained_whole
-from lightning_peft.core.sharding import from_local_part, full_shape, in_zero_pieces, replace
+from lightning_peft.core.sharding import from_kept_part, full_shape, in_zero_pieces, replace, whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError, listed
+from lightning_peft.operations.shards import resharded
 from lightning_peft.storage.fingerprint import describe_base, refuse_other_base
 
 _VERSION = 1
@@ -39,12 +40,14 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the adapter state of ``model``: a part of its ``state_dict()``, with the same names and tensors.
 
     It holds every adapter's tensors, the parameters of the base that are trained whole, as they are without a merge,
-    and the base's persistent buffers that have changed since the injection. The tensors share memory with these.
+    and the base's persistent buffers that have changed since the injection. The tensors share memory with these. Of a
+    model that is in pieces on several processes they are pieces too (DTensors), or whole copies under ZeRO-3, where
+    each process has to call this.
 
     Raises:
-        PEFTError: There are no adapters, or they are in pieces that cannot be returned.
+        PEFTError: There are no adapters.
     """
-    return adapter_state(ModelView(model))
+    return adapter_state(resharded(model))
 
 
 def adapter_state(model: ModelView) -> dict[str, Tensor]:
@@ -55,12 +58,7 @@ def adapter_state(model: ModelView) -> dict[str, Tensor]:
     """
     required(model)
     parameters = saved_tensors(model)
-    if pieces := [name for name, parameter in parameters.items() if in_zero_pieces(parameter)]:
-        raise PEFTError(
-            f"ZeRO-3 has {pieces[0]!r} in pieces on several processes. Use trainer.save_checkpoint or "
-            "AdapterCheckpoint, and load_adapter in a process without DeepSpeed."
-        )
-    state = {name: parameter.detach() for name, parameter in parameters.items()}
+    state = {name: whole(p) if in_zero_pieces(p) else p.detach() for name, p in parameters.items()}
     state.update({name: value for name, value in values_before_merge(model).items() if name in state})
     return state
 
@@ -68,7 +66,7 @@ def adapter_state(model: ModelView) -> dict[str, Tensor]:
 def values_before_merge(model: ModelView) -> dict[str, Tensor]:
     """Return what merging replaced in the base's parameters, by clean name."""
     return {
-        f"{name}.{parameter}" if name else parameter: from_local_part(host.get_parameter(parameter), value.detach())
+        f"{name}.{parameter}" if name else parameter: from_kept_part(host.get_parameter(parameter), value.detach())
         for name, host, slot in model.slots
         for parameter, value in (slot.merged or {}).items()
         if isinstance(value, Tensor)

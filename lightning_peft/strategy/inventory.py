@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -16,7 +15,7 @@ from lightning_peft.core.registry import differs, moved, note_moved, registries,
 from lightning_peft.core.sharding import host_copy
 from lightning_peft.core.view import ModelView
 from lightning_peft.operations.frozen import FrozenWeights
-from lightning_peft.storage.base_weights import Gathered
+from lightning_peft.operations.shards import resharded
 from lightning_peft.strategy import refusals
 from lightning_peft.strategy.optim import held_parameters
 from lightning_peft.strategy.training import Training
@@ -26,8 +25,8 @@ class Inventory(Training):
     """Keeps the account of a model's tensors in a run: trained, changed, or as they were."""
 
     _full_checkpoints: bool
-    _gathered: Gathered = staticmethod(nullcontext)  # type: ignore[assignment]
-    """Called with a module, makes a context in which its parameters are whole."""
+    _leaves_frozen: ClassVar[bool] = True
+    """Whether the base strategy leaves frozen weights where they are, so that it shows if someone writes to them."""
 
     _built: Mapping[str, Tensor] = MappingProxyType({})
     """The buffers of a module without adapters as its constructor left them."""
@@ -51,15 +50,14 @@ class Inventory(Training):
     def _look(self) -> None:
         """Check what is trained, and look at the frozen weights as they are when training starts."""
         self._refuse_unsaved()
-        # Weights in pieces of the base strategy's own cannot be read here, or are cast and moved by it.
-        if self._gathered is nullcontext and not self._full_checkpoints:
-            self._frozen = FrozenWeights(ModelView(self._module))
+        if self._leaves_frozen and not self._full_checkpoints:
+            self._frozen = FrozenWeights(resharded(self._module))
 
     def on_train_start(self) -> None:
         """Check what hooks and callbacks have unfrozen since ``setup``."""
         super().on_train_start()
         self._refuse_unsaved()
-        view = ModelView(self._module)
+        view = resharded(self._module)
         known = {*self._held, *map(id, held_parameters(self.optimizers)), *(id(t) for _, t, _ in trained_whole(view))}
         if idle := [name for name, p in view.parameters.items() if p.requires_grad and id(p) not in known]:
             rank_zero_warn(
@@ -82,12 +80,12 @@ class Inventory(Training):
         """
         self._count = len(held_parameters(self.optimizers))
         if not self._full_checkpoints:
-            refusals.refuse_unsaved(self.optimizers, ModelView(self._module), self._held)
+            refusals.refuse_unsaved(self.optimizers, resharded(self._module), self._held)
 
     def _take_stock(self) -> None:
         """Check that what is trained will be saved, and note what else has changed."""
         self._refuse_unsaved()
-        view = ModelView(self._module)
+        view = resharded(self._module)
         written = sorted(self._written(view) - moved(view))
         note_moved(view, written)
         if written and not trains_everything(view):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import ClassVar, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -50,7 +49,7 @@ class Leaving(Inventory):
                 "merge_on_train_end='unload' was given with checkpoint='full', which writes merged weights, on a base "
                 "strategy that holds them in pieces. Use checkpoint='adapter', or base='ddp'."
             )
-        refuse_unloading(ModelView(self._module), in_pieces=self._gathered is not nullcontext)
+        refuse_unloading(ModelView(self._module))
 
     def on_train_end(self) -> None:
         """Merge. Lightning calls this last, after every checkpoint has been written."""
@@ -66,7 +65,7 @@ class Leaving(Inventory):
             )
             return
         try:
-            report = merge(self._module, unload=self._unloads, gathered=self._gathered)
+            report = merge(self._module, unload=self._unloads)
         except NotFiniteError as error:
             # The run has ended as it would without adapters: what diverged is for the user to see.
             rank_zero_warn(f"The adapters stay unmerged: the run has diverged. {error}")

@@ -26,6 +26,7 @@ from lightning_peft.formats.distributed import split_values
 from lightning_peft.operations.inject import inject
 from lightning_peft.operations.merge import is_merged, unmerge
 from lightning_peft.operations.rest import freeze_rest
+from lightning_peft.operations.shards import resharded
 from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage import plain
 from lightning_peft.storage.base_weights import load_base_weights
@@ -116,7 +117,7 @@ class Lifecycle(WritesDirectories, Leaving):
         # Merged weights hold what the adapters learnt.
         merged = is_merged(self._module) or was_unloaded(ModelView(self._module))
         if self._base_weights is not None and not merged:
-            load_base_weights(self._module, self._base_weights, gathered=self._gathered)
+            load_base_weights(self._module, self._base_weights)
             remember_buffers(ModelView(self._module), again=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -170,6 +171,7 @@ class Lifecycle(WritesDirectories, Leaving):
 
     def _prepare(self, trainer: pl.Trainer) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING
+        resharded(self._module)  # also for optimizers, which would hold gathered copies
         if self._is_plain:
             if self._held_back is not None:
                 files.refuse_other_base(self._held_back[0], ModelView(self._module))
@@ -201,8 +203,8 @@ class Lifecycle(WritesDirectories, Leaving):
             self._held_back = None
 
     def _apply(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
-        view = ModelView(self._module)
-        files.apply(checkpoint, view, strict, self._gathered)
+        view = resharded(self._module)
+        files.apply(checkpoint, view, strict)
         if self._module.trainer.state.fn == TrainerFn.FITTING:
             # The hook in which a module switches may not be called again in the middle of an epoch.
             files.activate(checkpoint, view)

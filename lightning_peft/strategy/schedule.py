@@ -11,8 +11,8 @@ from torch import nn
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.registry import adapted
-from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.operations.shards import resharded
 
 
 def has_schedule(methods: Sequence[PEFTMethod]) -> bool:
@@ -58,7 +58,7 @@ def after_step(model: nn.Module, step: int, total_steps: int | None) -> None:
 
 def _taking_part(model: nn.Module) -> Iterator[tuple[PEFTMethod, dict[str, Adapter]]]:
     """Yield the methods of the active adapter, and of others that got gradients, with its parts by name of the host."""
-    view = ModelView(model)
+    view = resharded(model)
     for prefix, _, registry in adapted(view):
         slots = view.part(prefix).slots
         for name, methods in registry.methods.items():

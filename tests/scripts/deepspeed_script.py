@@ -19,7 +19,7 @@ from modules import Halving, Llama, Regression, inputs, loader, trainer
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from lightning_peft import DoRA, LoRA, PEFTMethod, PEFTStrategy, eject, inject, save_adapter, unmerge
+from lightning_peft import DoRA, LoRA, PEFTMethod, PEFTStrategy, eject, inject, unmerge
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.callbacks.summary import summary_table
@@ -80,6 +80,16 @@ class Late(Shared):
             self.net = Regression().net
             for parameter, value in zip(self.net.parameters(), self.values, strict=True):
                 replace(parameter, value)
+
+
+class Odd(Shared):
+    """Three classes: a size that two processes do not divide."""
+
+    def build(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def loss(self, x: Tensor) -> Tensor:
+        return (self(x) - x[:, :3]).square().mean()
 
 
 class InjectsItself(Late):
@@ -276,8 +286,9 @@ def every_stage(out: Path, record: Record, stage: int) -> int:
     fitted.fit_loop.max_epochs = 4
     fitted.fit(module, data)
     record.fitted(f"{tag}-again", fitted, module)
-    if stage == 3:
-        record.content["refusal"] = error(lambda: save_adapter(module, out / "refused"))
+    for kind, resume in (("odd", None), ("odd-resumed", out / "single-odd-two-directories" / "last")):
+        _, odd = fit(out, f"{tag}-{kind}", base(stage), module=Odd, resume=resume, **WHOLE, **TWO)
+        record.content[f"{tag}-{kind}"] = {**adapters(odd), **base_weights(odd.net[2])}
     unmerge(module)
     record.content[f"{tag}-unmerged"] = base_weights(module)
     eject(module)

@@ -26,6 +26,7 @@ from lightning_peft import LoRA, PEFTStrategy, eject
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.core.sharding import local_part, whole
 from lightning_peft.operations.merge import is_merged
+from lightning_peft.operations.shards import gathered
 
 
 class CPUFSDPStrategy(FSDPStrategy):
@@ -207,10 +208,9 @@ def go_on(out: Path, base: str, devices: int) -> None:
     fitted.fit_loop.max_epochs = 3
     fitted.fit(module, loader(batch_size=8), ckpt_path=out / "on-directories" / "last")
     eject(module)
-    with_whole = fitted.strategy._gathered
     for name, original in originals.items():
         host = module.get_submodule(name.rpartition(".")[0])
-        with with_whole(host):
+        with gathered(host):
             assert torch.equal(whole(host.get_parameter(name.rpartition(".")[2])), original), name
     if fitted.is_global_zero:
         torch.save(losses, out / "on.pt")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,18 @@ def test_a_crash_between_the_two_renames_is_mended(directory: Path) -> None:
     model, inputs = build("llama")
     load_adapter(model, directory)
     assert torch.equal(outputs(model, inputs), outputs(adapted(), inputs))
+
+
+def test_several_write_one_directory_at_once(tmp_path: Path) -> None:
+    """As the processes of a run do that all call save_adapter."""
+
+    def write(number: int) -> None:
+        with files.atomic_directory(tmp_path / "adapter") as directory:
+            (directory / files.MARKER).write_text("{}")
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(write, range(400)))
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
 MODES = {"read-only": 0o555, "closed": 0o000}

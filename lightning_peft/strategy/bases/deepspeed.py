@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.core.adapter import CHILD, clean_name, restore_hooks
+from lightning_peft.core.adapter import clean_name, restore_hooks
 from lightning_peft.core.registry import registries, several_adapters
 from lightning_peft.core.sharding import gathered, kept_part, whole
 from lightning_peft.core.view import ModelView
@@ -44,6 +44,7 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
     """What ``PEFTStrategy`` does differently on ``DeepSpeedStrategy``."""
 
     _has_whole_weights = False
+    _leaves_frozen = False
     config: dict[str, Any]
     _engine: Any = None
     """DeepSpeed's engine of this run, or of the last one."""
@@ -168,10 +169,6 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
                 _cast(parameter, values[name].dtype)
                 with gathered([parameter]):
                     parameter.data.copy_(values[name])
-
-    def _gathered(self, host: nn.Module) -> AbstractContextManager[Any]:
-        slot = host._modules.get(CHILD)
-        return gathered([*host.parameters(recurse=False), *(slot.parameters() if slot is not None else ())])
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint of DeepSpeed's, or one that another base strategy reads too."""

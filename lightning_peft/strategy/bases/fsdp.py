@@ -7,22 +7,20 @@ adapters inside would cost the gradient traffic of the entire model. So they are
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import FSDPStrategy
-from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp._runtime_utils import _reshard
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
-from lightning_peft.operations.merge import is_merged, refuse_ties
+from lightning_peft.operations.merge import refuse_ties
+from lightning_peft.operations.shards import keep_units, resharded
 from lightning_peft.storage.base_weights import allocate, has_meta, materialise
 from lightning_peft.storage.fingerprint import record_base
 from lightning_peft.storage.state import adapter_parameters_and_whole
@@ -33,6 +31,7 @@ from lightning_peft.strategy.bases.sharded import OnShards
 class OnFSDP(OnShards, PlainState, FSDPStrategy):
     """What ``PEFTStrategy`` does differently on ``FSDPStrategy``."""
 
+    _leaves_frozen = False
     _wrapped: FullyShardedDataParallel | None = None
 
     @property
@@ -102,7 +101,7 @@ class OnFSDP(OnShards, PlainState, FSDPStrategy):
             self.kwargs = given
         assert isinstance(wrapped, FullyShardedDataParallel)
         self._wrapped = wrapped
-        wrapped.register_forward_hook(self._reshard_merged)
+        keep_units(wrapped)
         with FullyShardedDataParallel.summon_full_params(wrapped, recurse=False):
             pass  # The first unit that is gathered takes itself for the outermost one.
         self._load_base_weights()
@@ -111,27 +110,21 @@ class OnFSDP(OnShards, PlainState, FSDPStrategy):
         super()._apply_held_back()
         return wrapped
 
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Average the gradients, and give modules their parameters back if nothing is sharded (one process).
+
+        Where backward did not reach, torch would take the tensors that modules read for new parameters.
+        """
+        super().post_backward(closure_loss)
+        assert self._wrapped is not None
+        if self._wrapped.sharding_strategy is ShardingStrategy.NO_SHARD:
+            resharded(self._module)
+
     def _materialise(self, initialise: Callable[[nn.Module], None] | None, module: nn.Module) -> None:
         if initialise is not None and has_meta(module):
             initialise(module)
         else:
             allocate(module, self.root_device, initialise=self._base_weights is None)
-
-    def _reshard(self) -> None:
-        for unit in FullyShardedDataParallel.fsdp_modules(self._wrapped) if self._wrapped is not None else ():
-            if unit._handle is not None and unit._handle.uses_sharded_strategy:
-                _reshard(unit, unit._handle, True)
-
-    def _reshard_merged(self, *_: Any) -> None:
-        # Without a backward pass FSDP keeps the outermost unit gathered: what unmerge or eject write would be lost.
-        if not torch.is_grad_enabled() and is_merged(self._module):
-            self._reshard()
-
-    def _gathered(self, host: nn.Module) -> AbstractContextManager[Any]:  # type: ignore[override]
-        if self._wrapped is None or not self._is_wrapped:
-            return nullcontext()
-        units = [unit for unit in FullyShardedDataParallel.fsdp_modules(self._wrapped) if host in unit.modules()]
-        return FullyShardedDataParallel.summon_full_params(units[-1], recurse=False)
 
 
 def _refuse_wrapped(module: nn.Module) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lightning_peft.core.adapter import Adapter
@@ -66,11 +65,6 @@ class OnModelParallel(OnShards, PlainState, ModelParallelStrategy):
         super()._place_adapters()
         record_base(ModelView(self._module))
 
-    def _reshard(self) -> None:
-        for module in self._module.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-
     def _replicated(self) -> list[tuple[list[nn.Parameter], Any]]:
         trained = [p for p in self._module.parameters() if p.requires_grad]
         return [
@@ -78,11 +72,6 @@ class OnModelParallel(OnShards, PlainState, ModelParallelStrategy):
             # FSDP2 averages the gradients of what it shards.
             ([p for p in trained if _is_split_only(p)], self.device_mesh[_DATA].get_group()),
         ]
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return what is saved of the module, in its shards."""
-        self._reshard()
-        return super().lightning_module_state_dict()
 
 
 def _is_shared(module: nn.Module) -> bool:

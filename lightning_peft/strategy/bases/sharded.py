@@ -43,10 +43,6 @@ class OnShards(Lifecycle):
             for parameters, group in self._replicated():
                 average_gradients(parameters, group)
 
-    def _reshard(self) -> None:
-        """Bring every parameter back to its shards: after evaluation some stay gathered, and writes get lost."""
-        raise TypeError(f"{type(self).__name__} does not say how to reshard")
-
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return what is saved of the module.
 
@@ -59,16 +55,6 @@ class OnShards(Lifecycle):
                 "they are without them cannot be gathered. Call unmerge(module) first, or save adapters only."
             )
         return super().lightning_module_state_dict()
-
-    def on_train_end(self) -> None:
-        """Merge, shard by shard."""
-        self._reshard()
-        super().on_train_end()
-
-    def teardown(self) -> None:
-        """Leave the module in shards, so that it can be unmerged or ejected."""
-        self._reshard()
-        super().teardown()
 
     def _replicated(self) -> list[tuple[list[nn.Parameter], Any]]:
         """Return lists of trained parameters with the process group to average the gradients of each over."""

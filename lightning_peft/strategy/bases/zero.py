@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.core.sharding import full_shape
+from lightning_peft.core.sharding import full_shape, zero_part
 from lightning_peft.strategy.optim import parameter_names, state_by_name, state_by_position
 
 
@@ -29,6 +29,7 @@ class ZeroState:
         self._engine, self._groups, self._module = engine, groups, module
         self._device = engine.device
         self._parameters = [parameter for group in groups for parameter in group]
+        self._in_pieces = engine.zero_optimization_stage() == 3
 
     @property
     def _optimizer(self) -> Optimizer:
@@ -49,9 +50,13 @@ class ZeroState:
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set the float32 copy of ``parameter``."""
-        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-        safe_set_full_fp32_param(parameter, value.to(self._device))
+        if self._in_pieces:
+            # DeepSpeed cuts up a whole value as if all processes' pieces were full.
+            safe_set_local_fp32_param(parameter, zero_part(parameter, value.to(self._device)))
+        else:
+            safe_set_full_fp32_param(parameter, value.to(self._device))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state by parameter name."""
@@ -78,7 +83,7 @@ class ZeroState:
         Raises:
             PEFTError: The groups hold other parameters than they did, or there is no state to go on from.
         """
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         state = state_by_position(self._by_parameter(), saved, self._module)
         for group, old in zip(self._optimizer.param_groups, state["param_groups"], strict=True):
@@ -96,7 +101,11 @@ class ZeroState:
         self._link()
         for parameter, entry in entries.items():
             for key in keys:
-                safe_set_full_optimizer_state(parameter, entry[key].to(self._device), key)
+                value = entry[key].to(self._device)
+                if self._in_pieces:
+                    safe_set_local_optimizer_state(parameter, zero_part(parameter, value), key)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, key)
 
     def _link(self) -> None:
         """Tell parameters where their state lies.
@@ -105,7 +114,7 @@ class ZeroState:
         """
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-        if self._engine.zero_optimization_stage() < 3:
+        if not self._in_pieces:
             for own, flat in zip(self._groups, self._flat_tensors(), strict=True):
                 lazy_init_hp_params_optimizer_state(own, flat, self._optimizer.state)
 
@@ -116,7 +125,7 @@ class ZeroState:
 
     def _flat_tensors(self) -> Iterator[Any]:
         """Yield what the optimizer steps: this process's share of each group, under ZeRO-3 in one tensor or more."""
-        if self._engine.zero_optimization_stage() == 3:
+        if self._in_pieces:
             yield from self._engine.optimizer.fp32_partitioned_groups_flat
         else:
             yield from (flat for group in self._optimizer.param_groups for flat in group["params"])

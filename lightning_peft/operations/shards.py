@@ -1,0 +1,81 @@
+"""A model that is cut up over processes, while nothing runs: every parameter in its shards, or one module's whole.
+
+After a forward pass without gradients, FSDP leaves its outermost unit gathered: what is then written to the parameters
+is written to copies, and lost when the shards are gathered anew. So whatever reads or writes a model between steps
+looks at it with :func:`resharded`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _reshard
+from torch.distributed.tensor import DTensor
+
+from lightning_peft.core import sharding
+from lightning_peft.core.adapter import CHILD
+from lightning_peft.core.view import ModelView
+from lightning_peft.errors import PEFTError
+
+_UNIT = "_peft_fsdp_unit"
+_GATHERED_BY_USER = "_ds_z3_gathered_param_context_depth"
+
+
+def resharded(model: nn.Module) -> ModelView:
+    """Put all parameters of ``model`` back into their shards, and look at it.
+
+    Raises:
+        PEFTError: Parameters are gathered by hand, for as long as a context lasts.
+    """
+    view = ModelView(model)
+    for _, module in view.walked:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    units = (module.__dict__.get(_UNIT) for _, module in view.walked)
+    for unit in dict.fromkeys(unit for unit in units if unit is not None):
+        # A training step runs within the forward pass of the outermost unit.
+        if unit._handle is not None and unit.training_state.name == "IDLE":
+            _reshard(unit, unit._handle, unit._handle.uses_sharded_strategy)
+    if held := [name for name, parameter in view.parameters.items() if hasattr(parameter, _GATHERED_BY_USER)]:
+        raise PEFTError(
+            f"{held[0]!r} is gathered by `with deepspeed.zero.GatheredParameters(…)`. Leave that context first: "
+            "lightning_peft gathers what it needs itself, one module at a time."
+        )
+    return view
+
+
+def keep_units(wrapped: FullyShardedDataParallel) -> None:
+    """Let every module in ``wrapped`` know the unit of FSDP1 that has its parameters: no module knows its wrapper."""
+    for unit in FullyShardedDataParallel.fsdp_modules(wrapped):  # the innermost last
+        for module in unit.modules():
+            module.__dict__[_UNIT] = unit
+
+
+def unit_of(module: nn.Module) -> FullyShardedDataParallel | None:
+    """Return the unit of FSDP1 that has cut up the parameters of ``module``, if there is one."""
+    unit: FullyShardedDataParallel | None = module.__dict__.get(_UNIT)
+    return unit if unit is not None and unit._handle is not None and unit._handle.uses_sharded_strategy else None
+
+
+def in_pieces(module: nn.Module) -> bool:
+    """Whether the parameters of ``module`` itself are, between steps, in pieces on several processes."""
+    own = module.parameters(recurse=False)
+    return unit_of(module) is not None or any(isinstance(p, DTensor) or hasattr(p, "ds_tensor") for p in own)
+
+
+@contextmanager
+def gathered(*modules: nn.Module) -> Iterator[None]:
+    """Within it the parameters of each of ``modules`` itself, and of its adapters, are whole, unless they are DTensors.
+
+    Every process has to enter it. What is written to the parameters is kept.
+    """
+    slots = [slot for module in modules if (slot := module._modules.get(CHILD)) is not None]
+    parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+    with ExitStack() as stack:
+        for unit in dict.fromkeys(unit for module in modules if (unit := unit_of(module)) is not None):
+            stack.enter_context(FullyShardedDataParallel.summon_full_params(unit, recurse=False))
+        stack.enter_context(sharding.gathered([*parameters, *(p for slot in slots for p in slot.parameters())]))
+        yield
