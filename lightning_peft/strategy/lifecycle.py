@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_peft.callbacks.averaging import average_what_is_trained
 from lightning_peft.callbacks.checkpoint import WritesDirectories
 from lightning_peft.callbacks.summary import PEFTSummary
 from lightning_peft.core.registry import own_registry, registries, remember_buffers, was_unloaded
@@ -64,6 +65,11 @@ class Lifecycle(WritesDirectories, Leaving):
         """Attach the module; a trainer need not be there yet."""
         super().connect(model)
         self._is_set_up, self._held_back = False, None
+
+    def setup_environment(self) -> None:
+        """Set processes up. All callbacks are known by now, and none has been set up."""
+        super().setup_environment()
+        average_what_is_trained(self._module.trainer.callbacks, self)  # type: ignore[attr-defined]
 
     def inject(self) -> None:
         """Inject the adapters into the connected module; does nothing if it has some already.
@@ -148,7 +154,6 @@ class Lifecycle(WritesDirectories, Leaving):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, PEFTSummary) for callback in callbacks):
             callbacks.insert(0, PEFTSummary())
-        refusals.refuse_averaging(trainer)
         restores = self._held_back is not None
         self.precision_plugin = plugin = self.precision_plugin
         convert = plugin.convert_module

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
@@ -20,20 +20,6 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.operations.prepare import whole_modules
 from lightning_peft.storage.state import adapter_parameters_and_whole
 from lightning_peft.strategy.optim import held_parameters
-
-
-def refuse_averaging(trainer: pl.Trainer) -> None:
-    """Check that no callback averages weights.
-
-    Raises:
-        PEFTError: One does, of a copy of the model that was made before there were adapters.
-    """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
-            raise PEFTError(
-                f"{type(callback).__name__} copies the model before adapters are injected and would average the frozen "
-                "weights. Leave it out of the callbacks."
-            )
 
 
 def refuse_unsaved(optimizers: Iterable[Optimizer], model: ModelView, known: Mapping[int, str]) -> None:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
@@ -38,7 +39,9 @@ class Training(Strategy):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         """Call ``configure_optimizers`` and restrict what it returned to what is trained."""
         super().setup_optimizers(trainer)
-        self._restrict(self.optimizers, [config.scheduler for config in self.lr_scheduler_configs])
+        # SWA sets learning rates too, and may have been given one for each group of the user's.
+        swa = [c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging)]  # type: ignore[attr-defined]
+        self._restrict(self.optimizers, [*(config.scheduler for config in self.lr_scheduler_configs), *swa])
         if has_schedule(self.methods):
             self._total_steps = steps = known_steps(self.methods, trainer.estimated_stepping_batches)
             if steps is not None and self._is_real_run():

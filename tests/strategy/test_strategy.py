@@ -5,7 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -524,10 +524,3 @@ def test_workers_that_build_the_model_warn_in_the_main_process(tmp_path: Path) -
     assert isinstance(run.strategy, PEFTStrategy)
     with pytest.warns(UserWarning, match="built by configure_model in the worker processes"):
         PEFTMultiProcessingLauncher(run.strategy, "spawn")._inject(module)
-
-
-@pytest.mark.parametrize("callback", [WeightAveraging(), StochasticWeightAveraging(0.1)])
-def test_weight_averaging_is_refused(tmp_path: Path, callback: Callback) -> None:
-    run = trainer(tmp_path, callbacks=[callback], enable_checkpointing=False)
-    with pytest.raises(PEFTError, match=f"{type(callback).__name__}.*Leave it out"):
-        run.fit(Regression(), loader())
