@@ -45,7 +45,7 @@ def average_what_is_trained(callbacks: Iterable[Callback], strategy: Strategy) -
                 f"{type(callback).__name__} averages what every process holds whole, but {type(strategy).__name__} has "
                 "what is trained in pieces. Leave it out of the callbacks, or use another base, such as 'ddp'."
             )
-        callback.__class__ = _class_for(type(callback), ours)  # type: ignore[assignment]
+        callback.__class__ = _class_for(type(callback), ours)  # type: ignore[assignment, arg-type]
 
 
 class Trained(pl.LightningModule):

@@ -166,7 +166,7 @@ def _module(model: _Setting | None) -> nn.Module:
     for task, auto_class in _TASKS.items():
         if issubclass(kind, task) and "model" in options:
             changes = {key: options[key] for key in ("dtype", "num_labels") if options.get(key) is not None}
-            stand_in = type(kind.__name__, (nn.Module,), {"train_also": getattr(kind, "train_also", ())})()
+            stand_in: nn.Module = type(kind.__name__, (nn.Module,), {"train_also": getattr(kind, "train_also", ())})()
             stand_in.add_module("model", meta_model(options["model"], auto_class, **changes))
             return stand_in
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError

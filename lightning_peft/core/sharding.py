@@ -47,9 +47,10 @@ def from_kept_part(target: Tensor, part: Tensor) -> Tensor:
     It is in pieces as ``target`` is; under ZeRO-3 it is whole, and every process has to call this.
     """
     if hasattr(target, "ds_tensor"):
-        parts = [torch.empty_like(target.ds_tensor) for _ in range(dist.get_world_size(target.ds_process_group))]
-        dist.all_gather(parts, part.to(target.ds_tensor), group=target.ds_process_group)
-        return torch.cat(parts)[: target.ds_numel].view(full_shape(target))
+        of_zero: Any = target
+        parts = [torch.empty_like(of_zero.ds_tensor) for _ in range(dist.get_world_size(of_zero.ds_process_group))]
+        dist.all_gather(parts, part.to(of_zero.ds_tensor), group=of_zero.ds_process_group)
+        return torch.cat(parts)[: of_zero.ds_numel].view(full_shape(target))
     if not isinstance(target, DTensor):
         return part
     mesh, placements, stride = target.device_mesh, target.placements, target.stride()

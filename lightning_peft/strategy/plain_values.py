@@ -112,7 +112,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return False
     if isinstance(value, Mapping):
         return not parts or all(_fits(item, parts[-1]) for item in value.values())
-    return not parts or all(any(_fits(item, part) for part in parts) for item in value)
+    items: Any = value
+    return not parts or all(any(_fits(item, part) for part in parts) for item in items)
 
 
 def _shortened(value: Any) -> str:

@@ -87,7 +87,8 @@ def _enlarged(model: ModelView) -> Iterator[tuple[Any, int, int]]:
     """Yield the embeddings that have more rows than the checkpoint of their model, with the sizes of both."""
     for module in transformers_models(model).values():
         before = _rows_in_checkpoint(cast(Any, module).config)
-        for embedding in (input_embedding(module), cast(Any, module).get_output_embeddings()):
+        embeddings: tuple[Any, Any] = (input_embedding(module), cast(Any, module).get_output_embeddings())
+        for embedding in embeddings:
             if before is not None and embedding is not None and (now := full_shape(embedding.weight)[0]) > before:
                 yield embedding, before, now
 

@@ -120,8 +120,9 @@ def _plain(module: nn.Module, x: Tensor) -> Tensor:
         # Gemma's and BART's multiply what they look up.
         return functional.embedding(x, weight) * getattr(module, "embed_scale", 1.0)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        kind = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind))
-        return kind._conv_forward(module, x, weight, bias)
+        kind: Any = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind))
+        convolved: Tensor = kind._conv_forward(module, x, weight, bias)
+        return convolved
     return functional.linear(x, weight.T if is_conv1d(module) else weight, bias)
 
 

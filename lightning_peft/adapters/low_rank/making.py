@@ -85,7 +85,8 @@ class Maker:
             least_in, least_out = sizes.get(name, (d_in, d_out))
             sizes[name] = min(d_in, least_in), min(d_out, least_out)
         found = {weight: self._rank_and_scale(name, sizes[name]) for weight, name in weights.items()}
-        ranks, scales = ({weight: pair[i] for weight, pair in found.items()} for i in (0, 1))
+        ranks = {weight: r for weight, (r, _) in found.items()}
+        scales = {weight: scale for weight, (_, scale) in found.items()}
         return self._frozen(OwnWeightsLoRAAdapter(module, ranks, scales, self.init, self.seed, host))
 
     def remarks(self, made: Mapping[str, Adapter]) -> Iterator[str]:
