@@ -134,8 +134,8 @@ def refuse_other_base(
     if other := _other_parts(_distances(ours["frozen"], theirs["frozen"])):
         raise PEFTError(
             f"{source} was written beside another {other[0]!r}. It was frozen, so it is not in there, and here it has "
-            f"other values. Give it the same ones; if it was drawn at random, train it with train_also=[{other[0]!r}], or "
-            "save it with checkpoint='full'."
+            "other values. Give it the same ones; if they were drawn at random, save them with checkpoint='full', or train "
+            f"them with train_also=[{other[0]!r}]."
         )
 
 
