@@ -134,8 +134,8 @@ def refuse_other_base(
     if other := _other_parts(_distances(ours["frozen"], theirs["frozen"])):
         raise PEFTError(
             f"{source} was written beside another {other[0]!r}. It was frozen, so it is not in there, and here it has "
-            "other values. Give the module the same; or, if it was new and random, train it with the adapter: "
-            f"train_also=[{other[0]!r}]."
+            "other values. Give it the same ones; if they were drawn at random, save them with checkpoint='full', or "
+            f"train them with train_also=[{other[0]!r}]."
         )
 
 

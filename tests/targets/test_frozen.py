@@ -17,6 +17,7 @@ from lightning_peft import (
     Compacter,
     LayerNormTuning,
     LoRA,
+    PEFTError,
     PEFTStrategy,
     SeriesAdapter,
     eject,
@@ -159,6 +160,9 @@ def test_what_setup_freezes_is_left_alone_by_load_from_checkpoint(tmp_path: Path
     run.fit(module, loader())
     run.save_checkpoint(tmp_path / "one.ckpt")
     assert not [name for name, _ in module.reward.named_parameters() if "peft" in name]
+    with pytest.raises(PEFTError, match="beside another 'reward"):
+        Reward.load_from_checkpoint(tmp_path / "one.ckpt")
+    torch.manual_seed(0)
     loaded = Reward.load_from_checkpoint(tmp_path / "one.ckpt")
     torch.testing.assert_close(loaded(inputs()), module(inputs()), rtol=1e-5, atol=1e-5)
 
