@@ -8,23 +8,26 @@ from typing import ClassVar
 
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
-from lightning_peft.errors import PEFTError
 
 
 @dataclass(frozen=True, kw_only=True)
 class FullFinetuning(PEFTMethod):
-    """Train every parameter that the model itself trains. A copy of the old values is kept in host memory for eject."""
+    """Train every parameter that the model itself trains. A copy of the old values is kept in host memory for eject.
+
+    What a callback or a hook unfreezes later is trained and saved as well.
+    """
 
     name: ClassVar[str] = "full_finetuning"
     hosts: ClassVar[str] = "everything"
     count: ClassVar[str] = "all"
+    everything: ClassVar[bool] = True
 
     def trained(self, model: ModelView) -> Iterable[str]:
         """Return the parameters that are not frozen in ``model`` already."""
         found = [name for name, p in model.parameters.items() if p.requires_grad and p.is_floating_point()]
         if not found:
-            raise PEFTError(
-                f"FullFinetuning: every parameter of this {model.kind} is frozen (requires_grad=False), or "
-                "holds no floating-point numbers. Unfreeze what is to be trained, or take another method."
+            model.remark(
+                f"FullFinetuning: every parameter of this {model.kind} is frozen (requires_grad=False), or holds no "
+                "floating-point numbers: nothing is trained until something is unfrozen."
             )
         return found

@@ -45,7 +45,7 @@ def prepare(model: ModelView, methods: tuple[PEFTMethod, ...], whole: dict[str, 
         selected = method.select(model)
         hosts = {host: module for host, module in selected.items() if id(module) not in inside}
         trained = list(method.trained(model))
-        if not hosts and not trained:
+        if not (hosts or trained or method.everything):
             reason = "train_also trains every module that it selects whole" if selected else "it selects nothing"
             raise PEFTError(f"{method} has nothing to do in this {model.kind}: {reason}.")
         if twice := [host for host in hosts if host in owners]:

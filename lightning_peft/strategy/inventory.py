@@ -51,7 +51,11 @@ class Inventory(Training):
         """Check what is trained, and look at the frozen weights as they are when training starts."""
         self._refuse_unsaved()
         if self._leaves_frozen and not self._full_checkpoints:
-            self._frozen = FrozenWeights(resharded(self._module))
+            view = resharded(self._module)
+            self._frozen = FrozenWeights(view)
+            if trains_everything(view):
+                # What is frozen may be unfrozen later: checkpoints are those of a run without this package.
+                note_moved(view, view.parameters.keys() - {name for name, _, _ in trained_whole(view)})
 
     def on_train_start(self) -> None:
         """Check what hooks and callbacks have unfrozen since ``setup``."""

@@ -196,7 +196,7 @@ class Lifecycle(WritesDirectories, Leaving):
             self._stepped, self._ran = set(), set()
             self._slots = [slot for _, _, slot in ModelView(self._module).slots]
             self._set_modes()
-            refusals.refuse_freezing(trainer, ModelView(self._module))
+            refusals.refuse_freezing(trainer, ModelView(self._module), self._leaves_frozen)
             for text in untrained(ModelView(self._module)):
                 rank_zero_warn(text)
 

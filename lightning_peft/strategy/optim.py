@@ -56,7 +56,8 @@ def restrict_to_trainable(optimizers: Sequence[Optimizer], schedulers: Iterable[
     ratios = learning_rate_ratios(view)
     for optimizer in optimizers:
         had = [names[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in names]
-        _drop_frozen(optimizer, names)
+        if not trains_everything(view):
+            _drop_frozen(optimizer, names)
         settle_state(optimizer)
         empty = [i for i, group in enumerate(optimizer.param_groups) if not group["params"]]
         if had and len(empty) == len(optimizer.param_groups):

@@ -54,18 +54,23 @@ def refuse_unsaved(optimizers: Iterable[Optimizer], model: ModelView, known: Map
             )
 
 
-def refuse_freezing(trainer: pl.Trainer, model: ModelView) -> None:
-    """Check that no callback changes weights that the method keeps frozen.
+def refuse_freezing(trainer: pl.Trainer, model: ModelView, watched: bool) -> None:
+    """Check that no callback changes weights that are frozen, of which checkpoints would not have the change.
+
+    Args:
+        trainer: The trainer.
+        model: The module with adapters.
+        watched: Whether changes of frozen weights are noticed.
 
     Raises:
         PEFTError: One does.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, BaseFinetuning | ModelPruning) and not trains_everything(model):
+        if isinstance(callback, BaseFinetuning | ModelPruning) and not (trains_everything(model) and watched):
             raise PEFTError(
                 f"{type(callback).__name__} changes weights of the base, which are frozen here and in no checkpoint. "
                 "Leave it out of the callbacks, and name what is to be trained whole in train_also; or train with "
-                "FullFinetuning."
+                "FullFinetuning on one device or DDP."
             )
 
 
@@ -189,9 +194,10 @@ def refuse_unserved(strategy: Strategy, module: nn.Module, base_name: str, is_se
         PEFTError: It is a strategy of the user's that leaves out a call.
     """
     held = {id(parameter) for parameter in held_parameters(strategy.optimizers)}
+    frozen = any(id(p) in held and not p.requires_grad for p in module.parameters())
     for missing, call in (
         (not is_set_up, "self.precision_plugin.convert_module(self.model)"),
-        (any(id(p) in held and not p.requires_grad for p in module.parameters()), "self.setup_optimizers(trainer)"),
+        (frozen and not trains_everything(ModelView(module)), "self.setup_optimizers(trainer)"),
     ):
         if missing:
             raise PEFTError(

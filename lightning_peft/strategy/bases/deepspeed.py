@@ -118,7 +118,8 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
 
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Optimizer | None, *args: Any) -> Any:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [trained] if optimizer is None else [list(group["params"]) for group in optimizer.param_groups]
+        held = [] if optimizer is None else [group["params"] for group in optimizer.param_groups]
+        groups = [[p for p in params if p.requires_grad] for params in held] or [trained]
         values = self._values()
         for parameter in ModelView(model).adapter_parameters.values():
             # DeepSpeed does it, but not in a module that was built, or left by the last run, in pieces.
