@@ -99,8 +99,8 @@ class ModelView:
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """The persistent buffers that are no adapter's, by name."""
-        return dict(self._own(_persistent))
+        """The persistent buffers that are no adapter's, and what else has a place beside them in a state, by name."""
+        return dict(self._own(own_state))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -146,10 +146,14 @@ class ModelView:
                     yield f"{name}.{clean_name(key)}" if name else clean_name(key), tensor
 
 
-def _persistent(module: nn.Module) -> dict[str, Any]:
-    """Return the module's own buffers that are part of its state and have a value by now."""
+def own_state(module: nn.Module) -> dict[str, Any]:
+    """Return the tensors in the state of ``module`` itself that are no parameters, and have a value by now."""
     passing = module._non_persistent_buffers_set
-    return {n: b for n, b in module._buffers.items() if n not in passing and not isinstance(b, UninitializedBuffer)}
+    own = {n: b for n, b in module._buffers.items() if n not in passing and not isinstance(b, UninitializedBuffer)}
+    if type(module).state_dict is not nn.Module.state_dict and not any(True for _ in module.parameters()):
+        # A metric keeps its state in plain attributes, and its state dict has copies of them.
+        own.update({k: v for k in module.state_dict() if isinstance(v := module.__dict__.get(k), Tensor)})
+    return own
 
 
 def once(find: Callable[[ModelView], T]) -> Callable[[ModelView], T]:

@@ -62,16 +62,18 @@ def _before_loading_root(root: nn.Module, state: State, prefix: str, *_: Any) ->
     if not given.keys() & trained.keys() or given.keys() - known.keys():
         return
     # What it leaves out of buffers has not changed where it comes from.
-    values = {id(tensor): before for _, tensor, before in others if before is not None}
-    values.update({id(known[name]): value for name, value in given.items()})
+    given = {**{name: before for name, _, before in others if before is not None}, **given}
+    values = {id(known[name]): value for name, value in given.items()}
     # What of trained tensors lacks is an error, and merged weights are worked out host by host.
     left_out = {id(tensor) for tensor in trained.values()}
     merged = [(host, slot) for _, host, slot in view.slots if slot.merged is not None]
     left_out |= {id(host.get_parameter(name)) for host, slot in merged for name in _changed(host, slot)}
     state.clear()
     for name, tensor in _tensors(root).items():
-        if id(tensor) in values:
-            state[prefix + name] = values[id(tensor)]
+        # Metrics give copies of their state.
+        value = values.get(id(tensor), given.get(clean_name(name)))
+        if value is not None:
+            state[prefix + name] = value
         elif id(tensor) not in left_out:
             state[prefix + name] = tensor.detach()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import CHILD, clean_name
 from lightning_peft.core.method import method_from_config
 from lightning_peft.core.registry import changed, note_moved, required, restore_changed, trains_everything
-from lightning_peft.core.view import ModelView
+from lightning_peft.core.view import ModelView, own_state
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.deepspeed import is_deepspeed
 from lightning_peft.formats.distributed import is_sharded, read_sharded
@@ -105,7 +105,7 @@ def _in_base(model: ModelView, name: str) -> bool:
     """Whether a module of ``model`` itself has a tensor called ``name``."""
     owner, _, leaf = name.rpartition(".")
     module = model.modules.get(model.aliases.get(owner, owner))
-    return module is not None and (leaf in module._parameters or leaf in module._buffers)
+    return module is not None and (leaf in module._parameters or leaf in module._buffers or leaf in own_state(module))
 
 
 def _apply_base(base: Mapping[str, Tensor], model: ModelView, source: str) -> tuple[list[str], list[str]]:

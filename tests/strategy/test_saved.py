@@ -1,5 +1,6 @@
 """What is trained is what is saved, and what changes is what is saved."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, Callback, ModelCheckpoint, ModelPruning
 from modules import Regression, SteppedRegression, assert_same, base_state, inputs, loader, trainer
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from lightning_peft import (
+    FullFinetuning,
     LoRA,
     PEFTError,
     PEFTStrategy,
@@ -121,6 +124,21 @@ class Count(SteppedRegression):
         return out * (1 + 0.1 * self.steps) + self.least[0]
 
 
+class Metric(SteppedRegression):
+    """Has a metric whose state is persistent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metric = MeanMetric()
+        self.metric.persistent(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.net(x)
+        if self.training:
+            self.metric.update(out.detach())
+        return out * (1 + self.metric.mean_value.sigmoid())
+
+
 class Queue(SteppedRegression):
     """Replaces its buffer by a longer one, and loads one of any length."""
 
@@ -164,6 +182,7 @@ CHANGING: dict[str, tuple[type[SteppedRegression], dict[str, Any], set[str]]] = 
     "batch norm": (Batch, {}, {f"part.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")}),
     "centre": (Centre, {}, {"centre"}),
     "counter": (Count, {}, {"steps", "least"}),
+    "metric": (Metric, {}, {"metric.mean_value", "metric.weight"}),
     "queue": (Queue, {}, {"queue"}),
     "teacher": (Teacher, {}, {"teacher.0.weight", "teacher.2.weight"}),
 }
@@ -196,7 +215,7 @@ def test_a_resumed_run_and_a_loaded_module_have_what_changed(
     assert not torch.equal(whole(inputs()), first(inputs()))
 
 
-@pytest.mark.parametrize("case", ["own norm trained whole", "batch norm", "counter", "queue"])
+@pytest.mark.parametrize("case", ["own norm trained whole", "batch norm", "counter", "metric", "queue"])
 def test_eject_puts_back_what_changed(tmp_path: Path, case: str) -> None:
     make, options, _ = CHANGING[case]
     module = make()
@@ -430,15 +449,33 @@ def test_full_checkpoints_have_it(tmp_path: Path, make: type[Regression]) -> Non
     assert torch.equal(make.load_from_checkpoint(tmp_path / "one.ckpt")(inputs()), module(inputs()))
 
 
+class Backbone(Regression):
+    @property
+    def backbone(self) -> nn.Module:
+        return self.net[0]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.1)
+
+
+@pytest.mark.parametrize("callbacks", [[], [BackboneFinetuning(1, verbose=False)], [ModelPruning("l1_unstructured", amount=0.5)]], ids=str)
+def test_full_finetuning_lets_callbacks_do_what_they_do(tmp_path: Path, callbacks: list[Callback]) -> None:
+    states = []
+    for strategy in ("auto", PEFTStrategy(FullFinetuning())):
+        module, saver = Backbone(), ModelCheckpoint(tmp_path / str(strategy), save_last=True)
+        trainer(tmp_path, strategy, max_epochs=3, callbacks=[saver, *copy.deepcopy(callbacks)]).fit(module, loader())
+        saved = torch.load(saver.last_model_path, weights_only=True)["state_dict"]
+        loaded = Backbone.load_from_checkpoint(saver.last_model_path)
+        states.append((module.state_dict(), saved, loaded.state_dict()))
+    for ours, theirs in zip(*states, strict=True):
+        assert_same(ours, theirs)
+    assert not torch.equal(states[0][0]["net.0.weight"], Regression().net[0].weight)
+
+
 @pytest.mark.parametrize(
     "callback", [BackboneFinetuning(verbose=False), ModelPruning("l1_unstructured", amount=0.5)], ids=lambda c: type(c)
 )
 def test_callbacks_that_change_frozen_weights_are_refused(tmp_path: Path, callback: Callback) -> None:
-    class Backbone(Regression):
-        def __init__(self) -> None:
-            super().__init__()
-            self.backbone = self.net[0]
-
     run = trainer(tmp_path, lora(), callbacks=[callback], enable_checkpointing=False)
     with pytest.raises(PEFTError, match=rf"{type(callback).__name__} changes weights.*train_also"):
         run.fit(Backbone(), loader())
