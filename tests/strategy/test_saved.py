@@ -7,8 +7,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import saved_script
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, Callback, ModelCheckpoint, ModelPruning
+from launch import run_script
 from modules import Regression, SteppedRegression, assert_same, base_state, inputs, loader, trainer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -498,3 +500,31 @@ def test_parameters_outside_of_the_module_are_named(tmp_path: Path) -> None:
 
     with pytest.warns(UserWarning, match="1 parameters that are not in the module: no checkpoint has them"):
         trainer(tmp_path, lora()).fit(Outside(), loader())
+
+
+# --- several processes --------------------------------------------------------------------------------------------
+
+BASES = ["ddp", "fsdp", "fsdp2", "fsdp2_shards"]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("processes")
+    (out / "said.txt").write_text(run_script(saved_script.__file__, ",".join(BASES), out))
+    return out
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_several_processes_save_what_changed(processes: Path, base: str) -> None:
+    said = (processes / "said.txt").read_text()
+    assert said.count("1 frozen weights have changed") >= 1
+    for kind in ("ModelCheckpoint", "AdapterCheckpoint"):
+        (last,) = (processes / base / kind).glob("last*")
+        state = trainer(processes).strategy.load_checkpoint(last, weights_only=not (last / "meta.pt").exists())["state_dict"]
+        assert state["steps"] == 4
+        changed = Regression().net[0].weight.detach().clone()
+        changed[8 * (base != "ddp") :] += 1
+        if base == "fsdp":
+            assert "net.0.weight" not in state
+        else:
+            assert torch.equal(state["net.0.weight"], changed)

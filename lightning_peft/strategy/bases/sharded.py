@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_peft.core.sharding import local_part
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.merge import is_merged
 from lightning_peft.strategy.lifecycle import Lifecycle
@@ -42,6 +43,15 @@ class OnShards(Lifecycle):
         if not self._sync_blocked:
             for parameters, group in self._replicated():
                 average_gradients(parameters, group)
+
+    def _written(self, view: ModelView) -> set[str]:
+        """Return the names of frozen weights that have changed; of one in pieces each process sees its own piece."""
+        names = super()._written(view)
+        if self._frozen is None:
+            return names
+        found = [names] * dist.get_world_size()
+        dist.all_gather_object(found, names)
+        return set[str]().union(*found)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return what is saved of the module.
