@@ -460,7 +460,11 @@ class Backbone(Regression):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.1)
 
 
-@pytest.mark.parametrize("callbacks", [[], [BackboneFinetuning(1, verbose=False)], [ModelPruning("l1_unstructured", amount=0.5)]], ids=str)
+@pytest.mark.parametrize(
+    "callbacks",
+    [[], [BackboneFinetuning(1, verbose=False)], [ModelPruning("l1_unstructured", amount=0.5)]],
+    ids=["none", "finetuning", "pruning"],
+)
 def test_full_finetuning_lets_callbacks_do_what_they_do(tmp_path: Path, callbacks: list[Callback]) -> None:
     states = []
     for strategy in ("auto", PEFTStrategy(FullFinetuning())):
@@ -475,7 +479,7 @@ def test_full_finetuning_lets_callbacks_do_what_they_do(tmp_path: Path, callback
 
 
 @pytest.mark.parametrize(
-    "callback", [BackboneFinetuning(verbose=False), ModelPruning("l1_unstructured", amount=0.5)], ids=lambda c: type(c)
+    "callback", [BackboneFinetuning(verbose=False), ModelPruning("l1_unstructured", amount=0.5)], ids=lambda c: type(c).__name__
 )
 def test_callbacks_that_change_frozen_weights_are_refused(tmp_path: Path, callback: Callback) -> None:
     run = trainer(tmp_path, lora(), callbacks=[callback], enable_checkpointing=False)

@@ -524,3 +524,30 @@ def test_workers_that_build_the_model_warn_in_the_main_process(tmp_path: Path) -
     assert isinstance(run.strategy, PEFTStrategy)
     with pytest.warns(UserWarning, match="built by configure_model in the worker processes"):
         PEFTMultiProcessingLauncher(run.strategy, "spawn")._inject(module)
+
+
+def test_adapters_that_all_get_no_gradient_are_named(tmp_path: Path) -> None:
+    class Probe(Regression):
+        """Trains a head on what a network makes that is run without gradients."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                h = self.net(x)
+            return self.head(h)
+
+    strategy = PEFTStrategy(LoRA(r=2, target_modules=["net.0", "net.2"]), train_also="head")
+    with pytest.warns(UserWarning, match=r"4 adapter parameters got no gradient.*torch\.no_grad.*net\.0\.peft"):
+        trainer(tmp_path, strategy).fit(Probe(), loader())
+
+
+def test_a_step_that_is_skipped_is_no_word(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    class Skipping(Regression):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if batch_idx else None
+
+    trainer(tmp_path).fit(Skipping(), loader())
+    assert not [w for w in recwarn if "no gradient" in str(w.message)]
