@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 import pytest
 import saved_script
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, Callback, ModelCheckpoint, ModelPruning
 from launch import run_script
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback, ModelCheckpoint, ModelPruning
 from modules import Regression, SteppedRegression, assert_same, base_state, inputs, loader, trainer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -479,7 +479,9 @@ def test_full_finetuning_lets_callbacks_do_what_they_do(tmp_path: Path, callback
 
 
 @pytest.mark.parametrize(
-    "callback", [BackboneFinetuning(verbose=False), ModelPruning("l1_unstructured", amount=0.5)], ids=lambda c: type(c).__name__
+    "callback",
+    [BackboneFinetuning(verbose=False), ModelPruning("l1_unstructured", amount=0.5)],
+    ids=lambda c: type(c).__name__,
 )
 def test_callbacks_that_change_frozen_weights_are_refused(tmp_path: Path, callback: Callback) -> None:
     run = trainer(tmp_path, lora(), callbacks=[callback], enable_checkpointing=False)
@@ -524,7 +526,9 @@ def test_several_processes_save_what_changed(processes: Path, base: str) -> None
     assert said.count("1 frozen weights have changed") >= 1
     for kind in ("ModelCheckpoint", "AdapterCheckpoint"):
         (last,) = (processes / base / kind).glob("last*")
-        state = trainer(processes).strategy.load_checkpoint(last, weights_only=not (last / "meta.pt").exists())["state_dict"]
+        state = trainer(processes).strategy.load_checkpoint(last, weights_only=not (last / "meta.pt").exists())[
+            "state_dict"
+        ]
         assert state["steps"] == 4
         changed = Regression().net[0].weight.detach().clone()
         changed[8 * (base != "ddp") :] += 1
