@@ -29,6 +29,7 @@ from lightning_peft import (
     set_adapter,
     unmerge,
 )
+from lightning_peft.core.view import ModelView
 from lightning_peft.formats.serving import serving_copy
 from lightning_peft.strategy.param_groups import learning_rate_ratios
 from lightning_peft.targets.patterns import ALL_LINEAR
@@ -375,7 +376,7 @@ def test_attention_trained_with_a_frozen_A() -> None:
     inject(model, LoRA(r=4, target_modules="attention", freeze_A=True, loraplus_lr_ratio=4))
     trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"lora_B"}
-    assert set(learning_rate_ratios(model).values()) == {4}
+    assert set(learning_rate_ratios(ModelView(model)).values()) == {4}
 
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]

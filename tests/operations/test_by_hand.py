@@ -249,10 +249,10 @@ def test_every_kind_of_adapter(name: str, was_merged: bool, alone: bool) -> None
         merge(model)
     assert (outputs(model, inputs) - expected).abs().max() > 1e-3
     assert model.load_state_dict(state) == ([], [])
-    assert (outputs(model, inputs) - expected).abs().max() <= 1e-5
+    assert (outputs(model, inputs) - expected).abs().max() <= 3e-5
     assert is_merged(model) == (was_merged and name not in ("Compacter", "SeriesAdapter"))
     unmerge(model)
-    assert (outputs(model, inputs) - expected).abs().max() <= 1e-5
+    assert (outputs(model, inputs) - expected).abs().max() <= 3e-5
 
 
 @pytest.mark.parametrize(
