@@ -54,6 +54,7 @@ def _after_saving(slot: nn.Module, state: State, prefix: str, local_metadata: An
 
 def _before_loading_root(root: nn.Module, state: State, prefix: str, *_: Any) -> None:
     """Complete adapter state, whose names are clean and name what adapters share once."""
+    _refuse_untied(root, state, prefix)
     view = ModelView(root)
     trained = {**view.adapter_tensors, **{name: tensor for name, tensor, _ in trained_whole(view)}}
     others = list(changed(view))
@@ -76,6 +77,24 @@ def _before_loading_root(root: nn.Module, state: State, prefix: str, *_: Any) ->
             state[prefix + name] = value
         elif id(tensor) not in left_out:
             state[prefix + name] = tensor.detach()
+
+
+def _refuse_untied(root: nn.Module, state: State, prefix: str) -> None:
+    """Check that ``state`` has one value for what is one tensor: a merge may have untied it where that was made.
+
+    Raises:
+        PEFTError: It has several; torch would take the last.
+    """
+    first: dict[int, str] = {}
+    for name, tensor in root.state_dict(keep_vars=True).items():
+        if (key := prefix + name) in state:
+            other = first.setdefault(id(tensor), key)
+            if other != key and not _is_equal(state[key], state[other]):
+                raise PEFTError(
+                    f"The state has one value for {other!r} and another for {key!r}, which are one weight here. It is "
+                    "that of a model in which a merge has untied them: untie them here as well, or merge the adapter "
+                    "here."
+                )
 
 
 def _tensors(root: nn.Module) -> State:
@@ -172,10 +191,10 @@ def _refuse_plain(host: nn.Module, slot: Slot, state: State, prefix: str) -> Non
         )
 
 
-def _is_equal(value: Any, parameter: nn.Parameter) -> bool:
-    if not isinstance(value, Tensor):
+def _is_equal(value: Any, present: Any) -> bool:
+    if not isinstance(value, Tensor) or not isinstance(present, Tensor):
         return value is None
-    value, present = whole(value), whole(parameter)
+    value, present = whole(value), whole(present)
     return value.shape == present.shape and torch.equal(value.to(present), present)
 
 

@@ -255,6 +255,18 @@ def test_every_kind_of_adapter(name: str, was_merged: bool, alone: bool) -> None
     assert (outputs(model, inputs) - expected).abs().max() <= 3e-5
 
 
+def test_a_state_of_untied_weights_into_tied_ones() -> None:
+    """Torch would take the head's old value for both."""
+    source, model = build("gemma3")[0], build("gemma3")[0]
+    for found in (source, model):
+        inject(found, METHODS["LoRA on a tied embedding"]())
+    randomise(source)
+    merge(source)
+    with pytest.raises(PEFTError, match=r"'model\.embed_tokens\.weight' and another for 'lm_head\.weight'.*untied"):
+        model.load_state_dict(copied(source.state_dict()))
+    source.load_state_dict(copied(source.state_dict()))
+
+
 @pytest.mark.parametrize(
     ("method", "exact"),
     [(lambda: LoRA(r=2, init="pissa"), True), (METHODS["DoRA"], False), (METHODS["NewTokens"], False)],
