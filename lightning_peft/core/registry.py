@@ -35,7 +35,7 @@ class Registry:
     """By adapter name: the adapted modules by name, each with the position of its method in ``methods``."""
     active: str = ""
     train_also: tuple[str, ...] = ()
-    """Names of the modules trained whole."""
+    """Names of the modules trained whole, and of parameters trained by themselves."""
     chosen: tuple[str, ...] = ()
     """Names of the base's parameters that methods train."""
     whole: dict[str, Tensor] = field(default_factory=dict)

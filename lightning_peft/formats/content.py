@@ -25,9 +25,11 @@ class Part:
     chosen: list[str] = field(default_factory=list)
     """The base's parameters that the methods train."""
     train_also: list[str] = field(default_factory=list)
-    """The modules trained whole."""
+    """The modules trained whole, and the parameters trained by themselves."""
     whole: list[str] = field(default_factory=list)
-    """Their parameters."""
+    """All parameters of these."""
+    own_format: bool = False
+    """Whether it holds more than HF PEFT's format has room for."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from lightning_peft.core.sharding import host_copy
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.by_hand import unwatch, watch
-from lightning_peft.operations.prepare import Prepared, changing_tensors, parameter_names, prepare, whole_modules
+from lightning_peft.operations.prepare import Prepared, changing_tensors, parameter_names, prepare, whole_names
 from lightning_peft.operations.shards import resharded
 from lightning_peft.targets.frozen import frozen_apart
 
@@ -46,7 +46,8 @@ def inject(
         model: Any module. One that was compiled is compiled anew at its next call.
         method: What to inject, for example ``LoRA(r=8)``; several methods make one adapter together.
         name: Name of this adapter.
-        train_also: Patterns of modules to train whole and to save with the adapter, such as a classification head.
+        train_also: Patterns of modules to train whole and to save with the adapter, such as a classification head, or
+            of parameters that stand by themselves, such as a temperature.
         seed: Seed of the initial values; ``torch.initial_seed()`` if not given.
         allow_sharded: Accept a model whose parameters are sharded (DTensor). The caller then has to keep the adapters
             equal between processes, as ``PEFTStrategy`` does.
@@ -84,7 +85,7 @@ def prepare_injection(
         PEFTError: The methods do not fit the model.
     """
     registry = own_registry(model.module)
-    whole = whole_modules(model, train_also)
+    whole = whole_names(model, train_also)
     _check_state(model, registry, name, whole)
     if not allow_sharded:
         _refuse_sharded(model)
@@ -148,7 +149,7 @@ def remove(root: ModelView, registry: Registry) -> None:
     drop(root.module)
 
 
-def freeze(model: ModelView, name: str, whole: Mapping[str, nn.Module], chosen: Sequence[str]) -> Registry:
+def freeze(model: ModelView, name: str, whole: Sequence[str], chosen: Sequence[str]) -> Registry:
     """Freeze ``model`` but for what is trained, and keep on it what :func:`remove` needs.
 
     Parts of it that have adapters stay as they are.
@@ -174,7 +175,7 @@ def freeze(model: ModelView, name: str, whole: Mapping[str, nn.Module], chosen: 
     return registry
 
 
-def _check_state(model: ModelView, registry: Registry | None, name: str, whole: dict[str, nn.Module]) -> None:
+def _check_state(model: ModelView, registry: Registry | None, name: str, whole: Sequence[str]) -> None:
     if not _NAME.fullmatch(name):
         raise PEFTError(f"The adapter name {name!r} was given; letters, digits, '_' and '-' make a name.")
     # What holds adapters by name has attributes of its own, and what wrappers are called is left out of names.

@@ -13,7 +13,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_packed
 from lightning_peft.errors import PEFTError, listed
 from lightning_peft.targets.frozen import frozen_apart
-from lightning_peft.targets.patterns import as_list, match_names, require_matches
+from lightning_peft.targets.patterns import as_list, match_names, nothing_matched
 from lightning_peft.targets.plain import is_weighted, nature
 
 
@@ -29,14 +29,14 @@ class Prepared:
     chosen: tuple[str, ...]
     """The parameters to train that no module trained whole holds."""
     methods: tuple[PEFTMethod, ...]
-    whole: dict[str, nn.Module]
-    """The modules to train whole."""
+    whole: tuple[str, ...]
+    """The modules to train whole, and parameters by themselves."""
 
 
-def prepare(model: ModelView, methods: tuple[PEFTMethod, ...], whole: dict[str, nn.Module], seed: int) -> Prepared:
+def prepare(model: ModelView, methods: tuple[PEFTMethod, ...], whole: tuple[str, ...], seed: int) -> Prepared:
     """Make the adapters, in the model's order, without attaching them."""
-    model.whole = tuple(whole)
-    inside = {id(part) for name in whole for _, part in model.part(name).walked}
+    model.whole = whole
+    inside = {id(part) for view in _modules(model, whole).values() for _, part in view.walked}
     modules: dict[str, nn.Module] = {}
     adapters: dict[str, Adapter] = {}
     owners: dict[str, int] = {}
@@ -111,9 +111,9 @@ def prepared_tensors(model: ModelView, prepared: Prepared, name: str) -> dict[st
 
 
 def changing_tensors(model: ModelView, chosen: Iterable[str], whole: Iterable[str]) -> dict[str, Tensor]:
-    """Return the tensors that change when the parameters ``chosen`` and the modules ``whole`` are trained.
+    """Return the tensors that change when the parameters ``chosen`` and what ``whole`` names are trained.
 
-    Those are the parameters, running statistics beside them, and the whole state of the modules.
+    Those are the parameters, running statistics beside them, and the whole state of modules.
     """
     parameters = {*chosen, *parameter_names(model, whole)}
     if not parameters:
@@ -124,42 +124,62 @@ def changing_tensors(model: ModelView, chosen: Iterable[str], whole: Iterable[st
         if isinstance(module, nn.modules.batchnorm._NormBase)
         if any(f"{name}.{parameter}".lstrip(".") in parameters for parameter in module._parameters)
     }
-    buffers = {f"{prefix}.{name}".lstrip(".") for prefix in whole for name in model.part(prefix).buffers}
+    buffers = {f"{prefix}.{n}".lstrip(".") for prefix, view in _modules(model, whole).items() for n in view.buffers}
     state = {**model.buffers, **model.parameters}
     return {n: t for n, t in state.items() if n in parameters or n in buffers or n.rpartition(".")[0] in norms}
 
 
-def whole_modules(model: ModelView, patterns: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the outermost modules that ``patterns`` (``train_also``) name.
+def whole_names(model: ModelView, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Return the outermost modules that ``patterns`` (``train_also``) name, and parameters where they name no module.
 
     Raises:
         PEFTError: A pattern matches nothing, or a module has no parameters, or shares one with a module outside.
     """
     patterns = as_list(patterns)
     if not patterns:
-        return {}
-    modules = model.modules
-    require_matches(patterns, modules, "train_also")
-    names = set().union(*(match_names(pattern, modules) for pattern in patterns))
-    outermost = {n: modules[n] for n in modules if n in names and not any(n.startswith(f"{o}.") for o in names)}
+        return ()
+    modules, parameters, names = model.modules, model.parameters, set[str]()
+    for pattern in patterns:
+        found = match_names(pattern, modules) or match_names(pattern, parameters)
+        if not found:
+            # Parameters of layers are named by the layer.
+            bare = {name: p for name, p in parameters.items() if model.part(name.rpartition(".")[0]).modules.keys() > {""}}
+            raise PEFTError(nothing_matched(pattern, {**modules, **bare}, {**modules, **bare}, what="train_also"))
+        names |= found
+    outermost = [n for n in modules if n in names and not any(n.startswith(f"{o}.") for o in names)]
+    inside = parameter_names(model, outermost)
+    alone = [name for name in parameters if name in names and name not in inside]
+    if empty := [name for name in outermost if not model.part(name).parameters]:
+        kind = type(modules[empty[0]]).__name__
+        raise PEFTError(f"train_also: {empty[0]!r} ({kind}) has no parameters to train.")
+    _refuse_shared(model, [*outermost, *alone])
+    return (*outermost, *alone)
+
+
+def _refuse_shared(model: ModelView, whole: Iterable[str]) -> None:
     owners: dict[int, set[str]] = {}
-    for module_name, module in modules.items():
+    for module_name, module in model.modules.items():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(module_name)
-    for module_name, module in outermost.items():
-        parameters = model.part(module_name).parameters.values()
-        if not parameters:
-            raise PEFTError(f"train_also: {module_name!r} ({type(module).__name__}) has no parameters to train.")
-        for parameter in parameters:
-            outside = [o for o in owners[id(parameter)] if o != module_name and not o.startswith(f"{module_name}.")]
+    parts = _modules(model, whole := list(whole))
+    for name in whole:
+        owner = name if name in parts else name.rpartition(".")[0]
+        for parameter in parts[name].parameters.values() if name in parts else [model.parameters[name]]:
+            outside = [o for o in owners[id(parameter)] if o != owner and not o.startswith(f"{name}.")]
             if outside:
                 raise PEFTError(
-                    f"train_also: {module_name!r} shares a parameter with {outside[0]!r}, which would be trained with "
-                    "it. Untie them first, or adapt the module by naming it in target_modules."
+                    f"train_also: {name!r} shares a parameter with {outside[0]!r}, which would be trained with it. "
+                    "Untie them first, or adapt the module by naming it in target_modules."
                 )
-    return outermost
 
 
-def parameter_names(model: ModelView, modules: Iterable[str]) -> set[str]:
-    """Return the full names of all parameters of ``modules``."""
-    return {f"{prefix}.{name}".lstrip(".") for prefix in modules for name in model.part(prefix).parameters}
+def parameter_names(model: ModelView, whole: Iterable[str]) -> set[str]:
+    """Return the full names of all parameters of the modules ``whole``, and of the parameters among them."""
+    whole = list(whole)
+    modules = _modules(model, whole)
+    inside = {f"{prefix}.{name}".lstrip(".") for prefix, view in modules.items() for name in view.parameters}
+    return inside | {name for name in whole if name not in modules}
+
+
+def _modules(model: ModelView, whole: Iterable[str]) -> dict[str, ModelView]:
+    return {name: model.part(name) for name in whole if name in model.modules}

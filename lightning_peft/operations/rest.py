@@ -11,7 +11,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.by_hand import watch
 from lightning_peft.operations.inject import freeze
-from lightning_peft.operations.prepare import whole_modules
+from lightning_peft.operations.prepare import whole_names
 
 
 def freeze_rest(model: nn.Module, train_also: Sequence[str] = ()) -> list[str]:
@@ -30,7 +30,7 @@ def freeze_rest(model: nn.Module, train_also: Sequence[str] = ()) -> list[str]:
     view = ModelView(model)
     parts = registries(view)
     already = {f"{prefix}.{name}".strip(".") for prefix, _, registry in parts for name in registry.train_also}
-    whole = {name: module for name, module in whole_modules(view, train_also).items() if name not in already}
+    whole = [name for name in whole_names(view, train_also) if name not in already]
     for name in whole:
         for prefix, _, _ in parts:
             if f"{name}.".startswith(f"{prefix}.") or f"{prefix}.".startswith(f"{name}."):

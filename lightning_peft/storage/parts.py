@@ -19,11 +19,12 @@ def parts_of(model: ModelView, names: Iterable[str] | None) -> tuple[list[Part],
         for adapter in registry.methods if names is None else [n for n in names if n in registry.methods]:
             listed = _full_names(registry_prefix, registry, adapter)
             methods = registry.methods[adapter]
+            own = for_methods(methods) is None or _has_bare(model, inner, listed)
             # HF PEFT reads one transformers model at a time; the own format has room for what is around it.
-            common = None if for_methods(methods) else _common_prefix(inner.transformers, registry_prefix, listed)
+            common = _common_prefix(inner.transformers, registry_prefix, listed) if own else None
             for what, name in [(what, name) for what, full_names in listed.items() for name in full_names]:
                 prefix = inner.around(name) if common is None else common
-                part = parts.setdefault((prefix, adapter), Part(prefix, adapter, methods))
+                part = parts.setdefault((prefix, adapter), Part(prefix, adapter, methods, own_format=own))
                 getattr(part, what).append(_relative(name, prefix))
     kept = [part for part in parts.values() if part.hosts or part.chosen]
     beside = [part for part in parts.values() if not (part.hosts or part.chosen)]
@@ -33,7 +34,13 @@ def parts_of(model: ModelView, names: Iterable[str] | None) -> tuple[list[Part],
         for name in registry.whole
         if not registry.methods
     ]
-    return kept, [*(f"{part.prefix}.{name}".lstrip(".") for part in beside for name in part.whole), *rest]
+    return kept, [*(f"{part.prefix}.{name}".strip(".") for part in beside for name in part.whole), *rest]
+
+
+def _has_bare(model: ModelView, inner: InnerModels, listed: Mapping[str, list[str]]) -> bool:
+    """Whether a parameter is trained by itself in an adapted model: HF PEFT would leave it as it is, without a word."""
+    adapted = {inner.around(host) for host in listed["hosts"]}
+    return any(name not in model.modules and inner.around(name) in adapted for name in listed["train_also"])
 
 
 def _full_names(prefix: str, registry: Registry, adapter: str) -> dict[str, list[str]]:

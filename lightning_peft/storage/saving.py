@@ -102,7 +102,7 @@ def _write_part(directory: Path, model: ModelView, part: Part, state: Mapping[st
     """
     root = model.part(part.prefix)
     lead = f"{part.prefix}." if part.prefix else ""
-    counterpart = for_methods(part.methods)
+    counterpart = None if part.own_format else for_methods(part.methods)
     if counterpart is None:
         relative = [name.removeprefix(lead) for name in state if name.startswith(lead)]
         names, config = own.tensor_names(part, relative), own.config_of(root, part)

@@ -17,7 +17,7 @@ from lightning_peft.core.registry import registries, trains_everything
 from lightning_peft.core.sharding import full_shape
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
-from lightning_peft.operations.prepare import whole_modules
+from lightning_peft.operations.prepare import whole_names
 from lightning_peft.storage.state import adapter_parameters_and_whole
 from lightning_peft.strategy.optim import held_parameters
 
@@ -41,11 +41,13 @@ def refuse_unsaved(optimizers: Iterable[Optimizer], model: ModelView, known: Map
         if not parameter.requires_grad or id(parameter) in saved:
             continue
         if name := base.get(id(parameter)):
+            owner = name.rpartition(".")[0]
+            alone = model.part(owner).modules.keys() > {""}
             raise PEFTError(
                 f"{name!r} requires a gradient and an optimizer holds it, but it is no adapter's: no checkpoint would "
                 "have what it learns. Something (configure_optimizers, a hook, a callback) has unfrozen it since the "
-                f"adapters were injected. To train it, name its module: train_also=[{name.rpartition('.')[0]!r}]; or "
-                "leave it frozen."
+                f"adapters were injected. To train it, name {'it' if alone else 'its module'}: "
+                f"train_also=[{(name if alone else owner)!r}]; or leave it frozen."
             )
         if name := known.get(id(parameter)):
             raise PEFTError(
@@ -133,7 +135,7 @@ def refuse_late_train_also(view: ModelView, train_also: Sequence[str]) -> None:
         PEFTError: It is not.
     """
     trained = {f"{p}.{name}".lstrip(".") for p, _, registry in registries(view) for name in registry.train_also}
-    late = [n for n in whole_modules(view, train_also) if not any(f"{n}.".startswith(f"{t}.") for t in trained)]
+    late = [n for n in whole_names(view, train_also) if not any(f"{n}.".startswith(f"{t}.") for t in trained)]
     if late:
         raise PEFTError(
             f"The model already has adapters, so train_also={late!r} would have no effect. Pass it to "

@@ -105,7 +105,7 @@ def nothing_matched(
         inside = [name for name in candidates if any(name.startswith(f"{other}.") for other in others)]
         hint = f" Name the modules inside: {', '.join(inside[:5])}." if inside else ""
         return f"{what}: {pattern!r} matches only modules that cannot be adapted ({', '.join(kinds)}).{hint}"
-    leaves = {name.rsplit(".", 1)[-1] for name in candidates}
+    leaves = {name.rsplit(".", 1)[-1] for name in candidates} - {""}
     near = difflib.get_close_matches(pattern.removeprefix("re:"), sorted(leaves | set(candidates)), n=5, cutoff=0.5)
     near = near or sorted(leaves)[:10]
     return f"{what}: {pattern!r} matches no module. Nearest names: {', '.join(near) or 'none'}."
