@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.view import ModelView
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, near, refuse_arguments
+
+T = TypeVar("T", bound="PEFTMethod")
 
 _METHODS: dict[str, type[PEFTMethod]] = {}
+
+_OF_HF = {"lora_alpha": "alpha", "lora_dropout": "dropout", "layers_to_transform": "layers"}
+"""HF PEFT's names of hyper-parameters that have others here."""
+_ELSEWHERE = {
+    **{theirs: f"{ours}={{}}" for theirs, ours in {**_OF_HF, "rank": "r", "lora_r": "r"}.items()},
+    "init_lora_weights": "init='gaussian', 'pissa' or 'olora'",
+    "use_dora": "DoRA(...)",
+    "modules_to_save": "train_also={}, of PEFTStrategy or inject",
+    "bias": "[LoRA(...), BitFit()], which trains biases too",
+    "task_type": "nothing: the task is the module's",
+}
+"""What to write for names of hyper-parameters that other tools have."""
 
 
 class PEFTMethod:
@@ -38,6 +52,11 @@ class PEFTMethod:
     """Whether the model is trained as it trains itself: nothing is frozen that is not frozen already, all is saved."""
     needs_total_steps: ClassVar[bool] = False
     """Whether :meth:`after_step` cannot do without the number of steps of the run."""
+
+    def __new__(cls: type[T], *args: Any, **kwargs: Any) -> T:
+        """Check the names of hyper-parameters, before Python does in words of its own."""
+        refuse_arguments(cls, args, kwargs, _ELSEWHERE)
+        return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -155,13 +174,34 @@ def methods_of(given: PEFTMethod | str | Sequence[PEFTMethod | str]) -> tuple[PE
     Raises:
         PEFTError: There is nothing, something else, or an unknown name.
     """
-    entries = [given] if isinstance(given, PEFTMethod | str) else list(given)
-    for entry in entries:
-        if not isinstance(entry, PEFTMethod | str):
-            raise PEFTError(f"{entry!r} was given as a method; a PEFTMethod such as LoRA(r=8), or a name was expected.")
+    entries = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     if not entries:
         raise PEFTError("An empty list of methods was given; at least one was expected, for example LoRA(r=8).")
-    return tuple(method_from_name(entry) if isinstance(entry, str) else entry for entry in entries)
+    return tuple(entry if isinstance(entry, PEFTMethod) else _method_of(entry) for entry in entries)
+
+
+def _method_of(given: Any) -> PEFTMethod:
+    if isinstance(given, str):
+        return method_from_name(given)
+    if isinstance(given, type) and issubclass(given, PEFTMethod):
+        raise PEFTError(f"The class {given.__name__} was given as a method; an object was expected: {given.__name__}().")
+    config = given.to_dict() if type(given).__module__.startswith("peft.") else given
+    if isinstance(config, Mapping) and "peft_type" in config:
+        raise PEFTError(f"A configuration of HF PEFT was given as a method. {_instead_of(config)}")
+    raise PEFTError(f"{given!r} was given as a method; a PEFTMethod such as LoRA(r=8), or a name was expected.")
+
+
+def _instead_of(config: Mapping[str, Any]) -> str:
+    """Return what to write instead of a configuration of HF PEFT."""
+    kind = str(getattr(config["peft_type"], "value", config["peft_type"])).lower()
+    kind = "dora" if kind == "lora" and config.get("use_dora") else kind
+    cls = _METHODS.get({"ln_tuning": "layer_norm_tuning", "trainable_tokens": "new_tokens"}.get(kind, kind))
+    if cls is None:
+        return f"There is no counterpart of {kind!r} here. Methods: {', '.join(sorted(_METHODS))}."
+    values = {_OF_HF.get(key, key): value for key, value in config.items()}
+    known = [field.name for field in dataclasses.fields(cls) if values.get(field.name)]  # type: ignore[arg-type]
+    written = {key: sorted(v) if isinstance(v := values[key], set) else v for key in known}
+    return f"Write {cls.__name__}({', '.join(f'{key}={value!r}' for key, value in written.items())})."
 
 
 def method_from_name(name: str) -> PEFTMethod:
@@ -171,7 +211,7 @@ def method_from_name(name: str) -> PEFTMethod:
         PEFTError: There is no such method; the message lists those that exist.
     """
     if name not in _METHODS:
-        raise PEFTError(f"Unknown method {name!r}. Methods: {', '.join(sorted(_METHODS))}.")
+        raise PEFTError(f"Unknown method {name!r}. {near(name, _METHODS)}Methods: {', '.join(sorted(_METHODS))}.")
     return _METHODS[name]()
 
 
@@ -187,5 +227,5 @@ def method_from_config(config: dict[str, Any]) -> PEFTMethod:
         raise PEFTError(f"Unknown method {name!r}. Methods: {', '.join(sorted(_METHODS))}.")
     try:
         return _METHODS[name](**fields)
-    except TypeError as error:
-        raise PEFTError(f"The configuration of method {name!r} does not fit: {error}.") from error
+    except PEFTError as error:
+        raise PEFTError(f"The configuration of method {name!r} does not fit: {error}") from error

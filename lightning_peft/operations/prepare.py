@@ -156,12 +156,12 @@ def whole_names(model: ModelView, patterns: Sequence[str]) -> tuple[str, ...]:
     return (*outermost, *alone)
 
 
-def _refuse_shared(model: ModelView, whole: Iterable[str]) -> None:
+def _refuse_shared(model: ModelView, whole: Sequence[str]) -> None:
     owners: dict[int, set[str]] = {}
     for module_name, module in model.modules.items():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(module_name)
-    parts = _modules(model, whole := list(whole))
+    parts = _modules(model, whole)
     for name in whole:
         owner = name if name in parts else name.rpartition(".")[0]
         for parameter in parts[name].parameters.values() if name in parts else [model.parameters[name]]:

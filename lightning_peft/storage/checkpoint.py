@@ -173,6 +173,7 @@ def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     saved = checkpoint.get(KEY)
     if not isinstance(saved, Mapping):
+        refuse_hf_tensors(checkpoint)
         raise PEFTError(
             "The checkpoint was not written by PEFTStrategy: it holds no adapters. To fine-tune from its weights, load "
             "them into the LightningModule before fit and leave ckpt_path out; to continue that run, use the strategy "
@@ -184,6 +185,17 @@ def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     ):
         raise PEFTError(f"The checkpoint's {KEY!r} entry is damaged. Take another checkpoint.")
     return saved
+
+
+def refuse_hf_tensors(checkpoint: Mapping[str, Any]) -> None:
+    """Raise :class:`PEFTError` if ``checkpoint`` is that of a module that HF PEFT's ``get_peft_model`` has adapted."""
+    names = [name for name in checkpoint.get("state_dict", ()) if ".base_layer." in name]
+    if names:
+        raise PEFTError(
+            f"The checkpoint has HF PEFT's tensors ({names[0]!r}, …): get_peft_model had adapted its module. Load it into "
+            "that module once more, write the adapter with save_pretrained(path), and read it with load_adapter(module, "
+            "path) into a module that get_peft_model has not adapted. Training begins anew from there."
+        )
 
 
 def write_directory(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], model: ModelView) -> None:

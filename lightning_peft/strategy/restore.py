@@ -13,8 +13,12 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core import saving
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_peft.core.adapter import CHILD
+from lightning_peft.core.registry import registries
 from lightning_peft.core.view import ModelView
+from lightning_peft.errors import PEFTError
 from lightning_peft.operations.merge import merge
 from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage.plain import is_plain, leaves_plain
@@ -50,12 +54,29 @@ class _NoKeys(NamedTuple):
 def _load_state_dict(module: LightningModule, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     if isinstance(state_dict, _Later):
         return _NoKeys()
-    return super(LightningModule, module).load_state_dict(state_dict, *args, **kwargs)
+    adapters = [name for name in state_dict if CHILD in name.split(".")]
+    lost = "" if not adapters or registries(ModelView(module)) else (
+        f"The state has adapters ({adapters[0]!r}, …), and this {type(module).__name__} has none. Load the checkpoint "
+        "with load_from_checkpoint, or by the ckpt_path of a Trainer with the PEFTStrategy that wrote it."
+    )
+    try:
+        result = super(LightningModule, module).load_state_dict(state_dict, *args, **kwargs)
+    except RuntimeError as error:
+        if lost:
+            raise PEFTError(lost) from error
+        raise
+    if lost:
+        rank_zero_warn(f"{lost} They are left out.")
+    return result
 
 
 def _load_state_with_adapters(cls: Any, checkpoint: dict[str, Any], strict: bool | None = None, **kwargs: Any) -> Any:
     if files.KEY not in checkpoint:
-        return _load_state(cls, checkpoint, strict=strict, **kwargs)
+        try:
+            return _load_state(cls, checkpoint, strict=strict, **kwargs)
+        except RuntimeError:
+            files.refuse_hf_tensors(checkpoint)
+            raise
     if not checkpoint.pop(_TRUSTED, False):
         cls, checkpoint = without_class_paths(cls, checkpoint, kwargs)
     if not issubclass(cls, LightningModule):

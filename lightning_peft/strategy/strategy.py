@@ -6,14 +6,16 @@ one's class, so that Lightning's own ``isinstance`` checks keep their meaning.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerStatus
 
-from lightning_peft.core.method import PEFTMethod, methods_of
-from lightning_peft.errors import PEFTError
+from lightning_peft.core.method import PEFTMethod, methods_of, registered_methods
+from lightning_peft.errors import PEFTError, refuse_arguments
 from lightning_peft.strategy.bases import behaviour
 from lightning_peft.strategy.bases.auto import AUTO, SINGLE_DEVICE, choose_strategy
 from lightning_peft.strategy.bases.names import base_names, strategy_from_name
@@ -22,8 +24,24 @@ from lightning_peft.strategy.leaving import UNLOAD
 from lightning_peft.strategy.lifecycle import Lifecycle
 from lightning_peft.targets.patterns import as_list
 
+_OF_METHODS = {
+    field.name: f"PEFTStrategy({cls.__name__}({field.name}={{}})): hyper-parameters are a method's"
+    for cls in sorted(registered_methods().values(), key=lambda cls: cls.name == "lora")
+    for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+}
+"""What to write for the names of hyper-parameters; the last that has one is LoRA."""
 
-class PEFTStrategy(Lifecycle):
+
+class _Checked(Lifecycle):
+    """Checks the names of options. A class of its own: jsonargparse would take the signature for ``PEFTStrategy``'s."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuse names that there are not, before Python does in words of its own."""
+        refuse_arguments(cls, args, kwargs, _OF_METHODS)
+        return super().__new__(cls)
+
+
+class PEFTStrategy(_Checked):
     """Fine-tune adapters instead of the model, on top of any Lightning strategy.
 
     At ``setup`` the adapters are injected; optimizers are restricted to what is trained; every checkpoint holds adapter
@@ -50,6 +68,8 @@ class PEFTStrategy(Lifecycle):
 
     _own_class: ClassVar[type[PEFTStrategy] | None] = None
     """What a class that was made for a base was made of: this class, or one that derives from it."""
+    _as_made: tuple[type[Strategy] | None, dict[str, Any]] | None = None
+    """The class of the base, and this object's state, when a Trainer was first given it."""
 
     def __init__(
         self,
@@ -88,6 +108,26 @@ class PEFTStrategy(Lifecycle):
         self.__class__ = _class_for(type(self), type(strategy))  # type: ignore[assignment]
         self.__dict__.update(vars(strategy))
 
+    def begin(self) -> None:
+        """Be what the user made, also if this object has served another Trainer. Called when one is given it.
+
+        Raises:
+            PEFTError: Another Trainer is running with it.
+        """
+        if self._as_made is None:
+            self._as_made = self._base_class, _copied(vars(self))
+            return
+        trainer = getattr(self.lightning_module, "_trainer", None)
+        if trainer is not None and trainer.state.status == TrainerStatus.RUNNING:
+            raise PEFTError(
+                "This PEFTStrategy was given to another Trainer, which is running. Make one for each: "
+                "Trainer(strategy=PEFTStrategy(...))."
+            )
+        base, made = as_made = self._as_made
+        self.__class__ = _kind(self._own_class or type(self), base)  # type: ignore[assignment]
+        vars(self).clear()
+        vars(self).update(_copied(made), _as_made=as_made)
+
     def _configure_launcher(self) -> None:
         # The last call of the Trainer's connector, and the first moment at which the devices are known.
         if self._base_class is None:
@@ -125,11 +165,22 @@ def _checked(base: Strategy | str) -> Strategy:
     return strategy
 
 
+def _copied(value: Any) -> Any:
+    """Return ``value`` with copies of the dictionaries and lists in it, which a run may write to."""
+    if type(value) is dict:
+        return {key: _copied(inner) for key, inner in value.items()}
+    return [_copied(inner) for inner in value] if type(value) is list else value
+
+
 @cache
 def _class_for(own: type[PEFTStrategy], base: type[Strategy]) -> type[PEFTStrategy]:
     content = {"__module__": __name__, "__doc__": own.__doc__, "_own_class": own, "_base_class": base}
     return type(f"PEFT{base.__name__}", (*behaviour(base), own, base), content)
 
 
+def _kind(own: type[PEFTStrategy], base: type[Strategy] | None) -> type[PEFTStrategy]:
+    return own if base is None else _class_for(own, base)
+
+
 def _rebuild(own: type[PEFTStrategy], base: type[Strategy] | None) -> PEFTStrategy:
-    return object.__new__(own if base is None else _class_for(own, base))
+    return object.__new__(_kind(own, base))

@@ -50,10 +50,8 @@ def find_decoder(model: ModelView, method: str) -> Decoder:
     """
     found = transformers_models(model)
     if len(found) != 1:
-        raise PEFTError(
-            f"{method} works on decoder-only transformers models; this {model.kind} holds {len(found)} "
-            "transformers models. Inject into the one that is meant."
-        )
+        advice = f"holds {len(found)} of them. Inject into the one that is meant." if found else "is none. Use LoRA."
+        raise PEFTError(f"{method} works on decoder-only transformers models; this {model.kind} {advice}")
     ((root_name, root),) = found.items()
     modules = model.modules
     attention = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, near
 
 PREFIX = "peft"
 """Our own registered names begin with it."""
@@ -22,7 +22,8 @@ def strategy_from_name(name: str) -> Strategy:
         PEFTError: There is no such strategy; the message lists those that exist.
     """
     if name not in base_names()[1:]:
-        raise PEFTError(f"Unknown base strategy {name!r}. Base strategies: {', '.join(base_names())}.")
+        hint = near(name, base_names())
+        raise PEFTError(f"Unknown base strategy {name!r}. {hint}Base strategies: {', '.join(base_names())}.")
     strategy = StrategyRegistry.get(name)
     assert isinstance(strategy, Strategy)
     return strategy
