@@ -54,5 +54,7 @@ def refuse_arguments(kind: type, args: Sequence[Any], given: Mapping[str, Any], 
         if unknown is None:
             call = ", ".join(f"{name}={value!r}" for name, value in zip(known, args, strict=False))
             raise PEFTError(f"{kind.__name__}: {error}. Write arguments by name: {kind.__name__}({call}).") from None
-        instead = f"Write {others[unknown].format(repr(given[unknown]))}. " if unknown in others else near(unknown, known)
+        instead = (
+            f"Write {others[unknown].format(repr(given[unknown]))}. " if unknown in others else near(unknown, known)
+        )
         raise PEFTError(f"{kind.__name__} has no {unknown!r}. {instead}It has {', '.join(known)}.") from None

@@ -184,7 +184,9 @@ def _method_of(given: Any) -> PEFTMethod:
     if isinstance(given, str):
         return method_from_name(given)
     if isinstance(given, type) and issubclass(given, PEFTMethod):
-        raise PEFTError(f"The class {given.__name__} was given as a method; an object was expected: {given.__name__}().")
+        raise PEFTError(
+            f"The class {given.__name__} was given as a method; an object was expected: {given.__name__}()."
+        )
     config = given.to_dict() if type(given).__module__.startswith("peft.") else given
     if isinstance(config, Mapping) and "peft_type" in config:
         raise PEFTError(f"A configuration of HF PEFT was given as a method. {_instead_of(config)}")

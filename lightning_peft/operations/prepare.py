@@ -143,7 +143,9 @@ def whole_names(model: ModelView, patterns: Sequence[str]) -> tuple[str, ...]:
         found = match_names(pattern, modules) or match_names(pattern, parameters)
         if not found:
             # Parameters of layers are named by the layer.
-            bare = {name: p for name, p in parameters.items() if model.part(name.rpartition(".")[0]).modules.keys() > {""}}
+            bare = {
+                name: p for name, p in parameters.items() if model.part(name.rpartition(".")[0]).modules.keys() > {""}
+            }
             raise PEFTError(nothing_matched(pattern, {**modules, **bare}, {**modules, **bare}, what="train_also"))
         names |= found
     outermost = [n for n in modules if n in names and not any(n.startswith(f"{o}.") for o in names)]

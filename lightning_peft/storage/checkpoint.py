@@ -192,9 +192,9 @@ def refuse_hf_tensors(checkpoint: Mapping[str, Any]) -> None:
     names = [name for name in checkpoint.get("state_dict", ()) if ".base_layer." in name]
     if names:
         raise PEFTError(
-            f"The checkpoint has HF PEFT's tensors ({names[0]!r}, …): get_peft_model had adapted its module. Load it into "
-            "that module once more, write the adapter with save_pretrained(path), and read it with load_adapter(module, "
-            "path) into a module that get_peft_model has not adapted. Training begins anew from there."
+            f"The checkpoint has HF PEFT's tensors ({names[0]!r}, …): get_peft_model had adapted its module. Load it "
+            "into that module once more, write the adapter with save_pretrained(path), and read it with "
+            "load_adapter(module, path) into one that get_peft_model has not adapted. Training begins anew from there."
         )
 
 

@@ -47,10 +47,10 @@ class _OfFabric(list[str]):
 
     def __contains__(self, given: object) -> bool:
         if isinstance(given, PEFTStrategy) or (isinstance(given, str) and given.startswith(PREFIX)):
+            name = given if isinstance(given, str) else "A PEFTStrategy"
             raise PEFTError(
-                f"{given if isinstance(given, str) else 'A PEFTStrategy'} was given to a Fabric; it is a Trainer's. With "
-                "Fabric write lightning_peft.inject(model, LoRA(r=8)) before fabric.setup(model), and "
-                "lightning_peft.save_adapter(model, path) to save."
+                f"{name} was given to a Fabric; it is a Trainer's. With Fabric write lightning_peft.inject(model, "
+                "LoRA(r=8)) before fabric.setup(model), and lightning_peft.save_adapter(model, path) to save."
             )
         return super().__contains__(given)
 

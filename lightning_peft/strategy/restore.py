@@ -54,20 +54,27 @@ class _NoKeys(NamedTuple):
 def _load_state_dict(module: LightningModule, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     if isinstance(state_dict, _Later):
         return _NoKeys()
-    adapters = [name for name in state_dict if CHILD in name.split(".")]
-    lost = "" if not adapters or registries(ModelView(module)) else (
-        f"The state has adapters ({adapters[0]!r}, …), and this {type(module).__name__} has none. Load the checkpoint "
-        "with load_from_checkpoint, or by the ckpt_path of a Trainer with the PEFTStrategy that wrote it."
-    )
+    lost = _lost_adapters(module, state_dict)
     try:
-        result = super(LightningModule, module).load_state_dict(state_dict, *args, **kwargs)
+        keys = super(LightningModule, module).load_state_dict(state_dict, *args, **kwargs)
     except RuntimeError as error:
         if lost:
             raise PEFTError(lost) from error
         raise
     if lost:
         rank_zero_warn(f"{lost} They are left out.")
-    return result
+    return keys
+
+
+def _lost_adapters(module: LightningModule, state_dict: Mapping[str, Any]) -> str:
+    """Return what to say if the state has adapters for which ``module`` has no place."""
+    adapters = [name for name in state_dict if CHILD in name.split(".")]
+    if not adapters or registries(ModelView(module)):
+        return ""
+    return (
+        f"The state has adapters ({adapters[0]!r}, …), and this {type(module).__name__} has none. Load the checkpoint "
+        "with load_from_checkpoint, or by the ckpt_path of a Trainer with the PEFTStrategy that wrote it."
+    )
 
 
 def _load_state_with_adapters(cls: Any, checkpoint: dict[str, Any], strict: bool | None = None, **kwargs: Any) -> Any:

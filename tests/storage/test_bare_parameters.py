@@ -1,4 +1,4 @@
-"""Parameters that stand by themselves, such as CLIP's `logit_scale`, in `train_also`: trained, saved, resumed, taken out."""
+"""Parameters that stand by themselves, such as CLIP's `logit_scale`, in `train_also`: trained, saved, gone on with."""
 
 from pathlib import Path
 from typing import Any

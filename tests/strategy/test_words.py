@@ -1,4 +1,4 @@
-"""Typical mistakes: each is told in one sentence what to write instead; and one strategy object for several Trainers."""
+"""Typical mistakes: each is told what to write instead. And one strategy object for several Trainers."""
 
 from collections.abc import Callable
 from pathlib import Path
