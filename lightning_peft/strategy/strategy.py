@@ -7,6 +7,7 @@ one's class, so that Lightning's own ``isinstance`` checks keep their meaning.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -117,12 +118,12 @@ class PEFTStrategy(_Checked):
         if self._as_made is None:
             self._as_made = self._base_class, _copied(vars(self))
             return
-        trainer = getattr(self.lightning_module, "_trainer", None)
-        if trainer is not None and trainer.state.status == TrainerStatus.RUNNING:
-            raise PEFTError(
-                "This PEFTStrategy was given to another Trainer, which is running. Make one for each: "
-                "Trainer(strategy=PEFTStrategy(...))."
-            )
+        with suppress(RuntimeError):  # no trainer
+            if self.lightning_module and self.lightning_module.trainer.state.status == TrainerStatus.RUNNING:
+                raise PEFTError(
+                    "This PEFTStrategy was given to another Trainer, which is running. Make one for each: "
+                    "Trainer(strategy=PEFTStrategy(...))."
+                )
         base, made = as_made = self._as_made
         self.__class__ = _kind(self._own_class or type(self), base)  # type: ignore[assignment]
         vars(self).clear()
