@@ -255,6 +255,24 @@ def test_every_kind_of_adapter(name: str, was_merged: bool, alone: bool) -> None
     assert (outputs(model, inputs) - expected).abs().max() <= 3e-5
 
 
+def test_one_weight_of_two_hosts_is_merged_anew_once() -> None:
+    """From the state of another base, in which the weight has one of its two names."""
+    (source, inputs), (model, _) = build("gemma3"), build("gemma3")
+    for found in (source, model):
+        inject(found, METHODS["NewTokens"]())
+    randomise(source)
+    with torch.no_grad():
+        source.model.embed_tokens.weight.mul_(1.5)
+    expected = outputs(source, inputs)
+    merge(model)
+    state = copied(source.state_dict())
+    del state["lm_head.weight"]
+    model.load_state_dict(state)
+    assert (outputs(model, inputs) - expected).abs().max() <= 1e-5
+    unmerge(model)
+    assert (outputs(model, inputs) - expected).abs().max() <= 1e-5
+
+
 def test_a_state_of_untied_weights_into_tied_ones() -> None:
     """Torch would take the head's old value for both."""
     source, model = build("gemma3")[0], build("gemma3")[0]

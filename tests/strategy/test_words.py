@@ -138,7 +138,9 @@ def test_one_object_serves_one_trainer_after_another(tmp_path: Path, base: str) 
         run.test(module, loader(), verbose=False)
         states.append(dict(module.state_dict()))
     assert_same(*states)
+    fresh = trainer(tmp_path, PEFTStrategy(LoRA(r=2), base=made), devices=2)
     two = trainer(tmp_path, strategy, devices=2)
+    assert vars(strategy).keys() == vars(fresh.strategy).keys()
     assert isinstance(two.strategy, DDPStrategy)
     assert two.strategy.num_processes == 2
 
