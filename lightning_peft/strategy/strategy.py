@@ -9,9 +9,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, ClassVar, Literal
 
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
+from lightning_peft.callbacks.other_lightning import let_in, refuse_other_lightning
 from lightning_peft.core.method import PEFTMethod, methods_of
 from lightning_peft.errors import PEFTError
 from lightning_peft.strategy.bases import behaviour
@@ -62,6 +64,7 @@ class PEFTStrategy(Lifecycle):
         train_mode: bool = True,
         base_weights: str | None = None,
     ) -> None:
+        let_in(PEFTStrategy)
         if base in (AUTO, SINGLE_DEVICE):
             Strategy.__init__(self)
             # What the Trainer's connector sets if it is there; `_choose_base` hands it on.
@@ -82,6 +85,20 @@ class PEFTStrategy(Lifecycle):
         self._train_also = None if train_also is None else as_list(train_also)
         self._train_mode = train_mode
         self._base_weights = base_weights
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        """The Trainer's; setting it is the first thing that its connector does.
+
+        Raises:
+            PEFTError: The Trainer is of another distribution of Lightning.
+        """
+        return self._accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator) -> None:
+        refuse_other_lightning(accelerator, "The Trainer")
+        self._accelerator = accelerator
 
     def _become(self, strategy: Strategy) -> None:
         """Turn into an instance of the class for ``strategy`` and take its state over; the object stays the same."""
@@ -116,6 +133,7 @@ PEFTStrategy.__abstractmethods__ = frozenset()
 
 
 def _checked(base: Strategy | str) -> Strategy:
+    refuse_other_lightning(base, f"base={type(base).__name__}(…)")
     strategy = strategy_from_name(base) if isinstance(base, str) else base
     if not isinstance(strategy, Strategy) or isinstance(strategy, PEFTStrategy):
         raise PEFTError(
