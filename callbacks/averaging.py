@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.callbacks.checkpoint import WritesDirectories
+from lightning_peft.callbacks.other_lightning import refuse_other_lightning
 from lightning_peft.core.registry import trained_whole, trains_everything
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
@@ -34,10 +35,13 @@ def average_what_is_trained(callbacks: Iterable[Callback], strategy: Strategy) -
     """Have those of ``callbacks`` that average weights do so with what is trained, before they are set up.
 
     Raises:
-        PEFTError: There is one, and ``strategy`` keeps in pieces what is trained.
+        PEFTError: There is one, and ``strategy`` keeps in pieces what is trained; or it is of another distribution of
+            Lightning.
     """
     for callback in callbacks:
-        ours = next((ours for ours in (_Averages, _StochasticAverages) if isinstance(callback, ours._lightnings)), None)
+        if {kind.__name__ for kind in type(callback).__mro__} & {ours._lightnings.__name__ for ours in _OURS}:
+            refuse_other_lightning(callback, f"The callback {type(callback).__name__}")
+        ours = next((ours for ours in _OURS if isinstance(callback, ours._lightnings)), None)
         if ours is None or isinstance(callback, ours):
             continue
         if isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy):
@@ -209,6 +213,9 @@ class _StochasticAverages(_OnTrained, StochasticWeightAveraging):
             super().load_state_dict(state_dict)
         else:
             self._held_back = state_dict
+
+
+_OURS: tuple[type[_OnTrained], ...] = (_Averages, _StochasticAverages)
 
 
 @cache

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed import all_gather_object
 
+from lightning_peft.callbacks.other_lightning import refuse_other_lightning
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.files import restore_all_interrupted
 from lightning_peft.storage.checkpoint import AdapterDirectory
@@ -35,8 +36,10 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Check that there will be adapters to write, and that either all processes resume or none.
 
         Raises:
-            PEFTError: The trainer's strategy is no ``PEFTStrategy``, or some processes found no checkpoint to resume.
+            PEFTError: The trainer's strategy is no ``PEFTStrategy``, or it is of another distribution of Lightning; or
+                some processes found no checkpoint to resume.
         """
+        refuse_other_lightning(trainer, "The Trainer")
         if not isinstance(trainer.strategy, WritesDirectories):
             raise PEFTError(
                 f"AdapterCheckpoint was given with strategy {type(trainer.strategy).__name__}, which has no adapters. "

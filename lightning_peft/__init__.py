@@ -1,5 +1,6 @@
 """Parameter-efficient fine-tuning for any LightningModule, as one Trainer flag."""
 
+from lightning_peft.callbacks.other_lightning import replace_pytorch_lightning
 from lightning_peft.core.disable import disable
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.moved import keep_old_names
@@ -32,6 +33,7 @@ __all__ = [
     "load_adapter",
     "load_base_weights",
     "merge",
+    "replace_pytorch_lightning",
     "save_adapter",
     "set_adapter",
     "unmerge",

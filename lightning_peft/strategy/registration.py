@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_peft.callbacks.other_lightning import other_registries
 from lightning_peft.core.method import registered_methods
 from lightning_peft.errors import PEFTError, near
 from lightning_peft.strategy.bases.names import PREFIX, base_names
@@ -14,15 +15,19 @@ from lightning_peft.strategy.strategy import PEFTStrategy
 
 
 def register_strategies() -> None:
-    """Register ``peft``, ``peft_<method>`` and ``peft_<method>_<base>`` with Lightning."""
+    """Register ``peft``, ``peft_<method>`` and ``peft_<method>_<base>`` with Lightning.
+
+    They are known to ``pytorch_lightning`` too, if it is there: the strategy says why it does not serve it.
+    """
     names = {PREFIX: ("lora", "auto")}
     for method in registered_methods():
         names[f"{PREFIX}_{method}"] = (method, "auto")
         names.update({f"{PREFIX}_{method}_{base}": (method, base) for base in base_names()[1:]})
-    for name, (method, base) in names.items():
-        StrategyRegistry.register(
-            name, PEFTStrategy, description=f"{method} on {base}", override=True, method=method, base=base
-        )
+    for registry in (StrategyRegistry, *other_registries()):
+        for name, (method, base) in names.items():
+            registry.register(
+                name, PEFTStrategy, description=f"{method} on {base}", override=True, method=method, base=base
+            )
     StrategyRegistry.available_strategies = lambda: _OfTrainer(StrategyRegistry)  # type: ignore[method-assign]
     STRATEGY_REGISTRY.available_strategies = lambda: _OfFabric(STRATEGY_REGISTRY)  # type: ignore[method-assign]
 

@@ -11,10 +11,12 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, ClassVar, Literal
 
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 
+from lightning_peft.callbacks.other_lightning import let_in, refuse_other_lightning
 from lightning_peft.core.method import PEFTMethod, methods_of, registered_methods
 from lightning_peft.errors import PEFTError, refuse_arguments
 from lightning_peft.strategy.bases import behaviour
@@ -83,6 +85,7 @@ class PEFTStrategy(_Checked):
         train_mode: bool = True,
         base_weights: str | None = None,
     ) -> None:
+        let_in(PEFTStrategy)
         if base in (AUTO, SINGLE_DEVICE):
             Strategy.__init__(self)
             # What the Trainer's connector sets if it is there; `_choose_base` hands it on.
@@ -103,6 +106,20 @@ class PEFTStrategy(_Checked):
         self._train_also = None if train_also is None else as_list(train_also)
         self._train_mode = train_mode
         self._base_weights = base_weights
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        """The Trainer's; setting it is the first thing that its connector does.
+
+        Raises:
+            PEFTError: The Trainer is of another distribution of Lightning.
+        """
+        return self._accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator) -> None:
+        refuse_other_lightning(accelerator, "The Trainer")
+        self._accelerator = accelerator
 
     def _become(self, strategy: Strategy) -> None:
         """Turn into an instance of the class for ``strategy`` and take its state over; the object stays the same."""
@@ -157,6 +174,7 @@ PEFTStrategy.__abstractmethods__ = frozenset()
 
 
 def _checked(base: Strategy | str) -> Strategy:
+    refuse_other_lightning(base, f"base={type(base).__name__}(…)")
     strategy = strategy_from_name(base) if isinstance(base, str) else base
     if not isinstance(strategy, Strategy) or isinstance(strategy, PEFTStrategy):
         raise PEFTError(
