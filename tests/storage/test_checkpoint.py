@@ -496,8 +496,12 @@ def test_an_interrupted_save_leaves_the_previous_one_whole(tmp_path: Path, monke
 def test_a_full_disk_is_an_error_that_names_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, run = fit(tmp_path)
 
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
+    save = torch.save
+
+    def full(content: Any, file: Any) -> None:
+        if hasattr(file, "name"):
+            raise OSError(28, "No space left on device")
+        save(content, file)
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(PEFTError, match=r"Cannot write .*/d: No space left"):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_peft import LayerNormTuning, LoRA, PEFTError, inject, load_adapter, save_adapter
-from lightning_peft.formats import files
+from lightning_peft.formats import writing
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -164,7 +164,7 @@ def test_an_interrupted_save_leaves_the_old_one(directory: Path, monkeypatch: py
     def crash(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "_replace", crash)
+    monkeypatch.setattr(writing, "_move", crash)
     with pytest.raises(KeyboardInterrupt):
         save_adapter(adapted(), directory)
     assert {p.name: p.read_bytes() for p in directory.iterdir()} == old
