@@ -155,11 +155,11 @@ class Checkpoints(WritesDirectories, Leaving):
 
 def _warn_of_objects(checkpoint: Mapping[str, Any]) -> None:
     """Say what of ``checkpoint``, as it is written, is not read back without running a pickle."""
-    if found := objects(checkpoint):
+    if found := [f"{where} ({names})" for where, names in objects(checkpoint).items()]:
         rank_zero_warn(
             "The checkpoint holds more than tensors and plain values, so that it is read with weights_only=False "
-            f"alone: {listed(f'{where} ({names})' for where, names in found.items())}. Make strings and numbers of them, or "
-            "leave hyper-parameters out by save_hyperparameters(ignore=[...])."
+            f"alone: {listed(found)}. Make strings and numbers of them, or leave hyper-parameters out by "
+            "save_hyperparameters(ignore=[...])."
         )
 
 
