@@ -8,14 +8,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed import all_gather_object
 
+from lightning_peft.callbacks.last import WritesDirectories, install
 from lightning_peft.callbacks.other_lightning import refuse_other_lightning
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats.files import restore_all_interrupted
 from lightning_peft.storage.checkpoint import AdapterDirectory
 
-
-class WritesDirectories:
-    """A strategy's ``save_checkpoint`` that writes a directory if it is given an ``AdapterDirectory``."""
+install()
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -70,8 +68,6 @@ class AdapterCheckpoint(ModelCheckpoint):
             )
 
     def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
-        # After a crash in the moment of a replacement, Lightning would find no checkpoint and start anew.
-        restore_all_interrupted(self._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
         paths = super()._find_last_checkpoints(trainer)
         self._found_last = bool(paths)
         return paths

@@ -30,8 +30,8 @@ from torch.serialization import _get_layout
 
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.files import inside
+from lightning_peft.formats.writing import SHARDED
 
-_REST = "meta.pt"
 _MODELS = ("model.", "state_dict.")  # FSDP's and ModelParallel's name for the module's state
 _OPTIMIZER = "optimizer_"
 _VALUES = "lightning_peft_optimizer_values"
@@ -104,7 +104,7 @@ def split_values(checkpoint: dict[str, Any]) -> None:
 
 def is_sharded(path: Path) -> bool:
     """Whether ``path`` is a sharded checkpoint of Lightning's."""
-    return (path / _REST).is_file()
+    return (path / SHARDED).is_file()
 
 
 def read_sharded(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def read_sharded(path: Path, weights_only: bool | None = None) -> dict[str, Any]
     """
     try:
         checkpoint: dict[str, Any] = torch.load(
-            path / _REST, map_location="cpu", weights_only=weights_only is not False
+            path / SHARDED, map_location="cpu", weights_only=weights_only is not False
         )
         reader = _Reader(path)
         tensors = _room_for(reader.read_metadata(), path)

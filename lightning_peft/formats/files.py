@@ -1,13 +1,10 @@
-"""Writing a directory so that a crash at any moment leaves the old or the new one whole; reading strangers' files."""
+"""The files in a directory: tensors as safetensors, and JSON. Those that are read may be strangers'."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,63 +17,7 @@ from lightning_peft.errors import PEFTError
 MARKER = "lightning_peft.json"
 """The file that makes a directory ours to overwrite."""
 
-_ASIDE = ".old"
-_ATTEMPTS = 100
 _MAX_JSON_BYTES = 16 * 2**20
-
-
-@contextmanager
-def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary sibling to write into; on success it takes the place of ``path``, on failure it goes.
-
-    Raises:
-        PEFTError: ``path`` exists and is not a directory written by this package, or cannot be written to.
-    """
-    target = Path(os.path.abspath(path))
-    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        restore_interrupted(target)
-        _refuse_foreign(target)
-        staging.mkdir(parents=True)
-        yield staging
-        for file in [*staging.rglob("*"), staging]:
-            _fsync(file)
-        _replace(staging, target)
-    except OSError as error:
-        raise PEFTError(
-            f"Cannot write {target}: {error.strerror or error}. Check the path, its permissions and the free space."
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _refuse_foreign(target: Path) -> None:
-    try:
-        names = os.listdir(target)
-    except FileNotFoundError:
-        return
-    except NotADirectoryError:
-        names = [target.name]
-    if names and MARKER not in names:
-        raise PEFTError(
-            f"{target} exists and was not written by lightning_peft: it is not overwritten. Choose another path, or "
-            "remove it."
-        )
-
-
-def restore_interrupted(path: str | os.PathLike[str]) -> None:
-    """Bring back the old directory if a crash came between moving it aside and putting the new one in its place."""
-    target = Path(os.path.abspath(path))
-    aside = _aside(target)
-    if aside.is_dir() and not target.exists():
-        with suppress(OSError):
-            aside.rename(target)
-
-
-def restore_all_interrupted(directory: str | os.PathLike[str]) -> None:
-    """Do the same for every directory that was written in ``directory``."""
-    for aside in Path(directory).glob(_aside(Path("*")).name):
-        restore_interrupted(aside.with_name(aside.name[1 : -len(_ASIDE)]))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -139,7 +80,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except SafetensorError as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last if it has just been removed
         raise PEFTError(f"{path} is damaged or truncated: {error}. Take another copy.") from error
 
 
@@ -159,39 +100,3 @@ def _require_file(path: Path) -> None:
         raise PEFTError(
             f"{path} does not exist. An adapter is a directory with adapter_config.json and adapter_model.safetensors."
         )
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}{_ASIDE}")
-
-
-def _replace(staging: Path, target: Path) -> None:
-    # No portable call exchanges two directories: the old one steps aside for the moment between two renames, and
-    # `restore_interrupted` brings it back after a crash in that moment.
-    aside = _aside(target)
-    for left in reversed(range(_ATTEMPTS)):
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            if target.exists():
-                target.rename(aside)
-            staging.rename(target)
-            break
-        except OSError:
-            # Processes that write one adapter to one path come in between each other's renames.
-            if not left or not staging.exists():
-                raise
-    _fsync(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    # Without it a power cut may leave renamed but empty files. Windows cannot open a directory.
-    flags = os.O_RDONLY
-    try:
-        descriptor = os.open(path, flags)
-    except PermissionError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

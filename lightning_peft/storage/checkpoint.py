@@ -18,14 +18,15 @@ from lightning_peft.core.view import ModelView, own_state
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.deepspeed import is_deepspeed
 from lightning_peft.formats.distributed import is_sharded, read_sharded
-from lightning_peft.formats.files import atomic_directory, restore_interrupted
+from lightning_peft.formats.leftovers import restore_interrupted
+from lightning_peft.formats.writing import atomic_directory
 from lightning_peft.operations.inject import inject, set_adapter
 from lightning_peft.operations.rest import freeze_rest
 from lightning_peft.operations.shards import in_pieces
 from lightning_peft.storage import fingerprint
 from lightning_peft.storage.base_weights import fill
 from lightning_peft.storage.loading import read_adapters
-from lightning_peft.storage.readable import reading
+from lightning_peft.storage.readable import TRAINER_STATE, reading
 from lightning_peft.storage.saving import write_adapters
 from lightning_peft.storage.state import (
     adapter_parameters_and_whole,
@@ -38,7 +39,6 @@ from lightning_peft.storage.state import (
 KEY = "lightning_peft"
 """Under it a checkpoint keeps :func:`lightning_peft.storage.state.metadata`."""
 
-_TRAINER_STATE = "trainer_state.ckpt"
 _PLACES = "tensors"
 _INJECTION_KEYS = {"adapters", "active", "train_also", "base"}
 
@@ -209,7 +209,8 @@ def write_directory(checkpoint: Mapping[str, Any], path: str | os.PathLike[str],
     rest = {key: value for key, value in checkpoint.items() if key != "state_dict"}
     with atomic_directory(path) as directory:
         places = write_adapters(directory, model, checkpoint["state_dict"])
-        torch.save({**rest, KEY: {**checkpoint[KEY], _PLACES: places}}, directory / _TRAINER_STATE)
+        with (directory / TRAINER_STATE).open("wb") as file:
+            torch.save({**rest, KEY: {**checkpoint[KEY], _PLACES: places}}, file)
 
 
 def is_directory(path: str | os.PathLike[str]) -> bool:
@@ -234,7 +235,7 @@ def read_directory(
         PEFTError: The directory holds no trainer state, is of a layout that was not asked for, or is damaged.
     """
     directory = Path(path)
-    file = directory / _TRAINER_STATE
+    file = directory / TRAINER_STATE
     if not file.is_file():
         if is_sharded(directory) and (sharded or weights_only is False):
             return read_sharded(directory, weights_only)
@@ -260,6 +261,6 @@ def _unreadable(directory: Path) -> PEFTError:
             "checkpoints of AdapterCheckpoint resume on every base strategy."
         )
     return PEFTError(
-        f"{directory} holds no {_TRAINER_STATE}, so training cannot be resumed from it. An adapter is loaded "
+        f"{directory} holds no {TRAINER_STATE}, so training cannot be resumed from it. An adapter is loaded "
         "with load_adapter(model, path), and ckpt_path left out."
     )

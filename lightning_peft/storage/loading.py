@@ -22,13 +22,8 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.formats import hf, own
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, with_adapter, without_adapter
 from lightning_peft.formats.counterpart import UNSAID
-from lightning_peft.formats.files import (
-    MARKER,
-    inside,
-    read_json,
-    read_tensors,
-    restore_interrupted,
-)
+from lightning_peft.formats.files import MARKER, inside, read_json, read_tensors
+from lightning_peft.formats.leftovers import restore_interrupted
 from lightning_peft.formats.pieces import take, whole_of
 from lightning_peft.operations.inject import inject_prepared, prepare_injection
 from lightning_peft.operations.prepare import Prepared, prepared_tensors

@@ -1,4 +1,4 @@
-"""What a checkpoint may hold so that it is read back without running a pickle: tensors and plain values."""
+"""What can be read back: checkpoints that are whole, and of tensors and plain values, so that no pickle is run."""
 
 from __future__ import annotations
 
@@ -6,14 +6,45 @@ import errno
 import io
 import os
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_peft.core.sharding import map_tensors
 from lightning_peft.errors import PEFTError
+from lightning_peft.formats.deepspeed import is_deepspeed
+from lightning_peft.formats.distributed import is_sharded
+from lightning_peft.formats.files import read_shapes
+
+TRAINER_STATE = "trainer_state.ckpt"
+"""What an adapter directory holds for going on with a run."""
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the checkpoint ``path``, a file or a directory, is there and not damaged; nothing is unpickled."""
+    try:
+        if not path.is_dir():
+            return _is_whole_file(path)
+        if not (path / TRAINER_STATE).is_file():
+            # Other layouts are moved to their place when they are whole.
+            return is_sharded(path) or is_deepspeed(path)
+        for file in path.rglob("*.safetensors"):
+            read_shapes(file)
+        return _is_whole_file(path / TRAINER_STATE)
+    except PEFTError:
+        return False
+
+
+def _is_whole_file(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as file:  # as torch.save writes it, with checksums
+            return file.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def objects(checkpoint: Mapping[str, Any]) -> dict[str, str]:

@@ -16,13 +16,9 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.formats import hf, own
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, Part, with_adapter
 from lightning_peft.formats.counterpart import UNSAID, for_methods
-from lightning_peft.formats.files import (
-    MARKER,
-    atomic_directory,
-    write_json,
-    write_tensors,
-)
+from lightning_peft.formats.files import MARKER, write_json, write_tensors
 from lightning_peft.formats.pieces import joined
+from lightning_peft.formats.writing import atomic_directory
 from lightning_peft.operations.shards import resharded
 from lightning_peft.storage.fingerprint import describe_base
 from lightning_peft.storage.parts import parts_of

@@ -18,12 +18,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_peft.callbacks.averaging import average_what_is_trained
-from lightning_peft.callbacks.checkpoint import WritesDirectories
 from lightning_peft.callbacks.summary import PEFTSummary
 from lightning_peft.core.registry import own_registry, registries, remember_buffers, was_unloaded
-from lightning_peft.core.sharding import map_tensors, whole
 from lightning_peft.core.view import ModelView
-from lightning_peft.formats.distributed import split_values
 from lightning_peft.operations.inject import inject
 from lightning_peft.operations.merge import is_merged, unmerge
 from lightning_peft.operations.rest import freeze_rest
@@ -31,16 +28,14 @@ from lightning_peft.operations.shards import resharded
 from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage import plain
 from lightning_peft.storage.base_weights import load_base_weights
-from lightning_peft.storage.readable import reading
 from lightning_peft.storage.state import adapter_state_dict
 from lightning_peft.strategy import refusals
-from lightning_peft.strategy.leaving import Leaving
-from lightning_peft.strategy.plain_values import warn_of_objects
+from lightning_peft.strategy.checkpoints import Checkpoints
 from lightning_peft.strategy.untrained import own_train_also, untrained
 from lightning_peft.targets.inner_models import transformers_models
 
 
-class Lifecycle(WritesDirectories, Leaving):
+class Lifecycle(Checkpoints):
     """What becomes of a model and its adapters in a run."""
 
     _base_name: str
@@ -107,16 +102,6 @@ class Lifecycle(WritesDirectories, Leaving):
                 f"and {len(frozen) - 1} other parameters. Name in train_also what of it is to be trained."
             )
         self._note_built()
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint file, or a directory: of ``AdapterCheckpoint``, or in the base strategy's own layout.
-
-        Pickles in it are run with ``weights_only=False`` alone, wherever the checkpoint comes from.
-        """
-        if files.is_directory(checkpoint_path):
-            return files.read_directory(checkpoint_path, weights_only, sharded=self._saves_shards)
-        with reading(checkpoint_path):
-            return plain.with_adapters(super().load_checkpoint(checkpoint_path, weights_only is not False))
 
     def _load_base_weights(self) -> None:
         """Load the frozen weights, if they are to come from files."""
@@ -242,32 +227,3 @@ class Lifecycle(WritesDirectories, Leaving):
 
     def _adapter_state(self) -> dict[str, Any]:
         return adapter_state_dict(self._module)
-
-    @property
-    def _saves_shards(self) -> bool:
-        """Whether the base strategy writes every process's pieces of a checkpoint into one directory."""
-        return False
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint file, or a directory if ``storage_options`` is an ``AdapterDirectory``."""
-        directory, view = isinstance(storage_options, files.AdapterDirectory), ModelView(self._module)
-        if self._is_plain:
-            if directory:
-                plain.refuse_directory()
-            return self._write_checkpoint(checkpoint, filepath, storage_options)
-        files.finish(checkpoint, view, self._full_checkpoints)
-        warn_of_objects(checkpoint)
-        if self._unloads:
-            plain.leave_plain(checkpoint, view, self._full_checkpoints and not directory)
-        if directory or not self._saves_shards:
-            checkpoint = map_tensors(checkpoint, whole)
-        else:
-            split_values(checkpoint)
-        if not directory:
-            self._write_checkpoint(checkpoint, filepath, storage_options)
-        elif self.is_global_zero:
-            files.write_directory(checkpoint, filepath, view)
-
-    def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None) -> None:
-        """Write a checkpoint as the base strategy does."""
-        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)

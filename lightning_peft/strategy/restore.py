@@ -21,8 +21,8 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.merge import merge
 from lightning_peft.storage import checkpoint as files
+from lightning_peft.storage.hyper_parameters import without_class_paths
 from lightning_peft.storage.plain import is_plain, leaves_plain
-from lightning_peft.strategy.plain_values import without_class_paths
 
 _load_file = saving.pl_load
 _load_state = saving._load_state

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_peft import LayerNormTuning, LoRA, PEFTError, inject, load_adapter, save_adapter
-from lightning_peft.formats import files
+from lightning_peft.formats import writing
+from lightning_peft.formats.files import MARKER
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -164,7 +165,7 @@ def test_an_interrupted_save_leaves_the_old_one(directory: Path, monkeypatch: py
     def crash(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "_replace", crash)
+    monkeypatch.setattr(writing, "_move", crash)
     with pytest.raises(KeyboardInterrupt):
         save_adapter(adapted(), directory)
     assert {p.name: p.read_bytes() for p in directory.iterdir()} == old
@@ -182,8 +183,8 @@ def test_several_write_one_directory_at_once(tmp_path: Path) -> None:
     """As the processes of a run do that all call save_adapter."""
 
     def write(number: int) -> None:
-        with files.atomic_directory(tmp_path / "adapter") as directory:
-            (directory / files.MARKER).write_text("{}")
+        with writing.atomic_directory(tmp_path / "adapter") as directory:
+            (directory / MARKER).write_text("{}")
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(write, range(400)))

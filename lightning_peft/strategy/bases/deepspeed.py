@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from lightning_peft.core.sharding import gathered, kept_part, whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.deepspeed import TAG, is_deepspeed, read_deepspeed, require_layout, write_layout
-from lightning_peft.formats.files import atomic_directory
 from lightning_peft.operations.by_hand import watch
 from lightning_peft.operations.merge import refuse_ties
 from lightning_peft.storage import checkpoint as files
@@ -228,9 +226,7 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         if "://" in os.fspath(filepath):
             raise PEFTError(f"{filepath}: DeepSpeed writes to local paths.")
         self.exclude_frozen_parameters = not self._full_checkpoints
-        with ExitStack() as stack:
-            staging = stack.enter_context(atomic_directory(filepath)) if self.is_global_zero else None
-            directory: Path = self.broadcast(staging)  # type: ignore[assignment]
+        with self._staged(filepath) as directory:
             super()._write_checkpoint(checkpoint, str(directory), storage_options)
             if self.is_global_zero:
                 write_layout(directory, self._stage, self.world_size, self._trained.names())

@@ -1,8 +1,7 @@
 """Hyper-parameters of a checkpoint as values: a file does not say which classes and functions are called.
 
-What is no value is named when a checkpoint is written. LightningCLI saves what it made objects from, class paths
-included, and the name of the function that does; Lightning calls that function when it loads the checkpoint. Here a
-module is made from the values alone.
+LightningCLI saves what it made objects from, class paths included, and the name of the function that does; Lightning
+calls that function when it loads the checkpoint. Here a module is made from the values alone.
 """
 
 from __future__ import annotations
@@ -12,14 +11,11 @@ from collections.abc import Iterable, Mapping
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lightning.pytorch.core import saving
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
 from lightning_peft.errors import PEFTError
-from lightning_peft.storage.readable import objects
 
 _INSTANTIATOR, _CLASS_PATH = "_instantiator", "_class_path"  # where LightningCLI saves them
 _OF_LIGHTNING = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
+_KEYS_OF_OLD_LIGHTNING = ("hparams", "module_arguments")
 _SEQUENCES = (list, tuple, set, frozenset)  # all of them are lists in YAML
 
 
@@ -37,7 +33,7 @@ def without_class_paths(
         PEFTError: The hyper-parameters name what is to be called, which neither ``kind`` nor the caller says.
     """
     plain = dict(checkpoint)
-    for key in (kind.CHECKPOINT_HYPER_PARAMS_KEY, *saving.CHECKPOINT_PAST_HPARAMS_KEYS):
+    for key in (kind.CHECKPOINT_HYPER_PARAMS_KEY, *_KEYS_OF_OLD_LIGHTNING):
         values = plain.get(key)
         if not isinstance(values, Mapping) or _INSTANTIATOR not in values:
             continue
@@ -51,17 +47,6 @@ def without_class_paths(
         plain[key] = {name: value for name, value in values.items() if name not in (_INSTANTIATOR, _CLASS_PATH)}
         _refuse_objects(kind, {name: value for name, value in plain[key].items() if name not in given})
     return kind, plain
-
-
-def warn_of_objects(checkpoint: Mapping[str, Any]) -> None:
-    """Say what of ``checkpoint``, as it is written, is not read back without running a pickle."""
-    if found := objects(checkpoint):
-        listed = "; ".join(f"{where} ({names})" for where, names in list(found.items())[:5])
-        rank_zero_warn(
-            f"The checkpoint holds more than tensors and plain values, so that it is read with weights_only=False "
-            f"alone: {listed}. Make strings and numbers of them, or leave hyper-parameters out by "
-            "save_hyperparameters(ignore=[...])."
-        )
 
 
 def _imported_subclass(kind: type[Any], path: Any) -> type[Any]:

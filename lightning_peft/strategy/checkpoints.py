@@ -1,0 +1,167 @@
+"""What a run reads and writes: checkpoints as files, as adapter directories, and in the base strategy's own layout."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_peft.callbacks.last import WritesDirectories
+from lightning_peft.core.sharding import map_tensors, whole
+from lightning_peft.core.view import ModelView
+from lightning_peft.errors import listed
+from lightning_peft.formats.distributed import split_values
+from lightning_peft.formats.leftovers import Claim, clean
+from lightning_peft.formats.writing import atomic_directory, atomic_file, os_errors, remove
+from lightning_peft.storage import checkpoint as files
+from lightning_peft.storage import plain
+from lightning_peft.storage.readable import objects, reading
+from lightning_peft.strategy.leaving import Leaving
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Lightning's files, written so that whatever happens leaves the old one or the new one whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write ``checkpoint`` to ``path``."""
+        if storage_options is not None or _is_remote(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with atomic_file(path) as file:
+            torch.save(checkpoint, file)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove what is at ``path``."""
+        if _is_remote(path):
+            super().remove_checkpoint(path)
+        else:
+            remove(path)
+
+
+class Checkpoints(WritesDirectories, Leaving):
+    """Reads and writes a run's checkpoints; ``super()`` is the base strategy."""
+
+    _claims: Sequence[Claim] = ()
+    """The folders that checkpoints of this run go to."""
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """What writes files: of Lightning's own, also within another, one that leaves no half of a file."""
+        if (around := self._checkpoint_io) is not None and hasattr(around, "checkpoint_io"):
+            around.checkpoint_io = WholeFiles()  # which it takes if nothing was put into it
+        plugin: CheckpointIO = super().checkpoint_io
+        if type(plugin) is TorchCheckpointIO:
+            self._checkpoint_io = plugin = WholeFiles()
+        return plugin
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, plugin: CheckpointIO) -> None:
+        self._checkpoint_io = plugin
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Set up; what a killed run left among the checkpoints of this one goes, and what it moved aside comes back."""
+        super().setup(trainer)
+        if trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
+        given = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}
+        folders = [Path(folder) for folder in given if folder and not _is_remote(folder)]
+        self._release()
+        for folder in folders:
+            with os_errors("write", folder):
+                self._claims = [*self._claims, Claim(folder)]
+            clean(folder)
+        for folder, other in [(f, c.other) for f, c in zip(folders, self._claims, strict=True) if c.other]:
+            rank_zero_warn(
+                f"Another run writes checkpoints to {folder} ({other}). Both go on, and each may replace what the "
+                "other has written. Give every run a dirpath of its own."
+            )
+
+    def teardown(self) -> None:
+        """Tear down, and let other runs have the folders."""
+        super().teardown()
+        self._release()
+
+    def _release(self) -> None:
+        for claim in self._claims:
+            claim.release()
+        self._claims = ()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint file, or a directory: of ``AdapterCheckpoint``, or in the base strategy's own layout.
+
+        Pickles in it are run with ``weights_only=False`` alone, wherever the checkpoint comes from.
+        """
+        if files.is_directory(checkpoint_path):
+            return files.read_directory(checkpoint_path, weights_only, sharded=self._saves_shards)
+        with reading(checkpoint_path):
+            return plain.with_adapters(super().load_checkpoint(checkpoint_path, weights_only is not False))
+
+    @property
+    def _saves_shards(self) -> bool:
+        """Whether the base strategy writes every process's pieces of a checkpoint into one directory."""
+        return False
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint file, or a directory if ``storage_options`` is an ``AdapterDirectory``."""
+        directory, view = isinstance(storage_options, files.AdapterDirectory), ModelView(self._module)
+        if self._is_plain:
+            if directory:
+                plain.refuse_directory()
+            return self._write_checkpoint(checkpoint, filepath, storage_options)
+        files.finish(checkpoint, view, self._full_checkpoints)
+        _warn_of_objects(checkpoint)
+        if self._unloads:
+            plain.leave_plain(checkpoint, view, self._full_checkpoints and not directory)
+        if directory or not self._saves_shards:
+            checkpoint = map_tensors(checkpoint, whole)
+        else:
+            split_values(checkpoint)
+        if not directory:
+            self._write_checkpoint(checkpoint, filepath, storage_options)
+        elif self.is_global_zero:
+            files.write_directory(checkpoint, filepath, view)
+
+    def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None) -> None:
+        """Write a checkpoint as the base strategy does."""
+        if not self._saves_shards or _is_remote(filepath):
+            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            return
+        with self._staged(filepath) as directory:
+            super().save_checkpoint(checkpoint, directory, storage_options=storage_options)
+
+    @contextmanager
+    def _staged(self, filepath: Any) -> Iterator[Path]:
+        """Yield where all processes write what then becomes the directory ``filepath``."""
+        with ExitStack() as stack:
+            staging = stack.enter_context(atomic_directory(filepath)) if self.is_global_zero else None
+            yield Path(self.broadcast(staging))  # type: ignore[arg-type]
+            self.barrier()
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint; plugins that write files know nothing of directories."""
+        if _is_remote(filepath) or not (os.path.isdir(filepath) or os.path.islink(filepath)):
+            super().remove_checkpoint(filepath)
+        elif self.is_global_zero:
+            remove(filepath)
+
+
+def _warn_of_objects(checkpoint: Mapping[str, Any]) -> None:
+    """Say what of ``checkpoint``, as it is written, is not read back without running a pickle."""
+    if found := [f"{where} ({names})" for where, names in objects(checkpoint).items()]:
+        rank_zero_warn(
+            "The checkpoint holds more than tensors and plain values, so that it is read with weights_only=False "
+            f"alone: {listed(found)}. Make strings and numbers of them, or leave hyper-parameters out by "
+            "save_hyperparameters(ignore=[...])."
+        )
+
+
+def _is_remote(path: Any) -> bool:
+    return "://" in os.fspath(path)
