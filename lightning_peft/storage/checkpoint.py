@@ -148,7 +148,7 @@ def inject_from(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
         root = model.get_submodule(prefix)
         # What finds modules by itself is to find what it found where the checkpoint was written.
         for name in injection.get("frozen", ()):
-            root.get_submodule(name).requires_grad_(False)
+            ModelView(root).part(name).module.requires_grad_(False)
         for name, configs in injection["adapters"].items():
             methods = [method_from_config(config) for config in configs]
             inject(root, methods, name=name, train_also=injection["train_also"])
