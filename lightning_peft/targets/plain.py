@@ -60,7 +60,11 @@ def nature(module: nn.Module) -> Nature:
 
 def obstacle(module: nn.Module) -> str | None:
     """Return why no adapter can add to what ``module`` returns, if it is of a kind that :func:`nature` judges."""
-    if not is_weighted(module) or nature(module) != "neither":
+    if not is_weighted(module):
+        return None
+    if 0 in features(module):
+        return "its weight is empty"
+    if nature(module) != "neither":
         return None
     what = "a lookup of it" if isinstance(module, nn.Embedding) else "of the shape that its weight gives"
     return f"what a {type(module).__name__} makes of its input is not {what}"

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_linear
-from lightning_peft.targets.attention import attention_roots, recurrent_roots, refuse_mixed, surrounding
+from lightning_peft.targets.attention import attention_roots, mlp_beside, recurrent_roots, refuse_mixed, surrounding
 from lightning_peft.targets.inner_models import head_modules
 from lightning_peft.targets.layers import listed_blocks
 from lightning_peft.targets.patterns import ALL_LINEAR
@@ -31,7 +31,7 @@ def in_preset(model: ModelView, preset: str) -> set[str]:
     if preset == ALL_LINEAR:
         return linears
     refuse_mixed(model)
-    attention = _inside(linears, attention_roots(model))
+    attention = _inside(linears, attention_roots(model)) - mlp_beside(model).keys()
     if preset == "attention":
         return attention
     return (linears & listed_blocks(model).keys()) - attention - _inside(linears, recurrent_roots(model))

@@ -7,7 +7,7 @@ from families import build
 from torch import nn
 from transformers import JambaConfig, JambaModel, MambaConfig, MambaModel, XLMConfig, XLMModel
 
-from lightning_peft import AdaLoRA, DoRA, LoHa, LoRA, PEFTError, PEFTMethod, SeriesAdapter, inject
+from lightning_peft import IA3, AdaLoRA, DoRA, LoHa, LoRA, PEFTError, PEFTMethod, SeriesAdapter, inject
 
 
 class Siblings(nn.Module):
@@ -40,6 +40,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "plain": lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
     "siblings": lambda: Siblings("q", "k", "v", "o", "up", "down"),
+    "unclear siblings": lambda: Siblings("q", "k", "v", "o", "first", "second"),
+    "a gate beside": lambda: Siblings("to_q", "to_k", "to_v", "to_out", "to_gate"),
     "own attention": lambda: Siblings("q", "k", "v", "mix"),
 }  # fmt: skip
 FOUND = {
@@ -51,10 +53,15 @@ FOUND = {
     ("jamba", "mlp"): {"gate_proj", "up_proj", "down_proj"},
     ("plain", "mlp"): {"0", "2"},
     ("own attention", "attention"): {"q", "k", "v", "mix"},
+    ("siblings", "attention"): {"q", "k", "v", "o"},
+    ("siblings", "mlp"): {"up", "down"},
 }
 REFUSED = {
-    ("siblings", "attention"): r"cannot be told apart in 'blocks\.0', which holds q, k, v, o, up, down",
-    ("siblings", "mlp"): "cannot be told apart",
+    **{
+        ("unclear siblings", p): r"told apart in 'blocks\.0': what 'blocks\.0\.first', 'blocks\.0\.second' belong"
+        for p in ("attention", "mlp")
+    },
+    **{("a gate beside", preset): "cannot be told apart" for preset in ("attention", "mlp")},
     ("mamba", "attention"): "finds no attention block in this MambaModel",
     ("mamba", "mlp"): "finds no mlp block in this MambaModel",
     ("plain", "attention"): "finds no attention block",
@@ -78,7 +85,11 @@ def test_attention_and_mlp(family: str, preset: str) -> None:
 
 def test_no_bottleneck_stands_where_attention_and_mlp_cannot_be_told_apart() -> None:
     with pytest.raises(PEFTError, match="cannot be told apart in 'blocks"):
-        inject(MODELS["siblings"](), SeriesAdapter(bottleneck=2))
+        inject(MODELS["unclear siblings"](), SeriesAdapter(bottleneck=2))
+    names = inject(MODELS["siblings"](), SeriesAdapter(bottleneck=2, train_norms=False))
+    assert names == ["blocks.0.o", "blocks.0.down"]
+    names = inject(MODELS["siblings"](), IA3())
+    assert names == ["blocks.0.k", "blocks.0.v", "blocks.0.down"]
 
 
 def test_without_linear_layers() -> None:
