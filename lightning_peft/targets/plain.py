@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from lightning_peft.core.shadow import shadow, unshadow
-from lightning_peft.core.sharding import in_zero_pieces
+from lightning_peft.core.sharding import full_shape, in_zero_pieces
 from lightning_peft.core.weights import (
     conv1d_class,
     features,
@@ -38,7 +38,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def nature(module: nn.Module) -> Nature:
-    """Return what a linear layer, an embedding or a convolution computes.
+    """Return what a linear layer, an embedding or a convolution computes, by its class or as far as can be seen.
 
     ``plain``
         The plain function of its weight, whatever values that has: a change can be merged into it.
@@ -56,6 +56,17 @@ def nature(module: nn.Module) -> Nature:
     if is_packed(module) or any(_out_of_reach(tensor) for tensor in (*module.parameters(), *module.buffers())):
         return "beside"
     return _tried(module, has_weight)
+
+
+def is_own_linear(module: nn.Module) -> bool:
+    """Whether a module of a class of somebody's own computes x Wᵀ + b, as PyTorch Geometric's ``Linear`` does."""
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    others = [name for name, parameter in module._parameters.items() if parameter is not None]
+    if weight is None or len(full_shape(weight)) != 2 or set(others) - {"weight", "bias"} or is_weighted(module):
+        return False
+    if bias is not None and full_shape(bias) != full_shape(weight)[:1]:
+        return False
+    return nature(module) == "plain"
 
 
 def obstacle(module: nn.Module) -> str | None:

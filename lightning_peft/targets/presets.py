@@ -13,10 +13,11 @@ from lightning_peft.targets.attention import attention_roots, mlp_beside, recurr
 from lightning_peft.targets.inner_models import head_modules
 from lightning_peft.targets.layers import listed_blocks
 from lightning_peft.targets.patterns import ALL_LINEAR
+from lightning_peft.targets.plain import is_own_linear
 
 
 def in_preset(model: ModelView, preset: str) -> set[str]:
-    """Return the names of the linear layers and the ``nn.MultiheadAttention`` that ``preset`` means.
+    """Return the names of the linear layers, whoever made them, and ``nn.MultiheadAttention`` that ``preset`` means.
 
     Raises:
         PEFTError: Attention and MLP cannot be told apart.
@@ -26,7 +27,7 @@ def in_preset(model: ModelView, preset: str) -> set[str]:
         name
         for name, module in model.modules.items()
         if isinstance(module, nn.MultiheadAttention)
-        or (is_linear(module) and id(module) not in heads and name not in uncalled)
+        or (id(module) not in heads and name not in uncalled and (is_linear(module) or is_own_linear(module)))
     }
     if preset == ALL_LINEAR:
         return linears
