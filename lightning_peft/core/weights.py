@@ -51,7 +51,7 @@ def features(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return module.in_channels // module.groups * math.prod(module.kernel_size), module.out_channels
     first, second = full_shape(weight_of(module))
-    return first, second
+    return (first, second) if is_transposed(module) else (second, first)
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -141,7 +141,7 @@ class AdaLoRA(PEFTMethod):
     hosts: ClassVar[str] = "linear layers, Conv1D"
     count: ClassVar[str] = "Σ r (in + out + 1)"
     free: ClassVar[frozenset[str]] = PEFTMethod.free | {
-        *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
+        *("rank_pattern", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
     }
     needs_total_steps: ClassVar[bool] = True
 

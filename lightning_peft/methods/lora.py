@@ -59,7 +59,8 @@ class LoRA(PEFTMethod):
     name: ClassVar[str] = "lora"
     hosts: ClassVar[str] = "linear layers, Conv1D, embeddings, convolutions, MultiheadAttention, experts"
     count: ClassVar[str] = "Σ r (in + out)"
-    free: ClassVar[frozenset[str]] = PEFTMethod.free | {"loraplus_lr_ratio", "freeze_A"}
+    # The shapes of the tensors show the ranks.
+    free: ClassVar[frozenset[str]] = PEFTMethod.free | {"rank_pattern", "loraplus_lr_ratio", "freeze_A"}
     kinds: ClassVar[tuple[type[LoRAAdapter], ...]] = (LoRAAdapter, EmbeddingLoRAAdapter, ConvLoRAAdapter)
     """The adapters that stand beside modules, one for each kind of module."""
     changes_weights: ClassVar[bool] = True

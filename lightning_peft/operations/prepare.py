@@ -14,7 +14,7 @@ from lightning_peft.core.weights import is_packed
 from lightning_peft.errors import PEFTError, listed
 from lightning_peft.targets.frozen import frozen_apart
 from lightning_peft.targets.patterns import as_list, match_names, nothing_matched
-from lightning_peft.targets.plain import is_weighted, nature
+from lightning_peft.targets.plain import is_weighted, nature, obstacle
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,13 @@ def prepare(model: ModelView, methods: tuple[PEFTMethod, ...], whole: tuple[str,
 
 
 def _made(model: ModelView, method: PEFTMethod, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
-    """Return the adapters of ``method``, with it settled which of them can be merged."""
+    """Return the adapters of ``method``, with it settled which of them can be merged.
+
+    Raises:
+        PEFTError: A host that ``method`` found by the model's structure cannot have one.
+    """
+    if reasons := [(name, reason) for name, host in hosts.items() if (reason := obstacle(host))]:
+        raise PEFTError("{!r} cannot be adapted: {}. Name modules to adapt in target_modules.".format(*reasons[0]))
     made = method.adapters(model, hosts, seed)
     kept: dict[str, str] = {}
     for host, adapter in made.items():

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.registry import registries, trains_everything
+from lightning_peft.core.seeding import parameters_left_empty
 from lightning_peft.core.sharding import full_shape
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
@@ -87,8 +88,8 @@ def refuse_other_methods(view: ModelView, given: Sequence[PEFTMethod], asked: Se
     Raises:
         PEFTError: One is of others; what differs is named.
     """
-    present = [(p, registry.hosts[n], m) for p, _, registry in registries(view) for n, m in registry.methods.items()]
-    for prefix, hosts, methods in present:
+    present = [(p, n, registry.hosts[n], m) for p, _, registry in registries(view) for n, m in registry.methods.items()]
+    for prefix, name, hosts, methods in present:
         theirs, ours = ([type(method) for method in found] for found in (methods, given))
         if theirs != ours:
             names = [" + ".join(method.__name__ for method in found) for found in (theirs, ours)]
@@ -99,18 +100,23 @@ def refuse_other_methods(view: ModelView, given: Sequence[PEFTMethod], asked: Se
         for position, (there, wanted) in enumerate(zip(methods, given, strict=True)):
             if asked[position] and there != wanted:
                 own = {f"{prefix}.{host}".lstrip(".") for host, number in hosts.items() if number == position}
-                _refuse_other_values(view, prefix, own, there, wanted)
+                _refuse_other_values(view, prefix, name, own, there, wanted)
 
 
-def _refuse_other_values(view: ModelView, prefix: str, hosts: set[str], there: PEFTMethod, given: PEFTMethod) -> None:
+def _refuse_other_values(
+    view: ModelView, prefix: str, name: str, hosts: set[str], there: PEFTMethod, given: PEFTMethod
+) -> None:
     """Check that ``there``, which has adapted ``hosts``, has the values of ``given``; warn of those without effect."""
     differing = {key for key, value in given.config().items() if there.config()[key] != value} - {"init"}
     targets = {"target_modules", "exclude_modules", "layers"} & differing
     if targets and _selected(view, prefix, given) == hosts:
         differing -= targets
+    # A file gives by name the ranks that a preset found.
+    if differing == {"rank_pattern"} and _has_shapes_of(view, name, hosts, given):
+        return
     both = ", ".join(f"{k}={given.config()[k]!r} (there {there.config()[k]!r})" for k in sorted(differing))
     kind = type(there).__name__
-    if differing - there.free:
+    if differing - (there.free - {"rank_pattern"}):
         raise PEFTError(
             f"The model already has {kind} adapters, on which the strategy's {both} would have no effect. Give it the "
             "hyper-parameters that are there; or call eject(model) first; or, to start from an adapter in a file, call "
@@ -118,6 +124,18 @@ def _refuse_other_values(view: ModelView, prefix: str, hosts: set[str], there: P
         )
     if differing:
         rank_zero_warn(f"The model already has {kind} adapters, on which the strategy's {both} have no effect.")
+
+
+def _has_shapes_of(view: ModelView, name: str, hosts: set[str], method: PEFTMethod) -> bool:
+    """Whether ``method`` would make adapters of the shapes that those called ``name`` on ``hosts`` have."""
+    present = {host: (module, slot[name]) for host, module, slot in view.slots if host in hosts}
+    with parameters_left_empty():
+        made = method.adapters(view, {host: module for host, (module, _) in present.items()}, seed=0)
+    return all(
+        [tensor.shape for tensor in made[host].state_dict().values()]
+        == [full_shape(tensor) for tensor in adapter.state_dict(keep_vars=True).values()]
+        for host, (_, adapter) in present.items()
+    )
 
 
 def _selected(view: ModelView, prefix: str, method: PEFTMethod) -> set[str]:

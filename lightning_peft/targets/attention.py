@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import regex
@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_peft.core.view import ModelView, once
 from lightning_peft.core.weights import is_linear
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, listed
 
 _ATTENTION = regex.compile(r"(^|.*_)(attn|attention|selfattention|encdecattention)$", regex.IGNORECASE)
 
@@ -20,6 +20,7 @@ _STATE_DECAY = "A_log"
 
 # What projections are called: `q`, `q_proj`, `query`, `q_lin`; `qkv_proj`, `query_key_value`, `c_attn`, `Wqkv`.
 _OUTPUTS = "o|wo|out|output|proj|dense"
+_MLP = "up|down|gate|fc|ffn?|mlp|lin|linear|w"
 _ROLES = {"q": "q|query|wq", "k": "k|key|wk", "v": "v|value|wv", "qkv": "w?qkv|attn|in", "kv": "w?kv"}
 
 
@@ -69,23 +70,44 @@ def recurrent_roots(model: ModelView) -> Mapping[str, nn.Module]:
     }
 
 
+@once
+def mlp_beside(model: ModelView) -> Mapping[str, str]:
+    """Return the linear layers of an MLP that stand beside the projections of attention, with the module around both.
+
+    Such a module is known as attention by the projections that it holds; the names of the rest tell what that is.
+    """
+    return {name: root for root, (outputs, mlp) in _rest(model).items() if outputs and _is_mlp(mlp) for name in mlp}
+
+
 def refuse_mixed(model: ModelView) -> None:
-    """Check that what is attention only by the projections that it holds holds nothing else.
+    """Check that it is known what in a module with the projections of attention belongs to it.
 
     Raises:
-        PEFTError: A layer has projections of attention and of an MLP side by side.
+        PEFTError: The names of its linear layers do not tell.
     """
+    for root, (outputs, rest) in _rest(model).items():
+        if rest and len(outputs) + len(rest) > 1 and not (outputs and _is_mlp(rest)):
+            raise PEFTError(
+                f"Attention and MLP cannot be told apart in {root!r}: what {listed(map(repr, rest))} belong to is not "
+                "known. Name the layers to adapt in target_modules."
+            )
+
+
+def _rest(model: ModelView) -> dict[str, tuple[list[str], list[str]]]:
+    """Return the linear layers but projections of what is attention by these alone: known as outputs, and others."""
+    found = {}
     for root, module in attention_roots(model).items():
         if is_attention_name(root.rpartition(".")[2]) or isinstance(module, nn.MultiheadAttention):
             continue
-        linears = [name for name, part in model.part(root).modules.items() if is_linear(part)]
-        others = [name for name in linears if role_of(name.rpartition(".")[2]) == "o"]
-        unknown = [name for name in others if not any(_has_token(segment, _OUTPUTS) for segment in name.split("."))]
-        if len(others) > 1 and unknown:
-            raise PEFTError(
-                f"Attention and MLP cannot be told apart in {root!r}, which holds {', '.join(linears)} side by side. "
-                "Name the layers to adapt in target_modules."
-            )
+        inside = [f"{root}.{name}" for name, part in model.part(root).modules.items() if is_linear(part)]
+        others = [name for name in inside if role_of(name.rpartition(".")[2]) == "o"]
+        outputs = [n for n in others if any(_has_token(part, _OUTPUTS) for part in n.removeprefix(root).split("."))]
+        found[root] = outputs, [name for name in others if name not in outputs]
+    return found
+
+
+def _is_mlp(names: Sequence[str]) -> bool:
+    return len(names) > 1 and all(_has_token(name.rpartition(".")[2], _MLP) for name in names)
 
 
 def _projecting(model: ModelView) -> set[str]:

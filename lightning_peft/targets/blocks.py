@@ -22,7 +22,7 @@ from torch import nn
 from lightning_peft.core.view import ModelView, once
 from lightning_peft.core.weights import features, is_linear
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.attention import attention_roots, refuse_mixed, role_of, surrounding
+from lightning_peft.targets.attention import attention_roots, mlp_beside, refuse_mixed, role_of, surrounding
 from lightning_peft.targets.frozen import left_frozen
 from lightning_peft.targets.inner_models import head_modules
 from lightning_peft.targets.layers import in_layers
@@ -98,13 +98,14 @@ def _every_block(model: ModelView) -> list[Block]:
     roots = attention_roots(model)
     heads = head_modules(model)
     linears = {n: m for n, m in modules.items() if is_linear(m) and id(m) not in heads}
-    projections = _by_surrounding(linears)
-    others = _by_surrounding(n for n in linears if not any(part in roots for part in surrounding(n)))
+    beside = mlp_beside(model)
+    projections = _by_surrounding(n for n in linears if n not in beside)
+    others = _by_surrounding(n for n in linears if n in beside or not any(part in roots for part in surrounding(n)))
     experts = _by_surrounding(_experts(modules))
     attentions = _by_surrounding(roots)
     found: dict[tuple[str, str], Block] = {}
     for root in roots:
-        layer = _layer_of(root, attentions, {*others, *experts})
+        layer = root if root in beside.values() else _layer_of(root, attentions, {*others, *experts})
         attention = _attention(modules, linears, root, layer, projections.get(root, []))
         if attention is not None:
             found[root, "attention"] = attention

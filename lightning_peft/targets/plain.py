@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from lightning_peft.core.shadow import shadow, unshadow
-from lightning_peft.core.sharding import in_zero_pieces
+from lightning_peft.core.sharding import full_shape, in_zero_pieces
 from lightning_peft.core.weights import (
     conv1d_class,
     features,
@@ -38,7 +38,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def nature(module: nn.Module) -> Nature:
-    """Return what a linear layer, an embedding or a convolution computes.
+    """Return what a linear layer, an embedding or a convolution computes, by its class or as far as can be seen.
 
     ``plain``
         The plain function of its weight, whatever values that has: a change can be merged into it.
@@ -58,9 +58,24 @@ def nature(module: nn.Module) -> Nature:
     return _tried(module, has_weight)
 
 
+def is_own_linear(module: nn.Module) -> bool:
+    """Whether a module of a class of somebody's own computes x Wᵀ + b, as PyTorch Geometric's ``Linear`` does."""
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    others = [name for name, parameter in module._parameters.items() if parameter is not None]
+    if weight is None or len(full_shape(weight)) != 2 or set(others) - {"weight", "bias"} or is_weighted(module):
+        return False
+    if bias is not None and full_shape(bias) != full_shape(weight)[:1]:
+        return False
+    return nature(module) == "plain"
+
+
 def obstacle(module: nn.Module) -> str | None:
     """Return why no adapter can add to what ``module`` returns, if it is of a kind that :func:`nature` judges."""
-    if not is_weighted(module) or nature(module) != "neither":
+    if not is_weighted(module):
+        return None
+    if 0 in features(module):
+        return "its weight is empty"
+    if nature(module) != "neither":
         return None
     what = "a lookup of it" if isinstance(module, nn.Embedding) else "of the shape that its weight gives"
     return f"what a {type(module).__name__} makes of its input is not {what}"

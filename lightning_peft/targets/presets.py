@@ -9,14 +9,15 @@ from torch import nn
 
 from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_linear
-from lightning_peft.targets.attention import attention_roots, recurrent_roots, refuse_mixed, surrounding
+from lightning_peft.targets.attention import attention_roots, mlp_beside, recurrent_roots, refuse_mixed, surrounding
 from lightning_peft.targets.inner_models import head_modules
 from lightning_peft.targets.layers import listed_blocks
 from lightning_peft.targets.patterns import ALL_LINEAR
+from lightning_peft.targets.plain import is_own_linear
 
 
 def in_preset(model: ModelView, preset: str) -> set[str]:
-    """Return the names of the linear layers and the ``nn.MultiheadAttention`` that ``preset`` means.
+    """Return the names of the linear layers, whoever made them, and ``nn.MultiheadAttention`` that ``preset`` means.
 
     Raises:
         PEFTError: Attention and MLP cannot be told apart.
@@ -26,12 +27,12 @@ def in_preset(model: ModelView, preset: str) -> set[str]:
         name
         for name, module in model.modules.items()
         if isinstance(module, nn.MultiheadAttention)
-        or (is_linear(module) and id(module) not in heads and name not in uncalled)
+        or (id(module) not in heads and name not in uncalled and (is_linear(module) or is_own_linear(module)))
     }
     if preset == ALL_LINEAR:
         return linears
     refuse_mixed(model)
-    attention = _inside(linears, attention_roots(model))
+    attention = _inside(linears, attention_roots(model)) - mlp_beside(model).keys()
     if preset == "attention":
         return attention
     return (linears & listed_blocks(model).keys()) - attention - _inside(linears, recurrent_roots(model))

@@ -62,6 +62,9 @@ def select(
         chosen -= found
     if layers is not None:
         chosen &= set(in_layers(model, chosen, layers))
+    # A linear layer of another class than torch's is adapted by its weight.
+    weight_of = {name: f"{name}.weight".lstrip(".") for name in chosen - candidates.keys()}
+    chosen = {weight if (weight := weight_of.get(name, name)) in parameters else name for name in chosen}
     reasons = _reasons(model, {n: modules[n] for n in modules if n in chosen}, candidates, parameters, obstacle)
     frozen = left_frozen(model, chosen) - named
     reasons |= {name: REASON for name in modules if name in frozen}

@@ -353,6 +353,20 @@ def test_compiled_attention() -> None:
     assert (call(compiled) - call(model)).abs().max() <= 1e-12
 
 
+def test_an_embedding_with_sparse_gradients() -> None:
+    """What is trained is dense; the frozen weight has no gradient, sparse or not."""
+    gradients = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(30, 8, sparse=sparse, padding_idx=0), nn.Linear(8, 1))
+        inject(model, LoRA(r=2, target_modules="0"))
+        randomise(model)
+        model(torch.tensor([[1, 2], [2, 0]])).square().sum().backward()
+        torch.optim.Adagrad([p for p in model.parameters() if p.requires_grad]).step()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_dropout_beside_attention() -> None:
     """Named, attention cannot have it; where a preset finds it nothing is dropped there, and that is said."""
     with pytest.raises(PEFTError, match=r"dropout=0\.1 was given, but 'layers\.0\.self_attn'"):

@@ -163,3 +163,26 @@ def test_the_flag_on_small_heads(tmp_path: Path) -> None:
         module.net[2] = nn.Linear(16, outputs)
         module.loss = lambda x, module=module: module(x).square().mean()
         trainer(tmp_path, "peft_lora").fit(module, loader())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_goes_on_from_a_file(name: str, tmp_path: Path) -> None:
+    """The file has the ranks by name, the strategy a preset: they are the same."""
+    method: Any = METHODS[name]
+    first = NarrowRegression()
+    inject(first, method)
+    save_adapter(first, tmp_path / "a")
+
+    def loaded() -> pl.LightningModule:
+        module = NarrowRegression()
+        load_adapter(module, tmp_path / "a")
+        return module
+
+    module, checkpoint = loaded(), pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "c", save_last=True)
+    strategy = PEFTStrategy(method, merge_on_train_end=False)
+    trainer(tmp_path, strategy, max_steps=2, callbacks=[checkpoint]).fit(module, loader())
+    again = NarrowRegression.load_from_checkpoint(checkpoint.last_model_path)
+    assert_same(module.state_dict(), again.state_dict())
+    other = replace(method, rank_pattern={"net.0": 1})
+    with pytest.raises(PEFTError, match=r"rank_pattern=.* would have no effect"):
+        trainer(tmp_path, PEFTStrategy(other), max_steps=2).fit(loaded(), loader())

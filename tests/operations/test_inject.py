@@ -316,10 +316,24 @@ def test_a_part_of_an_adapted_model_is_refused_and_the_model_named() -> None:
     randomise(model)
     expected, before = model(x), snapshot(model)
     for call in (lambda: inject(model.model, LoRA(r=4)), lambda: merge(model.model), lambda: eject(model.model)):
-        with pytest.raises(PEFTError, match="This Sequential is a part of the Outer into which its adapters were"):
+        with pytest.raises(
+            PEFTError, match="This Sequential shares a part with the Outer into which its adapters were"
+        ):
             call()
     assert_unchanged(model, before)
     assert torch.equal(model(x), expected)
+
+
+def test_a_part_of_an_adapted_model_in_another_one_is_refused_until_it_is_plain() -> None:
+    """As in packages that make a new module for each training of one network."""
+    first, second = Outer(), Outer()
+    inject(first, LoRA(r=2))
+    randomise(first)
+    second.model = first.model
+    with pytest.raises(PEFTError, match=r"shares a part with the Outer.*merge_on_train_end='unload'"):
+        inject(second, LoRA(r=2))
+    merge(first, unload=True)
+    assert inject(second, LoRA(r=2)) == ["model.0", "model.1"]
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

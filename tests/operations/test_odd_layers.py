@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import randomise
 from modules import Regression, loader, trainer
-from odd_layers import LAYERS, Activated, given, made
+from odd_layers import LAYERS, Activated, WithBias, given, made
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -74,6 +74,19 @@ def test_what_nothing_can_be_added_to_is_refused_by_name_and_left_out_by_presets
     if isinstance(model["layer"], nn.Linear):
         with pytest.warns(UserWarning, match="target_modules='all-linear' leaves out 'layer': "):
             assert inject(model, LoRA(r=2)) == ["plain"]
+
+
+def test_what_nothing_can_be_added_to_is_refused_where_structure_finds_it() -> None:
+    model = nn.Sequential(WithBias(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    with pytest.raises(PEFTError, match="'0' cannot be adapted: what a WithBias makes of its input"):
+        inject(model, BitFit(create_missing=True))
+
+
+def test_empty_layers_are_left_out() -> None:
+    """As projections of features of which there are none."""
+    model = nn.ModuleDict({"none": nn.Linear(0, 4), "some": nn.Linear(4, 4)})
+    with pytest.warns(UserWarning, match="leaves out 'none': its weight is empty"):
+        assert inject(model, LoRA(r=2)) == ["some"]
 
 
 def test_a_weight_that_is_parametrized_after_the_injection_is_not_merged() -> None:

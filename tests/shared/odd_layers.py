@@ -107,6 +107,18 @@ class Causal(nn.Conv1d):
         return super().forward(x)[..., : -self.padding[0]]
 
 
+class Own(nn.Module):
+    """A linear layer as PyTorch Geometric has it."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+        self.bias = nn.Parameter(torch.randn(6)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 def patched() -> nn.Module:
     """As accelerate and compressed-tensors do it."""
     layer = nn.Linear(8, 8)

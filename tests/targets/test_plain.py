@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from odd_layers import LAYERS, Einsum, given, made
+from odd_layers import LAYERS, Einsum, Own, given, made
 from torch import Tensor, nn
 
-from lightning_peft.targets.plain import nature, obstacle
+from lightning_peft.targets.plain import is_own_linear, nature, obstacle
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -85,3 +85,20 @@ def test_obstacles(name: str, reason: str | None) -> None:
 
 def test_other_modules_have_no_obstacle() -> None:
     assert obstacle(nn.LayerNorm(4)) is None
+
+
+class Router(Own):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).softmax(dim=-1)
+
+
+class Table(Own):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight[x]
+
+
+def test_linear_layers_of_others() -> None:
+    assert is_own_linear(Own())
+    assert is_own_linear(Own(bias=False))
+    for other in (Router(), Table(), nn.Linear(4, 6), nn.LayerNorm(4), nn.Embedding(4, 6), nn.Bilinear(4, 4, 6)):
+        assert not is_own_linear(other)

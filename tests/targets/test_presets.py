@@ -1,13 +1,30 @@
 """What presets take of a model, and what they say of the rest."""
 
 from collections.abc import Callable
+from pathlib import Path
 
+import peft
 import pytest
-from families import build
+import torch
+from families import build, randomise
+from odd_layers import Own
 from torch import nn
 from transformers import JambaConfig, JambaModel, MambaConfig, MambaModel, XLMConfig, XLMModel
 
-from lightning_peft import AdaLoRA, DoRA, LoHa, LoRA, PEFTError, PEFTMethod, SeriesAdapter, inject
+from lightning_peft import (
+    IA3,
+    AdaLoRA,
+    DoRA,
+    LoHa,
+    LoRA,
+    PEFTError,
+    PEFTMethod,
+    SeriesAdapter,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+)
 
 
 class Siblings(nn.Module):
@@ -40,6 +57,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "plain": lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
     "siblings": lambda: Siblings("q", "k", "v", "o", "up", "down"),
+    "unclear siblings": lambda: Siblings("q", "k", "v", "o", "first", "second"),
+    "a gate beside": lambda: Siblings("to_q", "to_k", "to_v", "to_out", "to_gate"),
     "own attention": lambda: Siblings("q", "k", "v", "mix"),
 }  # fmt: skip
 FOUND = {
@@ -51,10 +70,15 @@ FOUND = {
     ("jamba", "mlp"): {"gate_proj", "up_proj", "down_proj"},
     ("plain", "mlp"): {"0", "2"},
     ("own attention", "attention"): {"q", "k", "v", "mix"},
+    ("siblings", "attention"): {"q", "k", "v", "o"},
+    ("siblings", "mlp"): {"up", "down"},
 }
 REFUSED = {
-    ("siblings", "attention"): r"cannot be told apart in 'blocks\.0', which holds q, k, v, o, up, down",
-    ("siblings", "mlp"): "cannot be told apart",
+    **{
+        ("unclear siblings", p): r"told apart in 'blocks\.0': what 'blocks\.0\.first', 'blocks\.0\.second' belong"
+        for p in ("attention", "mlp")
+    },
+    **{("a gate beside", preset): "cannot be told apart" for preset in ("attention", "mlp")},
     ("mamba", "attention"): "finds no attention block in this MambaModel",
     ("mamba", "mlp"): "finds no mlp block in this MambaModel",
     ("plain", "attention"): "finds no attention block",
@@ -78,7 +102,11 @@ def test_attention_and_mlp(family: str, preset: str) -> None:
 
 def test_no_bottleneck_stands_where_attention_and_mlp_cannot_be_told_apart() -> None:
     with pytest.raises(PEFTError, match="cannot be told apart in 'blocks"):
-        inject(MODELS["siblings"](), SeriesAdapter(bottleneck=2))
+        inject(MODELS["unclear siblings"](), SeriesAdapter(bottleneck=2))
+    names = inject(MODELS["siblings"](), SeriesAdapter(bottleneck=2, train_norms=False))
+    assert names == ["blocks.0.o", "blocks.0.down"]
+    names = inject(MODELS["siblings"](), IA3())
+    assert names == ["blocks.0.k", "blocks.0.v", "blocks.0.down"]
 
 
 def test_without_linear_layers() -> None:
@@ -116,3 +144,30 @@ def test_the_output_projection_of_attention_has_no_adapter_by_any_name() -> None
     with pytest.raises(PEFTError, match=r"'projection' cannot be adapted: nn.MultiheadAttention reads its weight"):
         inject(named, LoRA(r=2, target_modules=["projection"]))
     assert "projection" not in inject(named, LoRA(r=2))
+
+
+def test_linear_layers_of_others(tmp_path: Path) -> None:
+    """LoRA changes their weight where it is read, as HF PEFT does with parameters that it is told."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Own(), nn.Linear(6, 4), Own(bias=False))
+
+    model, x = make(), torch.randn(3, 4)
+    base = model(x)
+    assert inject(model, LoRA(r=2)) == ["0", "1", "2"]
+    assert torch.equal(model(x), base)
+    randomise(model)
+    trained = model(x)
+    assert not torch.allclose(trained, base, atol=1e-3)
+    save_adapter(model, tmp_path / "a")
+    judge = peft.PeftModel.from_pretrained(make(), tmp_path / "a")
+    assert torch.allclose(judge(x), trained, atol=1e-5)
+    again = make()
+    load_adapter(again, tmp_path / "a")
+    assert torch.allclose(again(x), trained, atol=1e-6)
+    assert merge(model, unload=True).merged == 3
+    assert torch.allclose(model(x), trained, atol=1e-5)
+    with pytest.warns(UserWarning, match="'all-linear' leaves out '0', '2': the method adapts no Own"):
+        assert inject(make(), LoHa(r=2)) == ["1"]
+    assert inject(make(), LoRA(r=2, exclude_modules="0")) == ["1", "2"]

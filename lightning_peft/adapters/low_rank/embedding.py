@@ -37,8 +37,9 @@ class EmbeddingLoRAAdapter(LoRAAdapter):
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Add the low-rank term to ``output`` ``[..., dim]``."""
         assert isinstance(base, nn.Embedding)
+        # Also beside one with sparse gradients: A is stored by rank, and its gradient cannot be sparse by tokens.
         hidden = functional.embedding(  # [..., r]
-            input_of(args, kwargs), self.lora_A.T, base.padding_idx, None, 2.0, base.scale_grad_by_freq, base.sparse
+            input_of(args, kwargs), self.lora_A.T, base.padding_idx, None, 2.0, base.scale_grad_by_freq
         )
         delta = functional.linear(hidden, self.lora_B.to(hidden.dtype))
         # Gemma multiplies what it looks up: the low-rank term has to be in the same units.
