@@ -7,8 +7,8 @@ In the order of classes :class:`Lifecycle` stands above a Lightning strategy, wh
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -23,6 +23,7 @@ from lightning_peft.callbacks.summary import PEFTSummary
 from lightning_peft.core.registry import own_registry, registries, remember_buffers, was_unloaded
 from lightning_peft.core.sharding import map_tensors, whole
 from lightning_peft.core.view import ModelView
+from lightning_peft.errors import PEFTError
 from lightning_peft.formats.distributed import split_values
 from lightning_peft.operations.inject import inject
 from lightning_peft.operations.merge import is_merged, unmerge
@@ -32,12 +33,15 @@ from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage import plain
 from lightning_peft.storage.base_weights import load_base_weights
 from lightning_peft.storage.readable import reading
+from lightning_peft.storage.saving import check_writable
 from lightning_peft.storage.state import adapter_state_dict
 from lightning_peft.strategy import refusals
 from lightning_peft.strategy.leaving import Leaving
 from lightning_peft.strategy.plain_values import warn_of_objects
 from lightning_peft.strategy.untrained import own_train_also, untrained
 from lightning_peft.targets.inner_models import transformers_models
+
+T = TypeVar("T")
 
 
 class Lifecycle(WritesDirectories, Leaving):
@@ -170,6 +174,8 @@ class Lifecycle(WritesDirectories, Leaving):
             del plugin.convert_module
         refusals.refuse_unserved(self, self._module, self._base_name, self._is_set_up)
         if trainer.state.fn == TrainerFn.FITTING:
+            # Here every process would fail; in the first save rank 0 alone would.
+            check_writable(ModelView(self._module))
             self._look()
         elif restores and self._unloads:
             self._merge()
@@ -265,8 +271,25 @@ class Lifecycle(WritesDirectories, Leaving):
             split_values(checkpoint)
         if not directory:
             self._write_checkpoint(checkpoint, filepath, storage_options)
-        elif self.is_global_zero:
-            files.write_directory(checkpoint, filepath, view)
+        else:
+            self._on_rank_zero(lambda: files.write_directory(checkpoint, filepath, view))
+
+    def _on_rank_zero(self, write: Callable[[], T]) -> T | None:
+        """Call ``write`` there and return what it does; where it fails, every process does, and none waits for it.
+
+        Raises:
+            PEFTError: It failed.
+        """
+        written, error = None, None
+        if self.is_global_zero:
+            try:
+                written = write()
+            except PEFTError as caught:
+                error = caught
+        message = self.broadcast(None if error is None else str(error))
+        if message is not None:
+            raise error or PEFTError(f"Rank 0 failed: {message}")
+        return written
 
     def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None) -> None:
         """Write a checkpoint as the base strategy does."""
