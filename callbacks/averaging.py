@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.callbacks.checkpoint import WritesDirectories
+from lightning_peft.callbacks.last import WritesDirectories
 from lightning_peft.callbacks.other_lightning import refuse_other_lightning
 from lightning_peft.core.registry import trained_whole, trains_everything
 from lightning_peft.core.view import ModelView

@@ -94,9 +94,9 @@ def refuse_part(model: ModelView) -> None:
     for host, _, slot in model.slots:
         if not any(f"{host}.".startswith(root) for root in roots):
             raise PEFTError(
-                f"This {model.kind} shares a part with the {slot.root} into which its adapters were injected. Give that "
-                f"{slot.root} instead. Or make the part plain first, with merge(module, unload=True), or in a run with "
-                "merge_on_train_end='unload'."
+                f"This {model.kind} shares a part with the {slot.root} into which its adapters were injected. Give "
+                f"that {slot.root} instead. Or make the part plain first, with merge(module, unload=True), or in a run "
+                "with merge_on_train_end='unload'."
             )
 
 

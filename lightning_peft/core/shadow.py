@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.core.sharding import in_zero_pieces
+from lightning_peft.core.sharding import in_flat_pieces
 from lightning_peft.errors import PEFTError
 
 Shadows = list[tuple[nn.Module, str, Tensor | None]]
@@ -26,7 +26,7 @@ def read(module: nn.Module, name: str) -> Tensor:
     """
     owner, leaf = _owner(module, name)
     tensor: Tensor = getattr(owner, leaf)
-    if isinstance(tensor, DTensor) or in_zero_pieces(tensor):
+    if isinstance(tensor, DTensor) or in_flat_pieces(tensor):
         raise PEFTError(
             f"{name!r} of a {type(module).__name__} is in pieces while the module runs, as under ZeRO-3 or tensor "
             "parallelism, so it cannot be adapted. Exclude it, or take another base strategy."

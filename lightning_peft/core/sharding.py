@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+_SHAPE = "_peft_full_shape"
+
 
 def whole(tensor: Tensor) -> Tensor:
     """Return the whole value of ``tensor``, without gradient. Every process that holds a piece has to call it."""
@@ -67,15 +69,25 @@ def zero_part(parameter: Tensor, value: Tensor) -> Tensor:
     return nn.functional.pad(value.flatten(), (0, padding)).narrow(0, dist.get_rank(group) * size, size)
 
 
-def in_zero_pieces(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a parameter that ZeRO-3 has cut up and not gathered."""
+def in_flat_pieces(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a parameter that ZeRO-3 or FSDP1 has cut up and not gathered."""
     return full_shape(tensor) != tensor.shape
 
 
+def in_zero_pieces(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a parameter that ZeRO-3 has cut up and not gathered."""
+    return hasattr(tensor, "ds_tensor") and in_flat_pieces(tensor)
+
+
 def full_shape(tensor: Tensor) -> torch.Size:
-    """Return the shape of the whole; a parameter that ZeRO-3 has cut up has an empty ``shape``."""
-    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    """Return the shape of the whole; a parameter in flat pieces has another ``shape``."""
+    shape: torch.Size = getattr(tensor, "ds_shape", getattr(tensor, _SHAPE, tensor.shape))
     return shape
+
+
+def keep_shape(parameter: Tensor, shape: torch.Size) -> None:
+    """Keep the shape of the whole with ``parameter``, which FSDP1 has cut up."""
+    setattr(parameter, _SHAPE, shape)
 
 
 def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:

@@ -1,14 +1,15 @@
 """DeepSpeed's checkpoints: a directory with the parts of weights and optimizer state that each process held.
 
-Weights are read whole, whatever the number of processes that wrote them. Optimizer state is cut up in an order that the
-files do not tell: :data:`MARKER` records it, so that it is never read into other places. DeepSpeed keeps pickles in
-there, which it offers no other way to read: unlike all other files, these directories are to be read from trusted
-places only, and only runs on DeepSpeed read them.
+What a single file would hold of the module stands in there once more, whole: DeepSpeed leaves out what is frozen, and
+reads a tensor that modules share under all of its names. Optimizer state is cut up in an order that the files do not
+tell: :data:`MARKER` records it, so that it is never read into other places. DeepSpeed keeps pickles in there, which it
+offers no other way to read: unlike all other files, these directories are to be read from trusted places only, and only
+runs on DeepSpeed read them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ TAG = "checkpoint"
 """Under this name Lightning has DeepSpeed write."""
 
 _KEY = "deepspeed"
+_STATE = "lightning_peft_state"
+
+
+def with_state(checkpoint: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return ``checkpoint`` with those tensors of its ``state_dict`` where DeepSpeed leaves them as they are."""
+    return {**checkpoint, _STATE: {name: checkpoint["state_dict"][name] for name in names}}
 
 
 def write_layout(directory: Path, stage: int, processes: int, groups: Sequence[Sequence[str]]) -> None:
@@ -74,13 +81,11 @@ def read_deepspeed(path: Path, weights_only: bool | None = None) -> dict[str, An
     Raises:
         PEFTError: It is damaged.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     try:
         files = sorted((path / TAG).glob("*_model_states.pt"))
         checkpoint: dict[str, Any] = torch.load(files[0], map_location="cpu", weights_only=weights_only is not False)
-        full = checkpoint["lightning_peft"]["full"]
-        state = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=TAG, exclude_frozen_parameters=not full)
+        base = checkpoint["module"] if checkpoint["lightning_peft"]["full"] else {}
+        state = {**base, **checkpoint.pop(_STATE)} if _STATE in checkpoint else _read_parts(path, not base)
     except Exception as error:
         raise PEFTError(
             f"{path} cannot be read as a checkpoint of DeepSpeed: {error}. Take another checkpoint."
@@ -88,3 +93,13 @@ def read_deepspeed(path: Path, weights_only: bool | None = None) -> dict[str, An
     # Only a checkpoint of weights alone has no schedulers; Lightning tells the two apart by these keys.
     rest: dict[str, Any] = {"optimizer_states": []} if "lr_schedulers" in checkpoint else {}
     return {**checkpoint, **rest, "state_dict": state}
+
+
+def _read_parts(path: Path, trained_only: bool) -> dict[str, Any]:
+    """Put together what the processes of release 0.1 wrote."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    state: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
+        str(path), tag=TAG, exclude_frozen_parameters=trained_only
+    )
+    return state

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import CHILD, Adapter, Slot, clean_name
 from lightning_peft.core.registry import Registry, changed, trained_whole
-from lightning_peft.core.sharding import whole, write
+from lightning_peft.core.sharding import in_flat_pieces, whole, write
 from lightning_peft.core.view import ModelView
 from lightning_peft.core.weights import is_packed
 from lightning_peft.errors import NotFiniteError, PEFTError
-from lightning_peft.operations.fold import fold_into, has_effect, is_in_pieces, restore, weight_names
+from lightning_peft.operations.fold import fold_into, has_effect, restore, weight_names
 
 State = dict[str, Any]
 
@@ -141,7 +141,7 @@ def _into_merged(host: nn.Module, slot: Slot, state: State, prefix: str) -> None
     assert merged is not None
     assert adapter is not None
     weights = weight_names(adapter)
-    if any(is_in_pieces(host.get_parameter(name)) for name in weights):
+    if any(in_flat_pieces(host.get_parameter(name)) for name in weights):
         raise PEFTError(
             f"{_name(prefix)} has an adapter merged into a weight of which each process holds a piece, so no other can "
             "be loaded into it by hand. Call unmerge(model) first, or load a checkpoint by the Trainer's ckpt_path."

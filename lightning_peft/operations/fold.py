@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.sharding import in_zero_pieces, kept_part, whole, write
+from lightning_peft.core.sharding import in_flat_pieces, kept_part, whole, write
 from lightning_peft.core.weights import as_matrix, as_stored, is_transposed, weight_of, widened
 from lightning_peft.errors import NotFiniteError, PEFTError
 from lightning_peft.operations.shards import gathered
@@ -87,7 +88,7 @@ def has_effect(host: nn.Module, adapter: Adapter, given: Mapping[str, Tensor]) -
     It would not, if there are no values that could be compared.
     """
     own = {name: host.get_parameter(name) for name in weight_names(adapter)}
-    if any(map(is_in_pieces, own.values())):
+    if any(map(in_flat_pieces, own.values())):
         return False
     if host._parameters.get("bias") is not None:
         own["bias"] = host.get_parameter("bias")
@@ -99,11 +100,6 @@ def has_effect(host: nn.Module, adapter: Adapter, given: Mapping[str, Tensor]) -
     except NotFiniteError:
         return True
     return any(name not in before or not torch.equal(value, before[name]) for name, value in after.items())
-
-
-def is_in_pieces(weight: Tensor) -> bool:
-    """Whether a weight is in pieces that are not known as such where it lies: flat ones of ZeRO-3 and FSDP1."""
-    return in_zero_pieces(weight) or weight.dim() < 2
 
 
 def restore(host: nn.Module, backup: dict[str, Any]) -> None:
@@ -205,8 +201,8 @@ def _owners(host: nn.Module, adapter: Adapter) -> list[nn.Module]:
 
 
 def _whole_adapter(adapter: Adapter) -> Adapter:
-    """Return ``adapter``, or a copy of it whose parameters are whole if they are in pieces."""
-    in_pieces = any(isinstance(p, DTensor) for p in adapter.parameters())
+    """Return ``adapter``, or a copy of it whose parameters are whole if they are in pieces, and which nothing hooks."""
+    in_pieces = any(isinstance(p, DTensor) or hasattr(p, "ds_tensor") for p in adapter.parameters())
     return cast(Adapter, _with_whole_parameters(adapter)) if in_pieces else adapter
 
 
@@ -215,5 +211,7 @@ def _with_whole_parameters(module: nn.Module) -> nn.Module:
     twin, own = copy.copy(module), module._parameters
     whole_of = {n: None if p is None else nn.Parameter(whole(p), requires_grad=False) for n, p in own.items()}
     children = {n: None if m is None else _with_whole_parameters(m) for n, m in module._modules.items()}
-    twin.__dict__.update(_parameters=whole_of, _modules=children)
+    # ZeRO-3's would put parameters back into pieces.
+    unhooked = {hooks: OrderedDict[int, Any]() for hooks in ("_forward_pre_hooks", "_forward_hooks")}
+    twin.__dict__.update(_parameters=whole_of, _modules=children, **unhooked)
     return twin

@@ -7,16 +7,18 @@ looks at it with :func:`resharded`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.core import sharding
-from lightning_peft.core.adapter import CHILD
+from lightning_peft.core.adapter import CHILD, clean_name
+from lightning_peft.core.sharding import keep_shape
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 
@@ -47,11 +49,23 @@ def resharded(model: nn.Module) -> ModelView:
     return view
 
 
-def keep_units(wrapped: FullyShardedDataParallel) -> None:
-    """Let every module in ``wrapped`` know the unit of FSDP1 that has its parameters: no module knows its wrapper."""
+def keep_units(wrapped: FullyShardedDataParallel, shapes: Mapping[str, torch.Size]) -> None:
+    """Keep what FSDP1 does not tell: with modules the unit that has their parameters, and with these their shapes.
+
+    Args:
+        wrapped: The outermost unit.
+        shapes: Those of all parameters before, by name.
+    """
+    for name, parameter in wrapped.named_parameters():
+        keep_shape(parameter, shapes[clean_name(name)])
     for unit in FullyShardedDataParallel.fsdp_modules(wrapped):  # the innermost last
         for module in unit.modules():
             module.__dict__[_UNIT] = unit
+
+
+def knows_units(module: nn.Module) -> bool:
+    """Whether a strategy has cut up ``module`` by FSDP1: see :func:`keep_units`."""
+    return _UNIT in module.__dict__
 
 
 def unit_of(module: nn.Module) -> FullyShardedDataParallel | None:

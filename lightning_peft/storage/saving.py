@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,16 +16,14 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats import hf, own
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, Part, with_adapter
-from lightning_peft.formats.counterpart import UNSAID, for_methods
+from lightning_peft.formats.counterpart import UNSAID, Counterpart, for_methods
 from lightning_peft.formats.files import MARKER, write_json, write_tensors
 from lightning_peft.formats.pieces import joined
 from lightning_peft.formats.writing import atomic_directory
 from lightning_peft.operations.shards import resharded
 from lightning_peft.storage.fingerprint import describe_base
 from lightning_peft.storage.parts import parts_of
-from lightning_peft.storage.state import (
-    adapter_state,
-)
+from lightning_peft.storage.state import adapter_parameters_and_whole, adapter_state
 from lightning_peft.targets.inner_models import is_lightning_module
 
 BESIDE_FILE = "trained_whole.safetensors"
@@ -96,16 +95,10 @@ def _write_part(directory: Path, model: ModelView, part: Part, state: Mapping[st
 
     Left out are those of which the file has another form: a run does not go on from them.
     """
-    root = model.part(part.prefix)
-    lead = f"{part.prefix}." if part.prefix else ""
-    counterpart = None if part.own_format else for_methods(part.methods)
-    if counterpart is None:
-        relative = [name.removeprefix(lead) for name in state if name.startswith(lead)]
-        names, config = own.tensor_names(part, relative), own.config_of(root, part)
-    else:
-        names, config = hf.tensor_names(root, part, counterpart), hf.config_of(root, part, counterpart)
-    names = {in_file: lead + with_adapter(in_root, part.adapter) for in_file, in_root in names.items()}
+    root, counterpart = model.part(part.prefix), _counterpart(part)
+    names, config = _names_and_config(root, part, state)
     directory.mkdir(parents=True, exist_ok=True)
+    lead = f"{part.prefix}." if part.prefix else ""
     adapters = {} if counterpart is None else adapters_of(model, lead, part.adapter)
     tensors = {in_file: converted(adapters, in_model, state[in_model]) for in_file, in_model in names.items()}
     write_tensors(directory / TENSOR_FILE, joined(tensors))
@@ -115,6 +108,39 @@ def _write_part(directory: Path, model: ModelView, part: Part, state: Mapping[st
         marker[UNSAID] = unsaid
     write_json(directory / MARKER, {**marker, "lightning": is_lightning_module(root.module)})
     return {in_file: in_model for in_file, in_model in names.items() if tensors[in_file] is state[in_model]}
+
+
+def _counterpart(part: Part) -> Counterpart | None:
+    return None if part.own_format else for_methods(part.methods)
+
+
+def _names_and_config(root: ModelView, part: Part, state: Iterable[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return what a part is in a file: the tensors' names in the model by their names there, and the configuration."""
+    lead, counterpart = f"{part.prefix}." if part.prefix else "", _counterpart(part)
+    if counterpart is None:
+        relative = [name.removeprefix(lead) for name in state if name.startswith(lead)]
+        names, config = own.tensor_names(part, relative), own.config_of(root, part)
+    else:
+        names, config = hf.tensor_names(root, part, counterpart), hf.config_of(root, part, counterpart)
+    return {in_file: lead + with_adapter(in_root, part.adapter) for in_file, in_root in names.items()}, config
+
+
+def check_writable(model: ModelView) -> None:
+    """Check that adapters have a form in a file, as :func:`write_adapters` will give it to them.
+
+    Raises:
+        PEFTError: They have not.
+    """
+    state = adapter_parameters_and_whole(model)
+    for part in parts_of(model, None)[0]:
+        root = model.part(part.prefix)
+        lost = [host for host in part.hosts if host not in root.modules]
+        names = [] if lost else _names_and_config(root, part, state)[0].values()
+        if lost := lost or sorted(set(names) - state.keys()):
+            raise PEFTError(
+                f"The adapter {part.adapter!r} cannot be written: {lost[0]!r}, which it was made for, is not in this "
+                f"{model.kind} any more. Inject when the model has its final form."
+            )
 
 
 def adapters_of(model: ModelView, lead: str, adapter: str) -> dict[str, Adapter]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_peft.callbacks.last import WritesDirectories
 from lightning_peft.core.sharding import map_tensors, whole
 from lightning_peft.core.view import ModelView
-from lightning_peft.errors import listed
+from lightning_peft.errors import PEFTError, listed
 from lightning_peft.formats.distributed import split_values
 from lightning_peft.formats.leftovers import Claim, clean
 from lightning_peft.formats.writing import atomic_directory, atomic_file, os_errors, remove
@@ -25,6 +25,8 @@ from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage import plain
 from lightning_peft.storage.readable import objects, reading
 from lightning_peft.strategy.leaving import Leaving
+
+T = TypeVar("T")
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -126,8 +128,25 @@ class Checkpoints(WritesDirectories, Leaving):
             split_values(checkpoint)
         if not directory:
             self._write_checkpoint(checkpoint, filepath, storage_options)
-        elif self.is_global_zero:
-            files.write_directory(checkpoint, filepath, view)
+        else:
+            self._on_rank_zero(lambda: files.write_directory(checkpoint, filepath, view))
+
+    def _on_rank_zero(self, write: Callable[[], T]) -> T | None:
+        """Call ``write`` there and return what it does; where it fails, every process does, and none waits for it.
+
+        Raises:
+            PEFTError: It failed.
+        """
+        written, error = None, None
+        if self.is_global_zero:
+            try:
+                written = write()
+            except PEFTError as caught:
+                error = caught
+        message = self.broadcast(None if error is None else str(error))
+        if message is not None:
+            raise error or PEFTError(f"Rank 0 failed: {message}")
+        return written
 
     def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None) -> None:
         """Write a checkpoint as the base strategy does."""
@@ -141,7 +160,7 @@ class Checkpoints(WritesDirectories, Leaving):
     def _staged(self, filepath: Any) -> Iterator[Path]:
         """Yield where all processes write what then becomes the directory ``filepath``."""
         with ExitStack() as stack:
-            staging = stack.enter_context(atomic_directory(filepath)) if self.is_global_zero else None
+            staging = self._on_rank_zero(lambda: stack.enter_context(atomic_directory(filepath)))
             yield Path(self.broadcast(staging))  # type: ignore[arg-type]
             self.barrier()
 

@@ -28,6 +28,7 @@ from lightning_peft.operations.shards import resharded
 from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage import plain
 from lightning_peft.storage.base_weights import load_base_weights
+from lightning_peft.storage.saving import check_writable
 from lightning_peft.storage.state import adapter_state_dict
 from lightning_peft.strategy import refusals
 from lightning_peft.strategy.checkpoints import Checkpoints
@@ -155,6 +156,8 @@ class Lifecycle(Checkpoints):
             del plugin.convert_module
         refusals.refuse_unserved(self, self._module, self._base_name, self._is_set_up)
         if trainer.state.fn == TrainerFn.FITTING:
+            # Here every process would fail; in the first save rank 0 alone would.
+            check_writable(ModelView(self._module))
             self._look()
         elif restores and self._unloads:
             self._merge()

@@ -207,6 +207,20 @@ def refuse_untrained(model: ModelView, held: Collection[int]) -> None:
             )
 
 
+def refuse_full_merged(view: ModelView) -> None:
+    """Check that weights that the base strategy writes by itself are what they are without adapters.
+
+    Raises:
+        PEFTError: Adapters are merged into them.
+    """
+    if any(slot.merged is not None for _, _, slot in view.slots):
+        raise PEFTError(
+            "checkpoint='full' was asked for while adapters are merged into weights that the base strategy gathers or "
+            "writes by itself, so that they cannot be written as they are without. Call unmerge(module) first, or save "
+            "adapters only."
+        )
+
+
 def refuse_unserved(strategy: Strategy, module: nn.Module, base_name: str, is_set_up: bool) -> None:
     """Check that the base strategy went the way of Lightning's own.
 

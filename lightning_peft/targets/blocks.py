@@ -19,6 +19,7 @@ from typing import Literal
 
 from torch import nn
 
+from lightning_peft.core.sharding import full_shape
 from lightning_peft.core.view import ModelView, once
 from lightning_peft.core.weights import features, is_linear
 from lightning_peft.errors import PEFTError
@@ -162,7 +163,7 @@ def _experts(modules: Mapping[str, nn.Module]) -> set[str]:
     return {
         name
         for name, module in modules.items()
-        if sum(p is not None and p.dim() == 3 for p in module._parameters.values()) > 1
+        if sum(p is not None and len(full_shape(p)) == 3 for p in module._parameters.values()) > 1
         or (isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] == "experts")
     }
 

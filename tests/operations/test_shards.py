@@ -76,6 +76,12 @@ def test_what_is_gathered_by_hand_is_not_merged(out: Path) -> None:
         assert "'net.2.weight' is gathered" in seen["in a context"]
 
 
+def test_another_trainer_is_refused_what_fsdp_has_cut_up(out: Path) -> None:
+    for rank in (0, 1):
+        seen = torch.load(out / f"rank{rank}.pt", weights_only=True)["fsdp"]
+        assert "was cut up by the strategy of another Trainer" in seen["another trainer"]
+
+
 @pytest.mark.parametrize("what", ["unmerged", "ejected"])
 def test_the_base_comes_back_bit_for_bit(ranks: list[dict[str, Any]], what: str) -> None:
     for seen in ranks:

@@ -77,6 +77,13 @@ def fit(out: Path, base: str, epochs: int = 2, merged: bool = False) -> tuple[L.
     return fitted, module
 
 
+def other_trainer(out: Path, base: str, module: Any) -> str:
+    """Return what a Trainer says that is given a module which another one has trained."""
+    strategy = PEFTStrategy(LoRA(r=2), base=BASES[base][0]())
+    fitted = trainer(out, strategy, devices=2, use_distributed_sampler=False)
+    return deepspeed_script.error(lambda: fitted.test(module, loader(), verbose=False))
+
+
 def look(module: Any) -> Tensor:
     with torch.no_grad():
         return torch.tensor(module.trainer.strategy.model(inputs()).tolist())
@@ -98,6 +105,9 @@ def by_hand(out: Path, base: str) -> dict[str, Any]:
     """Merge, save, unmerge, load and eject by hand, never without a look before."""
     fitted, module = fit(out, base)
     seen: dict[str, Any] = {"trained": look(module)}
+    if base == "fsdp":
+        seen["another trainer"] = other_trainer(out, base, module)
+        module.trainer = fitted
     if base == "stage3":
         with zero.GatheredParameters([module.net[2].weight], modifier_rank=0):
             seen["in a context"] = deepspeed_script.error(lambda: merge(module))

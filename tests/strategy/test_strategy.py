@@ -1,4 +1,5 @@
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from modules import (
 from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
 
-from lightning_peft import LoRA, PEFTError, PEFTStrategy, merge, unmerge
+from lightning_peft import LoRA, PEFTError, PEFTStrategy, inject, merge, unmerge
 from lightning_peft.operations.merge import is_merged
 from lightning_peft.strategy import leaving
 from lightning_peft.strategy.bases import behaviour
@@ -493,6 +494,16 @@ def test_an_exception_in_training_leaves_the_model_unmerged(tmp_path: Path) -> N
         trainer(tmp_path).fit(module, loader())
     assert not is_merged(module)
     assert_same(base_state(module), base_state(Regression()))
+
+
+def test_an_adapter_that_could_not_be_written_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    module = Regression()
+    inject(module, LoRA(r=2))
+    module.net = nn.Sequential(OrderedDict(first=module.net[0], second=module.net[1], third=module.net[2]))
+    with pytest.raises(
+        PEFTError, match=r"cannot be written: 'net.0', which it was made for, is not in this Regression"
+    ):
+        trainer(tmp_path).fit(module, loader())
 
 
 def test_a_lossy_merge_is_a_warning(tmp_path: Path) -> None:

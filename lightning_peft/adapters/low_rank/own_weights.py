@@ -55,7 +55,7 @@ class Factors(nn.Module):
         else:
             nn.init.normal_(values, std=1 / self.r, generator=generator)
 
-    def added_to(self, weight: Tensor) -> Tensor:
+    def forward(self, weight: Tensor) -> Tensor:
         """Return W0 + scale · B A for a weight ``[out, in]`` or one of several experts."""
         a, b = self.lora_A.to(weight.dtype), self.lora_B.to(weight.dtype)
         if weight.dim() == 2:
@@ -99,7 +99,7 @@ class OwnWeightsLoRAAdapter(Adapter):
     def replace(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the changed weights."""
         factors = dict(self._items())
-        return {name: factors[key_of(name)].added_to(weight) for name, weight in weights.items()}
+        return {name: factors[key_of(name)](weight) for name, weight in weights.items()}
 
     def changed(self, host: str) -> list[tuple[str, Factors]]:
         """Return the factors with what ``target_modules`` calls their weight: of attention, all of it by one name."""

@@ -23,15 +23,16 @@ from lightning_peft.core.registry import registries, several_adapters
 from lightning_peft.core.sharding import gathered, kept_part, whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats.deepspeed import TAG, is_deepspeed, read_deepspeed, require_layout, write_layout
+from lightning_peft.formats.deepspeed import TAG, is_deepspeed, read_deepspeed, require_layout, with_state, write_layout
 from lightning_peft.operations.by_hand import watch
 from lightning_peft.operations.merge import refuse_ties
 from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage.base_weights import materialise
 from lightning_peft.storage.fingerprint import record_base
 from lightning_peft.storage.state import adapter_parameters_and_whole, saved_tensors
+from lightning_peft.strategy import refusals
 from lightning_peft.strategy.bases.plain import PlainState
-from lightning_peft.strategy.bases.zero import ZeroState
+from lightning_peft.strategy.bases.zero import ZeroState, refuse_leaves
 from lightning_peft.strategy.lifecycle import Lifecycle
 from lightning_peft.strategy.schedule import changes_gradients
 
@@ -124,6 +125,8 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
             _cast(parameter, self._dtype)
         result = super()._setup_model_and_optimizer(model, optimizer, *args)
         self._engine = result[0]
+        if self.zero_stage_3:
+            refuse_leaves(ModelView(model))
         self._trained = ZeroState(self._engine, groups, self._module)
         self._write(values)
         return result
@@ -226,6 +229,10 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         if "://" in os.fspath(filepath):
             raise PEFTError(f"{filepath}: DeepSpeed writes to local paths.")
         self.exclude_frozen_parameters = not self._full_checkpoints
+        if self._full_checkpoints:
+            refusals.refuse_full_merged(ModelView(self._module))
+        if self.is_global_zero:
+            checkpoint = with_state(checkpoint, saved_tensors(ModelView(self._module)))
         with self._staged(filepath) as directory:
             super()._write_checkpoint(checkpoint, str(directory), storage_options)
             if self.is_global_zero:

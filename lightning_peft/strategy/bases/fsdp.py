@@ -17,10 +17,11 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
+from lightning_peft.core.adapter import clean_name
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.merge import refuse_ties
-from lightning_peft.operations.shards import keep_units, resharded
+from lightning_peft.operations.shards import keep_units, knows_units, resharded
 from lightning_peft.storage.base_weights import allocate, has_meta, materialise
 from lightning_peft.storage.fingerprint import record_base
 from lightning_peft.storage.state import adapter_parameters_and_whole
@@ -91,7 +92,7 @@ class OnFSDP(OnShards, PlainState, FSDPStrategy):
             assert self._wrapped is not None
             super()._apply_held_back()
             return self._wrapped
-        given = self.kwargs
+        given, shapes = self.kwargs, {clean_name(name): p.shape for name, p in model.named_parameters()}
         self.kwargs = _leaving_out(given, self._left_out())
         # FSDP knows nothing of modules that are left out when it materialises those inside a unit.
         self.kwargs["param_init_fn"] = partial(self._materialise, given.get("param_init_fn"))
@@ -101,7 +102,7 @@ class OnFSDP(OnShards, PlainState, FSDPStrategy):
             self.kwargs = given
         assert isinstance(wrapped, FullyShardedDataParallel)
         self._wrapped = wrapped
-        keep_units(wrapped)
+        keep_units(wrapped, shapes)
         with FullyShardedDataParallel.summon_full_params(wrapped, recurse=False):
             pass  # The first unit that is gathered takes itself for the outermost one.
         self._load_base_weights()
@@ -128,6 +129,11 @@ class OnFSDP(OnShards, PlainState, FSDPStrategy):
 
 
 def _refuse_wrapped(module: nn.Module) -> None:
+    if knows_units(module):
+        raise PEFTError(
+            f"This {type(module).__name__} was cut up by the strategy of another Trainer, which alone has the way to "
+            "its parameters. Use that Trainer again; or build the module anew and pass ckpt_path, or load_adapter."
+        )
     if any(isinstance(part, FullyShardedDataParallel) for part in module.modules()):
         raise PEFTError(
             f"{type(module).__name__} wraps parts of itself in FSDP, so the adapters would be flattened into them. "

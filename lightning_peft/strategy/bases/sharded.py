@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.sharding import local_part
 from lightning_peft.core.view import ModelView
-from lightning_peft.errors import PEFTError
-from lightning_peft.operations.merge import is_merged
+from lightning_peft.strategy import refusals
 from lightning_peft.strategy.lifecycle import Lifecycle
 
 
@@ -59,11 +58,8 @@ class OnShards(Lifecycle):
         Raises:
             PEFTError: That is the frozen weights too, and adapters are merged into them.
         """
-        if self._full_checkpoints and is_merged(self._module):
-            raise PEFTError(
-                "checkpoint='full' was asked for while adapters are merged into sharded weights, and the weights as "
-                "they are without them cannot be gathered. Call unmerge(module) first, or save adapters only."
-            )
+        if self._full_checkpoints:
+            refusals.refuse_full_merged(ModelView(self._module))
         return super().lightning_module_state_dict()
 
     def _replicated(self) -> list[tuple[list[nn.Parameter], Any]]:

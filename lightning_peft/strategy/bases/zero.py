@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.core.sharding import full_shape, zero_part
+from lightning_peft.core.view import ModelView
+from lightning_peft.errors import PEFTError
 from lightning_peft.strategy.optim import parameter_names, state_by_name, state_by_position
 
 
@@ -135,6 +137,25 @@ class ZeroState:
         if type(self._optimizer).__module__.startswith("deepspeed") and isinstance(value, Tensor):
             return int(value)
         return deepcopy(value)
+
+
+def refuse_leaves(model: ModelView) -> None:
+    """Check that ZeRO-3 will wait for the gradients of adapters on experts.
+
+    Raises:
+        PEFTError: It takes a mixture of experts for one module, whose gradients it collects as soon as the gradient of
+            its input is there; those of adapters on weights that it reads come later.
+    """
+    from deepspeed.utils import z3_leaf_parameter
+
+    for name, _, slot in model.slots:
+        adapter = slot.active_adapter
+        if adapter is not None and adapter.replaces and any(map(z3_leaf_parameter, adapter.parameters())):
+            raise PEFTError(
+                f"{name!r} holds experts in a mixture that ZeRO-3 treats as one module, and adapters on them would be "
+                "trained too late for it. Use stage 1 or 2, base='fsdp' or ModelParallelStrategy, or adapt other "
+                "modules."
+            )
 
 
 def _is_per_element(value: Any, parameter: Tensor | None) -> bool:
