@@ -1,6 +1,6 @@
 """Callbacks, imported as ``lightning_peft.callbacks``.
 
-Imports core, formats and storage.
+Imports tensors, core, files and storage.
 """
 
 from lightning_peft.callbacks.checkpoint import AdapterCheckpoint

@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats.leftovers import clean
-from lightning_peft.formats.writing import replace_link
+from lightning_peft.files.leftovers import clean
+from lightning_peft.files.writing import replace_link
 from lightning_peft.storage.readable import TRAINER_STATE, is_whole
 
 _find_last = ModelCheckpoint._find_last_checkpoints

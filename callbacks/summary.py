@@ -11,8 +11,8 @@ from torch import Tensor, optim
 from torch.optim import Optimizer
 
 from lightning_peft.core.registry import registries
-from lightning_peft.core.sharding import full_shape
 from lightning_peft.core.view import ModelView
+from lightning_peft.tensors.sharding import full_shape
 
 # What torch's optimizers keep for each element of a parameter, and the options with which they keep one more. Adafactor
 # and LBFGS keep what does not go by elements; Muon is not in every torch that is served.

@@ -12,8 +12,7 @@ import torch
 import transformers
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
-from lightning_peft.formats.files import (
+from lightning_peft.files.contents import (
     MARKER,
     read_json,
     read_shapes,
@@ -21,9 +20,10 @@ from lightning_peft.formats.files import (
     write_json,
     write_tensors,
 )
-from lightning_peft.formats.leftovers import restore_interrupted
+from lightning_peft.files.leftovers import restore_interrupted
+from lightning_peft.files.writing import atomic_directory
+from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
 from lightning_peft.formats.serving import serving_copy
-from lightning_peft.formats.writing import atomic_directory
 from lightning_peft.operations.merge import merge as merge_adapters
 from lightning_peft.storage.checkpoint import KEY
 from lightning_peft.storage.loading import load_adapter

@@ -1,4 +1,4 @@
 """How an adapter hangs on a module: slots and hooks, what was injected, seeds, weights in pieces.
 
-Imports no other package.
+Imports tensors.
 """

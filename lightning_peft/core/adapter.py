@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_peft.core.shadow import Shadows, read, shadow, unshadow
 from lightning_peft.errors import PEFTError
+from lightning_peft.tensors.shadow import Shadows, read, shadow, unshadow
 
 CHILD = "peft"
 """Name under which a slot becomes a child of its host: ``q_proj.peft.default.lora_A``."""

@@ -9,9 +9,9 @@ from torch import nn
 
 from lightning_peft.core.refusals import refuse_merged
 from lightning_peft.core.registry import changed, required, trained_whole
-from lightning_peft.core.sharding import assign, whole
 from lightning_peft.core.stand_in import stand_in
 from lightning_peft.core.view import ModelView
+from lightning_peft.tensors.sharding import assign, whole
 
 
 @contextmanager

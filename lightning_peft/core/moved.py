@@ -14,20 +14,24 @@ from types import ModuleType
 
 _PACKAGE = "lightning_peft"
 _ROOMS = {
-    "core": "adapter calls disable method registry seeding shadow sharding stand_in weights",
-    "targets": "blocks fused_parts inner_models select",
+    "tensors": "seeding shadow sharding weights",
+    "core": "adapter calls disable method registry stand_in",
+    "structure": "blocks fused_parts inner_models",
+    "targets": "select",
     "adapters": "low_rank rows",
     "adapters.bottleneck": "bottleneck residual tap",
     "adapters.virtual_tokens": "infix initial_tokens prefix_cache prefixes prompt virtual_tokens",
     "operations": "combine eject fold inject merge per_sample prepare",
     "storage": "base_weights checkpoint fingerprint parts state",
-    "strategy": "bases optim param_groups restore schedule",
+    "strategy": "bases restore",
+    "strategy.optimizers": "optim param_groups schedule",
     "cli": "commands",
 }
 MOVED = {
     **{name: f"{room}.{name}" for room, names in _ROOMS.items() for name in names.split()},
     "bottleneck_rows": "adapters.bottleneck.rows",
     "cli_errors": "cli.errors",
+    "formats.files": "files.contents",
     "planning.command": "cli.plan",
 }
 """What every module that has moved was called, with its name of today; a package stands for what is in it."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.core.method import PEFTMethod
-from lightning_peft.core.sharding import assign, host_copy, local_part
 from lightning_peft.core.view import ModelView, once
 from lightning_peft.errors import PEFTError
+from lightning_peft.tensors.sharding import assign, host_copy, local_part
 
 _ATTRIBUTE = "_peft_registry"
 

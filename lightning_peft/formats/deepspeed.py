@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats.files import MARKER, read_json, write_json
+from lightning_peft.files.contents import MARKER, read_json, write_json
 
 TAG = "checkpoint"
 """Under this name Lightning has DeepSpeed write."""

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.serialization import _get_layout
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats.files import inside
-from lightning_peft.formats.writing import SHARDED
+from lightning_peft.files.contents import inside
+from lightning_peft.files.writing import SHARDED
 
 _MODELS = ("model.", "state_dict.")  # FSDP's and ModelParallel's name for the module's state
 _OPTIMIZER = "optimizer_"

@@ -1,6 +1,6 @@
 """One file per method. Importing this package registers them all; ``__all__`` is what the package exports.
 
-Imports core, targets, adapters.bottleneck, adapters.low_rank and adapters.virtual_tokens.
+Imports tensors, core, structure, targets, adapters.bottleneck, adapters.low_rank and adapters.virtual_tokens.
 """
 
 import pkgutil

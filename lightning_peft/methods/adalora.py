@@ -15,14 +15,14 @@ from lightning_peft.adapters.low_rank.making import fitting_rank, lowered_ranks
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of
 from lightning_peft.core.method import PEFTMethod
-from lightning_peft.core.seeding import fill
-from lightning_peft.core.sharding import full_shape, like, whole, write
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import features, is_linear, tensor_options
 from lightning_peft.errors import PEFTError
 from lightning_peft.targets.naming import exceptions, only_here
 from lightning_peft.targets.patterns import first_match, found_by_preset, require_matches
 from lightning_peft.targets.select import select
+from lightning_peft.tensors.seeding import fill
+from lightning_peft.tensors.sharding import full_shape, like, whole, write
+from lightning_peft.tensors.weights import features, is_linear, tensor_options
 
 _PARTS = ("lora_A", "lora_E", "lora_B")
 

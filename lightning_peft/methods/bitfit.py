@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import features, is_linear, tensor_options
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.frozen import frozen_apart
-from lightning_peft.targets.inner_models import head_modules
+from lightning_peft.structure.frozen import frozen_apart
+from lightning_peft.structure.inner_models import head_modules
 from lightning_peft.targets.patterns import as_list, match_names, require_matches
+from lightning_peft.tensors.weights import features, is_linear, tensor_options
 
 
 class AddedBias(Adapter):

@@ -14,12 +14,12 @@ from lightning_peft.adapters.bottleneck.bottleneck import ACTIVATIONS, Shape
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import on_hidden
 from lightning_peft.core.method import PEFTMethod
-from lightning_peft.core.seeding import fill
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import tensor_options
 from lightning_peft.errors import PEFTError
 from lightning_peft.methods.series_adapter import SeriesAdapter
-from lightning_peft.targets.blocks import find_blocks, widths
+from lightning_peft.structure.blocks import find_blocks, widths
+from lightning_peft.tensors.seeding import fill
+from lightning_peft.tensors.weights import tensor_options
 
 
 class SlowWeights(nn.Module):

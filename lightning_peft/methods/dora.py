@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank.embedding import EmbeddingLoRAAdapter
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
-from lightning_peft.core.weights import is_packed, read_matrix
 from lightning_peft.errors import PEFTError
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.targets.plain import nature
+from lightning_peft.structure.plain import nature
+from lightning_peft.tensors.weights import is_packed, read_matrix
 
 
 class DoRAAdapter(LoRAAdapter):

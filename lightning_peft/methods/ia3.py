@@ -16,11 +16,11 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of, with_input
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import features, is_linear, tensor_options
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.blocks import find_blocks
+from lightning_peft.structure.blocks import find_blocks
 from lightning_peft.targets.patterns import as_list, match_names, require_matches
 from lightning_peft.targets.select import select
+from lightning_peft.tensors.weights import features, is_linear, tensor_options
 
 
 class Rescale(Adapter):

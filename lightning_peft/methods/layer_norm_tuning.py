@@ -9,8 +9,8 @@ from typing import ClassVar
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.blocks import layer_norms
-from lightning_peft.targets.frozen import frozen_apart
+from lightning_peft.structure.blocks import layer_norms
+from lightning_peft.structure.frozen import frozen_apart
 from lightning_peft.targets.patterns import as_list, match_names, require_matches
 
 

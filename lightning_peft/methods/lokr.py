@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of
 from lightning_peft.core.method import PEFTMethod
-from lightning_peft.core.seeding import fill
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import features, is_linear, tensor_options
 from lightning_peft.errors import PEFTError
 from lightning_peft.targets.select import select
+from lightning_peft.tensors.seeding import fill
+from lightning_peft.tensors.weights import features, is_linear, tensor_options
 
 Shape = tuple[int, int]
 

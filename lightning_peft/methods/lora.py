@@ -24,8 +24,8 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.blocks import shared_inputs
-from lightning_peft.targets.fused_parts import is_fused, part_rows
+from lightning_peft.structure.blocks import shared_inputs
+from lightning_peft.structure.fused_parts import is_fused, part_rows
 from lightning_peft.targets.naming import exceptions, only_here
 from lightning_peft.targets.patterns import first_match, found_by_preset, matches, require_matches
 from lightning_peft.targets.select import select

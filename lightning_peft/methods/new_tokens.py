@@ -13,12 +13,12 @@ from torch.nn import functional
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of
 from lightning_peft.core.method import PEFTMethod
-from lightning_peft.core.sharding import whole, write
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import tensor_options
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.inner_models import input_embedding, transformers_models
+from lightning_peft.structure.inner_models import input_embedding, transformers_models
 from lightning_peft.targets.select import select
+from lightning_peft.tensors.sharding import whole, write
+from lightning_peft.tensors.weights import tensor_options
 
 
 class Rows(nn.Module):

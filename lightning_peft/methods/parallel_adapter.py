@@ -17,10 +17,10 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of, on_hidden
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import tensor_options
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.blocks import Block, find_blocks, widths
+from lightning_peft.structure.blocks import Block, find_blocks, widths
 from lightning_peft.targets.select import select
+from lightning_peft.tensors.weights import tensor_options
 
 Place = Literal["attention", "mlp"]
 

@@ -35,8 +35,8 @@ from lightning_peft.adapters.virtual_tokens.virtual_tokens import (
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import tensor_options
 from lightning_peft.errors import PEFTError
+from lightning_peft.tensors.weights import tensor_options
 
 
 class PrefixRoom(Adapter):

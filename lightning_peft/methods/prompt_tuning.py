@@ -26,9 +26,9 @@ from lightning_peft.adapters.virtual_tokens.virtual_tokens import Decoder, find_
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import recorded_inputs
 from lightning_peft.core.method import PEFTMethod
-from lightning_peft.core.seeding import generator_of
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.tensors.seeding import generator_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,10 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import features, is_linear, tensor_options
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.inner_models import InnerModels
+from lightning_peft.structure.inner_models import InnerModels
 from lightning_peft.targets.select import select
+from lightning_peft.tensors.weights import features, is_linear, tensor_options
 
 
 class Projections(nn.Module):

@@ -1,4 +1,4 @@
 """What is done to a model: inject, merge, combine, eject.
 
-Imports core, targets, adapters, adapters.bottleneck, adapters.low_rank and methods.
+Imports tensors, core, structure, targets, adapters, adapters.bottleneck, adapters.low_rank and methods.
 """

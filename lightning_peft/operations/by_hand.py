@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import CHILD, Adapter, Slot, clean_name
 from lightning_peft.core.registry import Registry, changed, trained_whole
-from lightning_peft.core.sharding import in_flat_pieces, whole, write
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import is_packed
 from lightning_peft.errors import NotFiniteError, PEFTError
 from lightning_peft.operations.fold import fold_into, has_effect, restore, weight_names
+from lightning_peft.tensors.sharding import in_flat_pieces, whole, write
+from lightning_peft.tensors.weights import is_packed
 
 State = dict[str, Any]
 

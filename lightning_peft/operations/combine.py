@@ -16,14 +16,14 @@ from lightning_peft.adapters.low_rank.embedding import EmbeddingLoRAAdapter
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.registry import Registry, adapted, required
-from lightning_peft.core.seeding import generator_of
-from lightning_peft.core.sharding import replace, whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.operations.inject import inject
 from lightning_peft.operations.shards import resharded
 from lightning_peft.targets.naming import targets_from
+from lightning_peft.tensors.seeding import generator_of
+from lightning_peft.tensors.sharding import replace, whole
 
 _Factors = dict[str, tuple[Tensor, Tensor]]
 

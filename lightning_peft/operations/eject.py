@@ -8,10 +8,10 @@ from torch import nn
 
 from lightning_peft.core.refusals import refuse_stand_in
 from lightning_peft.core.registry import required, restore_changed, trained_whole
-from lightning_peft.core.sharding import assign
 from lightning_peft.operations.inject import remove
 from lightning_peft.operations.merge import restore_weights
 from lightning_peft.operations.shards import resharded
+from lightning_peft.tensors.sharding import assign
 
 
 def eject(model: nn.Module) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.sharding import in_flat_pieces, kept_part, whole, write
-from lightning_peft.core.weights import as_matrix, as_stored, is_transposed, weight_of, widened
 from lightning_peft.errors import NotFiniteError, PEFTError
 from lightning_peft.operations.shards import gathered
+from lightning_peft.tensors.sharding import in_flat_pieces, kept_part, whole, write
+from lightning_peft.tensors.weights import as_matrix, as_stored, is_transposed, weight_of, widened
 
 
 def weight_names(adapter: Adapter) -> tuple[str, ...]:

@@ -16,13 +16,13 @@ from lightning_peft.core.adapter import CHILD, Slot, attach, clean_name, detach
 from lightning_peft.core.method import PEFTMethod, methods_of
 from lightning_peft.core.refusals import refuse_foreign_adapters, refuse_lazy, refuse_merged, refuse_stand_in
 from lightning_peft.core.registry import Registry, drop, keep, own_registry, refuse_part, registries, required
-from lightning_peft.core.sharding import host_copy
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.by_hand import unwatch, watch
 from lightning_peft.operations.prepare import Prepared, changing_tensors, parameter_names, prepare, whole_names
 from lightning_peft.operations.shards import resharded
-from lightning_peft.targets.frozen import frozen_apart
+from lightning_peft.structure.frozen import frozen_apart
+from lightning_peft.tensors.sharding import host_copy
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 

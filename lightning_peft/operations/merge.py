@@ -12,15 +12,15 @@ from torch import nn
 from lightning_peft.core.adapter import Adapter, Slot
 from lightning_peft.core.refusals import refuse_stand_in
 from lightning_peft.core.registry import note_unloaded, required
-from lightning_peft.core.sharding import whole
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import is_packed, weight_of
 from lightning_peft.errors import NotFiniteError, PEFTError
 from lightning_peft.operations.fold import check_fold, fold_into, restore, weight_names
 from lightning_peft.operations.inject import remove
 from lightning_peft.operations.shards import in_pieces, resharded
-from lightning_peft.targets.inner_models import transformers_models
-from lightning_peft.targets.plain import is_weighted, nature
+from lightning_peft.structure.inner_models import transformers_models
+from lightning_peft.structure.plain import is_weighted, nature
+from lightning_peft.tensors.sharding import whole
+from lightning_peft.tensors.weights import is_packed, weight_of
 
 _Host = tuple[str, nn.Module, Slot, Adapter]
 

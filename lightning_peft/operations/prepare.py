@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import CHILD, Adapter
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import is_packed
 from lightning_peft.errors import PEFTError, listed
-from lightning_peft.targets.frozen import frozen_apart
+from lightning_peft.structure.frozen import frozen_apart
+from lightning_peft.structure.plain import is_weighted, nature, obstacle
 from lightning_peft.targets.patterns import as_list, match_names, nothing_matched
-from lightning_peft.targets.plain import is_weighted, nature, obstacle
+from lightning_peft.tensors.weights import is_packed
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.core import sharding
 from lightning_peft.core.adapter import CHILD, clean_name
-from lightning_peft.core.sharding import keep_shape
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.tensors import sharding
+from lightning_peft.tensors.sharding import keep_shape
 
 _UNIT = "_peft_fsdp_unit"
 _GATHERED_BY_USER = "_ds_z3_gathered_param_context_depth"

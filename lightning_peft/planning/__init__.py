@@ -1,4 +1,4 @@
 """Memory per device, worked out before anything is loaded.
 
-Imports core, targets and adapters.virtual_tokens.
+Imports core, structure and adapters.virtual_tokens.
 """

@@ -14,7 +14,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.planning.activations import step_bytes
 from lightning_peft.planning.layout import Layout, Precision
 from lightning_peft.planning.memory import ROOM, Memory, alternatives, plan
-from lightning_peft.targets.inner_models import transformers_models
+from lightning_peft.structure.inner_models import transformers_models
 
 GIB = 2**30
 _UNITS = {GIB: "GiB", 2**20: "MiB", 2**10: "KiB"}

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import CHILD, clean_name, unwrap
 from lightning_peft.core.registry import registries
-from lightning_peft.core.sharding import local_part, local_slices
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats.files import inside, open_tensors, read_json
+from lightning_peft.files.contents import inside, open_tensors, read_json
 from lightning_peft.operations.shards import gathered
-from lightning_peft.targets.inner_models import transformers_models
+from lightning_peft.structure.inner_models import transformers_models
+from lightning_peft.tensors.sharding import local_part, local_slices
 
 _FILE = "model.safetensors"
 _INDEX = f"{_FILE}.index.json"

@@ -16,10 +16,10 @@ from lightning_peft.core.method import method_from_config
 from lightning_peft.core.registry import changed, note_moved, required, restore_changed, trains_everything
 from lightning_peft.core.view import ModelView, own_state
 from lightning_peft.errors import PEFTError
+from lightning_peft.files.leftovers import restore_interrupted
+from lightning_peft.files.writing import atomic_directory
 from lightning_peft.formats.deepspeed import is_deepspeed
 from lightning_peft.formats.distributed import is_sharded, read_sharded
-from lightning_peft.formats.leftovers import restore_interrupted
-from lightning_peft.formats.writing import atomic_directory
 from lightning_peft.operations.inject import inject, set_adapter
 from lightning_peft.operations.rest import freeze_rest
 from lightning_peft.operations.shards import in_pieces

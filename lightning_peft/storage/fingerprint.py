@@ -12,12 +12,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.core.registry import changed, registries, trained_whole, was_unloaded
-from lightning_peft.core.sharding import full_shape, in_zero_pieces, whole
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import is_packed
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.inner_models import transformers_models
-from lightning_peft.targets.layers import listed_blocks
+from lightning_peft.structure.inner_models import transformers_models
+from lightning_peft.structure.layers import listed_blocks
+from lightning_peft.tensors.sharding import full_shape, in_zero_pieces, whole
+from lightning_peft.tensors.weights import is_packed
 
 Samples = dict[str, list[float]]
 """A few elements of the weights of modules, by name."""

@@ -15,15 +15,13 @@ from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.refusals import refuse_merged
 from lightning_peft.core.registry import note_moved, registries
-from lightning_peft.core.seeding import parameters_left_empty
-from lightning_peft.core.sharding import assign, replace, whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.files.contents import MARKER, inside, read_json, read_tensors
+from lightning_peft.files.leftovers import restore_interrupted
 from lightning_peft.formats import hf, own
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, with_adapter, without_adapter
 from lightning_peft.formats.counterpart import UNSAID
-from lightning_peft.formats.files import MARKER, inside, read_json, read_tensors
-from lightning_peft.formats.leftovers import restore_interrupted
 from lightning_peft.formats.pieces import take, whole_of
 from lightning_peft.operations.inject import inject_prepared, prepare_injection
 from lightning_peft.operations.prepare import Prepared, prepared_tensors
@@ -35,7 +33,9 @@ from lightning_peft.storage.state import (
     check_tensors,
     refuse_other_methods,
 )
-from lightning_peft.targets.inner_models import is_lightning_module, transformers_models
+from lightning_peft.structure.inner_models import is_lightning_module, transformers_models
+from lightning_peft.tensors.seeding import parameters_left_empty
+from lightning_peft.tensors.sharding import assign, replace, whole
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> None:

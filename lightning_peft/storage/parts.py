@@ -8,7 +8,7 @@ from lightning_peft.core.registry import Registry, registries
 from lightning_peft.core.view import ModelView
 from lightning_peft.formats.content import Part
 from lightning_peft.formats.counterpart import for_methods
-from lightning_peft.targets.inner_models import InnerModels
+from lightning_peft.structure.inner_models import InnerModels
 
 
 def parts_of(model: ModelView, names: Iterable[str] | None) -> tuple[list[Part], list[str]]:

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from lightning_peft.core.adapter import CHILD, clean_name
-from lightning_peft.core.sharding import from_kept_part
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.fold import merged_values, weight_names
 from lightning_peft.storage.checkpoint import KEY, checkpoint_metadata
+from lightning_peft.tensors.sharding import from_kept_part
 
 _UNLOAD = "unload"
 _BESIDE = "beside"

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from lightning_peft.core.sharding import map_tensors
 from lightning_peft.errors import PEFTError
+from lightning_peft.files.contents import read_shapes
 from lightning_peft.formats.deepspeed import is_deepspeed
 from lightning_peft.formats.distributed import is_sharded
-from lightning_peft.formats.files import read_shapes
+from lightning_peft.tensors.sharding import map_tensors
 
 TRAINER_STATE = "trainer_state.ckpt"
 """What an adapter directory holds for going on with a run."""

@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import CHILD, Adapter
 from lightning_peft.core.registry import changed, required
-from lightning_peft.core.sharding import map_tensors, whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.files.contents import MARKER, write_json, write_tensors
+from lightning_peft.files.writing import atomic_directory
 from lightning_peft.formats import hf, own
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, Part, with_adapter
 from lightning_peft.formats.counterpart import UNSAID, Counterpart, for_methods
-from lightning_peft.formats.files import MARKER, write_json, write_tensors
 from lightning_peft.formats.pieces import joined
-from lightning_peft.formats.writing import atomic_directory
 from lightning_peft.operations.shards import resharded
 from lightning_peft.storage.fingerprint import describe_base
 from lightning_peft.storage.parts import parts_of
 from lightning_peft.storage.state import adapter_parameters_and_whole, adapter_state
-from lightning_peft.targets.inner_models import is_lightning_module
+from lightning_peft.structure.inner_models import is_lightning_module
+from lightning_peft.tensors.sharding import map_tensors, whole
 
 BESIDE_FILE = "trained_whole.safetensors"
 """What is trained whole and belongs to no adapted model, and what has changed of the base without being trained."""

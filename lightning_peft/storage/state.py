@@ -14,11 +14,11 @@ from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.refusals import refuse_merged
 from lightning_peft.core.registry import changed, required, trained_whole
-from lightning_peft.core.sharding import from_kept_part, full_shape, in_zero_pieces, replace, whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError, listed
 from lightning_peft.operations.shards import resharded
 from lightning_peft.storage.fingerprint import describe_base, refuse_other_base
+from lightning_peft.tensors.sharding import from_kept_part, full_shape, in_zero_pieces, replace, whole
 
 _VERSION = 1
 

@@ -15,16 +15,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_peft.callbacks.last import WritesDirectories
-from lightning_peft.core.sharding import map_tensors, whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError, listed
+from lightning_peft.files.leftovers import Claim, clean
+from lightning_peft.files.writing import atomic_directory, atomic_file, os_errors, remove
 from lightning_peft.formats.distributed import split_values
-from lightning_peft.formats.leftovers import Claim, clean
-from lightning_peft.formats.writing import atomic_directory, atomic_file, os_errors, remove
 from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage import plain
 from lightning_peft.storage.readable import objects, reading
 from lightning_peft.strategy.leaving import Leaving
+from lightning_peft.tensors.sharding import map_tensors, whole
 
 T = TypeVar("T")
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_peft.core.registry import differs, moved, note_moved, registries, trained_whole, trains_everything
-from lightning_peft.core.sharding import host_copy
 from lightning_peft.core.view import ModelView
-from lightning_peft.operations.frozen import FrozenWeights
 from lightning_peft.operations.shards import resharded
 from lightning_peft.strategy import refusals
-from lightning_peft.strategy.optim import held_parameters
+from lightning_peft.strategy.frozen import FrozenWeights
+from lightning_peft.strategy.optimizers.optim import held_parameters
 from lightning_peft.strategy.training import Training
+from lightning_peft.tensors.sharding import host_copy
 
 
 class Inventory(Training):

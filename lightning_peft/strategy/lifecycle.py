@@ -33,7 +33,7 @@ from lightning_peft.storage.state import adapter_state_dict
 from lightning_peft.strategy import refusals
 from lightning_peft.strategy.checkpoints import Checkpoints
 from lightning_peft.strategy.untrained import own_train_also, untrained
-from lightning_peft.targets.inner_models import transformers_models
+from lightning_peft.structure.inner_models import transformers_models
 
 
 class Lifecycle(Checkpoints):

@@ -14,13 +14,13 @@ from torch.optim import Optimizer
 
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.registry import registries, trains_everything
-from lightning_peft.core.seeding import parameters_left_empty
-from lightning_peft.core.sharding import full_shape
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.prepare import whole_names
 from lightning_peft.storage.state import adapter_parameters_and_whole
-from lightning_peft.strategy.optim import held_parameters
+from lightning_peft.strategy.optimizers.optim import held_parameters
+from lightning_peft.tensors.seeding import parameters_left_empty
+from lightning_peft.tensors.sharding import full_shape
 
 
 def refuse_unsaved(optimizers: Iterable[Optimizer], model: ModelView, known: Mapping[int, str]) -> None:

@@ -18,8 +18,19 @@ from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.strategy import refusals
-from lightning_peft.strategy.optim import held_parameters, restrict_to_trainable, state_by_name, state_by_position
-from lightning_peft.strategy.schedule import after_step, before_step, changes_gradients, has_schedule, known_steps
+from lightning_peft.strategy.optimizers.optim import (
+    held_parameters,
+    restrict_to_trainable,
+    state_by_name,
+    state_by_position,
+)
+from lightning_peft.strategy.optimizers.schedule import (
+    after_step,
+    before_step,
+    changes_gradients,
+    has_schedule,
+    known_steps,
+)
 
 
 class Training(Strategy):

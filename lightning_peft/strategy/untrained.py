@@ -9,8 +9,8 @@ from torch import nn
 from lightning_peft.core.registry import registries
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import listed
-from lightning_peft.targets.attention import surrounding
-from lightning_peft.targets.new_parts import last_layer, new_parts, new_rows, parts_beside
+from lightning_peft.structure.attention import surrounding
+from lightning_peft.structure.new_parts import last_layer, new_parts, new_rows, parts_beside
 from lightning_peft.targets.patterns import PRESETS, as_list
 
 _TRAIN = "Train them with the adapter:"

@@ -1,4 +1,4 @@
-"""What a model is made of: patterns, blocks, parts of fused layers, inner models.
+"""Which modules are meant: from patterns and presets to modules, and the names that files give them.
 
-Imports core.
+Imports tensors, core and structure.
 """

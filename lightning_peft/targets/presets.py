@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from torch import nn
 
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import is_linear
-from lightning_peft.targets.attention import attention_roots, mlp_beside, recurrent_roots, refuse_mixed, surrounding
-from lightning_peft.targets.inner_models import head_modules
-from lightning_peft.targets.layers import listed_blocks
+from lightning_peft.structure.attention import attention_roots, mlp_beside, recurrent_roots, refuse_mixed, surrounding
+from lightning_peft.structure.inner_models import head_modules
+from lightning_peft.structure.layers import listed_blocks
+from lightning_peft.structure.plain import is_own_linear
 from lightning_peft.targets.patterns import ALL_LINEAR
-from lightning_peft.targets.plain import is_own_linear
+from lightning_peft.tensors.weights import is_linear
 
 
 def in_preset(model: ModelView, preset: str) -> set[str]:

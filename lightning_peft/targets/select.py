@@ -8,9 +8,9 @@ from torch import nn
 
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError, listed
-from lightning_peft.targets import plain
-from lightning_peft.targets.frozen import REASON, left_frozen
-from lightning_peft.targets.layers import in_layers
+from lightning_peft.structure import plain
+from lightning_peft.structure.frozen import REASON, left_frozen
+from lightning_peft.structure.layers import in_layers
 from lightning_peft.targets.patterns import PRESETS, Names, as_list, match_names, matches, nothing_matched
 from lightning_peft.targets.presets import in_preset, nothing_in_preset, uncalled_modules
 

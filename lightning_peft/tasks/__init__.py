@@ -1,6 +1,6 @@
 """Ready LightningModules and DataModules, so that a config alone can run.
 
-Imports core, targets and adapters.virtual_tokens.
+Imports core, structure and adapters.virtual_tokens.
 """
 
 from lightning_peft.tasks.causal_lm import CausalLM

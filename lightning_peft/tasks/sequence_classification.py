@@ -11,7 +11,7 @@ from torchmetrics import Accuracy, F1Score, MetricCollection
 from transformers import AutoModelForSequenceClassification
 
 from lightning_peft.core.view import ModelView
-from lightning_peft.targets.new_parts import heads, new_parts
+from lightning_peft.structure.new_parts import heads, new_parts
 from lightning_peft.tasks.pretrained import Dtype, load_model, load_tokenizer
 from lightning_peft.tasks.schedule import adamw_with_linear_decay
 

@@ -31,7 +31,7 @@ from lightning_peft import (
 )
 from lightning_peft.core.view import ModelView
 from lightning_peft.formats.serving import serving_copy
-from lightning_peft.strategy.param_groups import learning_rate_ratios
+from lightning_peft.strategy.optimizers.param_groups import learning_rate_ratios
 from lightning_peft.targets.patterns import ALL_LINEAR
 
 Build = Callable[[], nn.Module]

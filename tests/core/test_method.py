@@ -39,10 +39,10 @@ from lightning_peft import (
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import with_input
-from lightning_peft.core.seeding import fill
-from lightning_peft.core.weights import features, is_linear
-from lightning_peft.strategy.optim import restrict_to_trainable
+from lightning_peft.strategy.optimizers.optim import restrict_to_trainable
 from lightning_peft.targets.select import select
+from lightning_peft.tensors.seeding import fill
+from lightning_peft.tensors.weights import features, is_linear
 
 CALLS: list[tuple[int, int | None, list[str]]] = []
 

@@ -48,7 +48,12 @@ MODULES = {
         """,
 }
 OLD = sorted(f"{package}.{name}".strip(".") for package, names in MODULES.items() for name in names.split())
-OTHERWISE_CALLED = {"bottleneck_rows": "rows", "cli_errors": "errors", "planning.command": "plan"}
+OTHERWISE_CALLED = {
+    "bottleneck_rows": "rows",
+    "cli_errors": "errors",
+    "formats.files": "contents",
+    "planning.command": "plan",
+}
 PICKLE = Path(__file__).parent / "data" / "release_0_1.pickle"
 
 

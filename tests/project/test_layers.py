@@ -14,25 +14,30 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "lightning_peft"
 # What each package imports of this one: neither more nor less. All may import `errors`, and none the top.
 MAY_IMPORT = {
-    "core": "",
-    "targets": "core",
+    "tensors": "",
+    "core": "tensors",
+    "structure": "tensors core",
+    "targets": "tensors core structure",
     "adapters": "core",
-    "adapters.bottleneck": "core adapters",
-    "adapters.low_rank": "core adapters",
-    "adapters.virtual_tokens": "core targets",
-    "methods": "core targets adapters.bottleneck adapters.low_rank adapters.virtual_tokens",
-    "operations": "core targets adapters adapters.bottleneck adapters.low_rank methods",
-    "formats": "core targets adapters.low_rank formats.counterparts",
-    "formats.counterparts": "core targets adapters.low_rank adapters.virtual_tokens methods formats",
-    "storage": "core targets operations formats",
-    "planning": "core targets adapters.virtual_tokens",
-    "callbacks": "core formats storage",
-    "strategy": "core targets operations formats storage callbacks strategy.bases",
-    "strategy.bases": "core operations formats storage strategy",
-    "tasks": "core targets adapters.virtual_tokens",
-    "cli": "core operations formats storage planning callbacks strategy strategy.bases tasks",
+    "adapters.bottleneck": "tensors core adapters",
+    "adapters.low_rank": "tensors core adapters",
+    "adapters.virtual_tokens": "tensors core structure",
+    "methods": "tensors core structure targets adapters.bottleneck adapters.low_rank adapters.virtual_tokens",
+    "operations": "tensors core structure targets adapters adapters.bottleneck adapters.low_rank methods",
+    "files": "",
+    "formats": "core targets adapters.low_rank files formats.counterparts",
+    "formats.counterparts": "tensors core targets adapters.low_rank adapters.virtual_tokens methods formats",
+    "storage": "tensors core structure operations files formats",
+    "planning": "core structure adapters.virtual_tokens",
+    "callbacks": "tensors core files storage",
+    "strategy": "tensors core structure targets operations files formats storage callbacks "
+    "strategy.optimizers strategy.bases",
+    "strategy.optimizers": "tensors core operations storage",
+    "strategy.bases": "tensors core operations formats storage strategy strategy.optimizers",
+    "tasks": "core structure adapters.virtual_tokens",
+    "cli": "core operations files formats storage planning callbacks strategy strategy.bases tasks",
 }
-KNOW_LIGHTNING = {"callbacks", "strategy", "strategy.bases", "tasks", "cli"}
+KNOW_LIGHTNING = {"callbacks", "strategy", "strategy.bases", "strategy.optimizers", "tasks", "cli"}
 AT_THE_TOP = {"__init__.py", "__main__.py", "errors.py", "py.typed"}
 # The judges in tests, and the other distribution of Lightning, whose classes pass no isinstance check of ours.
 NEVER = {"peft", "loralib", "adapters", "pytorch_lightning", "lightning_fabric", "callbacks"}
@@ -107,10 +112,10 @@ def test_a_package_imports_what_the_table_says(package: str) -> None:
 def test_a_package_says_what_it_is_for_and_what_it_imports(package: str) -> None:
     docstring = ast.get_docstring(ast.parse(SOURCES[package].read_text(encoding="utf-8")))
     assert docstring is not None
-    purpose, empty, imports = docstring.split("\n")
+    purpose, empty, *imports = docstring.split("\n")
     assert purpose.endswith(".")
     assert not empty
-    assert imports == said(package)
+    assert " ".join(imports) == said(package)
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES), ids=lambda name: name or "the top")
@@ -136,9 +141,10 @@ def test_packages_alone_stand_at_the_top() -> None:
     assert not USES["errors"]
 
 
-@pytest.mark.parametrize("package", sorted(MAY_IMPORT.keys() - {"methods"}))
+@pytest.mark.parametrize("package", sorted(MAY_IMPORT.keys() - {"methods", "formats.counterparts"}))
 def test_a_package_can_be_taken_in_at_a_glance(package: str) -> None:
-    assert len([module for module in SOURCES if package_of(module) == package]) <= 14
+    """It has an ``__init__`` and about ten files; or a file a method, however many methods there are."""
+    assert len([module for module in SOURCES if package_of(module) == package]) <= 13
 
 
 @pytest.mark.parametrize("module", sorted(SOURCES), ids=lambda name: name or "the top")

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.distributed import fsdp
 
 from lightning_peft import LoRA, PEFTStrategy, adapter_state_dict, eject, load_adapter, merge, save_adapter, unmerge
-from lightning_peft.core.sharding import map_tensors, whole
 from lightning_peft.operations.merge import is_merged
 from lightning_peft.operations.shards import gathered
+from lightning_peft.tensors.sharding import map_tensors, whole
 
 
 class Outermost(Sharded):

@@ -23,10 +23,10 @@ from lightning_peft import DoRA, LoRA, PEFTMethod, PEFTStrategy, eject, inject, 
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.callbacks.summary import summary_table
-from lightning_peft.core.sharding import replace, whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.merge import is_merged
+from lightning_peft.tensors.sharding import replace, whole
 
 STAGES = (1, 2, 3)
 

@@ -24,9 +24,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lightning_peft import LoRA, PEFTStrategy, eject
 from lightning_peft.callbacks import AdapterCheckpoint
-from lightning_peft.core.sharding import local_part, whole
 from lightning_peft.operations.merge import is_merged
 from lightning_peft.operations.shards import gathered
+from lightning_peft.tensors.sharding import local_part, whole
 
 
 class CPUFSDPStrategy(FSDPStrategy):

@@ -19,8 +19,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lightning_peft import LoRA, PEFTStrategy
-from lightning_peft.core.sharding import whole
 from lightning_peft.core.view import ModelView
+from lightning_peft.tensors.sharding import whole
 
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},

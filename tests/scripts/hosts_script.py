@@ -22,9 +22,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from lightning_peft import Compacter, LoRA, NewTokens, PEFTMethod, PEFTStrategy, VeRA, adapter_state_dict, unmerge
 from lightning_peft.callbacks import AdapterCheckpoint
-from lightning_peft.core.sharding import map_tensors, whole
 from lightning_peft.operations.merge import is_merged
 from lightning_peft.operations.shards import gathered
+from lightning_peft.tensors.sharding import map_tensors, whole
 
 BOTH: dict[str, Any] = {"target_modules": ["net.0", "net.2"]}
 

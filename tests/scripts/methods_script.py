@@ -30,9 +30,9 @@ from lightning_peft import (
     VeRA,
 )
 from lightning_peft.callbacks import AdapterCheckpoint
-from lightning_peft.core.sharding import map_tensors, whole
 from lightning_peft.operations.merge import is_merged
 from lightning_peft.storage.state import adapter_state_dict
+from lightning_peft.tensors.sharding import map_tensors, whole
 
 METHODS: dict[str, PEFTMethod] = {
     "dora": DoRA(r=2),

@@ -12,7 +12,7 @@ from modules import loader, trainer
 
 from lightning_peft import LoRA, PEFTStrategy
 from lightning_peft.callbacks import AdapterCheckpoint
-from lightning_peft.core.sharding import local_part
+from lightning_peft.tensors.sharding import local_part
 
 
 def changing(base: str, writes: bool) -> type[L.LightningModule]:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_peft import LayerNormTuning, LoRA, PEFTError, inject, load_adapter, save_adapter
-from lightning_peft.formats import writing
-from lightning_peft.formats.files import MARKER
+from lightning_peft.files import writing
+from lightning_peft.files.contents import MARKER
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

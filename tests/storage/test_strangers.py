@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from modules import Regression, adapter_state, assert_same, loader, trainer
 
 from lightning_peft import LoRA, PEFTError, PEFTStrategy, load_adapter
-from lightning_peft.formats.files import MARKER, read_json, write_json
+from lightning_peft.files.contents import MARKER, read_json, write_json
 from lightning_peft.storage.checkpoint import AdapterDirectory, read_directory
 
 

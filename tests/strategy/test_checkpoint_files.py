@@ -107,7 +107,7 @@ from pathlib import Path
 from lightning.pytorch.callbacks import ModelCheckpoint
 from modules import Regression, loader, trainer
 from lightning_peft.callbacks import AdapterCheckpoint
-from lightning_peft.formats import writing
+from lightning_peft.files import writing
 
 root, kind = Path(sys.argv[1]), {kind.__name__: kind for kind in (AdapterCheckpoint, ModelCheckpoint)}[sys.argv[2]]
 move, count = writing._move, [0]

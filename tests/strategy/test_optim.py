@@ -13,8 +13,8 @@ from torch.optim import SGD, Adagrad, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedulers
 
 from lightning_peft import BitFit, FullFinetuning, LoRA, PEFTError, PEFTStrategy, inject
-from lightning_peft.strategy.optim import restrict_to_trainable, state_by_name, state_by_position
-from lightning_peft.strategy.param_groups import settle_state
+from lightning_peft.strategy.optimizers.optim import restrict_to_trainable, state_by_name, state_by_position
+from lightning_peft.strategy.optimizers.param_groups import settle_state
 
 ADAPTERS = [f"net.{layer}.peft.default.lora_{which}" for layer in (0, 2) for which in "AB"]
 

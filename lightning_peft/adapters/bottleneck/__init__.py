@@ -1,4 +1,4 @@
 """Bottlenecks beside and behind modules, and where they tap a residual stream.
 
-Imports core and adapters.
+Imports tensors, core and adapters.
 """

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.seeding import fill
 from lightning_peft.errors import PEFTError
+from lightning_peft.tensors.seeding import fill
 
 Init = Literal["truncated", "normal", "zero_up"]
 INITS = ("truncated", "normal", "zero_up")

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.core.calls import input_of
-from lightning_peft.core.weights import is_conv
+from lightning_peft.tensors.weights import is_conv
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.core.calls import input_of
-from lightning_peft.core.seeding import fill
+from lightning_peft.tensors.seeding import fill
 
 
 class EmbeddingLoRAAdapter(LoRAAdapter):

@@ -13,8 +13,8 @@ from lightning_peft.adapters.low_rank.products import add_low_rank, frozen_matri
 from lightning_peft.adapters.low_rank.shared_input import Member, SharedInput
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of, with_input
-from lightning_peft.core.seeding import fill
-from lightning_peft.core.weights import features, is_linear, tensor_options
+from lightning_peft.tensors.seeding import fill
+from lightning_peft.tensors.weights import features, is_linear, tensor_options
 
 
 class LoRAAdapter(Adapter):

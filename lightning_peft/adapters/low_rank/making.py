@@ -14,9 +14,9 @@ from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.adapters.low_rank.own_weights import OwnWeightsLoRAAdapter, attention_weights, factor_shapes
 from lightning_peft.adapters.low_rank.shared_input import SharedInput
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.sharding import full_shape
-from lightning_peft.core.weights import features
 from lightning_peft.errors import PEFTError, listed
+from lightning_peft.tensors.sharding import full_shape
+from lightning_peft.tensors.weights import features
 
 _Freezable = TypeVar("_Freezable", LoRAAdapter, FusedLoRAAdapter, OwnWeightsLoRAAdapter)
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.seeding import fill
-from lightning_peft.core.sharding import full_shape
 from lightning_peft.errors import PEFTError
+from lightning_peft.tensors.seeding import fill
+from lightning_peft.tensors.sharding import full_shape
 
 Shapes = tuple[tuple[int, int], tuple[int, int]]
 

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from lightning_peft.adapters.low_rank.dropout import drop, drop_again, kept_fraction
-from lightning_peft.core.weights import is_conv1d, weight_of
+from lightning_peft.tensors.weights import is_conv1d, weight_of
 
 # From so many elements of an input on, the backward pass by hand spares time: measured in stacks of projections.
 _MANY_ON_CPU, _MANY = 2**16, 2**23

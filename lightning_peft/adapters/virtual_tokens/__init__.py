@@ -1,4 +1,4 @@
 """Tokens that a model is given beside its input: on the text, and on keys and values.
 
-Imports core and targets.
+Imports tensors, core and structure.
 """

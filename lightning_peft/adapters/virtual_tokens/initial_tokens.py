@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from lightning_peft.adapters.virtual_tokens.virtual_tokens import Decoder
 from lightning_peft.core.disable import disable
 from lightning_peft.core.registry import registries
-from lightning_peft.core.sharding import in_zero_pieces, whole, write
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.tensors.sharding import in_zero_pieces, whole, write
 
 
 def without_start(config: dict[str, Any]) -> dict[str, Any]:

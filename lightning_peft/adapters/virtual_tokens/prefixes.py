@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from lightning_peft.adapters.virtual_tokens.initial_tokens import start
-from lightning_peft.core.seeding import fill
-from lightning_peft.core.sharding import in_zero_pieces
 from lightning_peft.errors import PEFTError
+from lightning_peft.tensors.seeding import fill
+from lightning_peft.tensors.sharding import in_zero_pieces
 
 
 class Prefixes(nn.Module):

@@ -20,8 +20,8 @@ from lightning_peft.adapters.virtual_tokens.virtual_tokens import (
 )
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of, with_input
-from lightning_peft.core.weights import tensor_options
 from lightning_peft.errors import PEFTError
+from lightning_peft.tensors.weights import tensor_options
 
 # The layout, left on a cache that the virtual tokens are in.
 _MARK = "_peft_virtual_tokens"

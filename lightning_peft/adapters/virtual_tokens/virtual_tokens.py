@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.sharding import in_zero_pieces
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.attention import is_attention_name
-from lightning_peft.targets.inner_models import transformers_models
+from lightning_peft.structure.attention import is_attention_name
+from lightning_peft.structure.inner_models import transformers_models
+from lightning_peft.tensors.sharding import in_zero_pieces
 
 # transformers renames the argument: `cache` since 5.24, `layer_past` inside some attention blocks.
 _CACHE_NAMES = ("cache", "past_key_values", "layer_past")

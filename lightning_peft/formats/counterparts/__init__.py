@@ -1,6 +1,6 @@
 """One file per method that HF PEFT has too. Importing this package registers them all.
 
-Imports core, targets, adapters.low_rank, adapters.virtual_tokens, methods and formats.
+Imports tensors, core, targets, adapters.low_rank, adapters.virtual_tokens, methods and formats.
 """
 
 import pkgutil

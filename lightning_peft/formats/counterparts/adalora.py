@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import is_conv1d
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, require_numbers, targets_for_hf
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.targets.naming import exceptions, only_here, targets_from
+from lightning_peft.tensors.weights import is_conv1d
 
 _SAME = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
 

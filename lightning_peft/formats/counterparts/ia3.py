@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import is_conv1d
 from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, targets_for_hf
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.targets.naming import suffixes, targets_from
 from lightning_peft.targets.patterns import matches
+from lightning_peft.tensors.weights import is_conv1d
 
 
 class IA3InHF(Counterpart):

@@ -10,11 +10,11 @@ from torch import nn
 
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import is_linear
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import Counterpart, Shapes, refuse_keys, require_numbers, targets_for_hf
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.targets.naming import targets_from
+from lightning_peft.tensors.weights import is_linear
 
 
 class LoKrInHF(Counterpart):

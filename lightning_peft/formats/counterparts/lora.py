@@ -16,13 +16,13 @@ from lightning_peft.adapters.low_rank.principal import is_principal
 from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import is_conv1d
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import PREFIX, UNSAID, Counterpart, Shapes, require_numbers, targets_for_hf
 from lightning_peft.formats.own_weights import ENDINGS, parameter_targets, tensors_of, weights_in
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.targets.naming import exceptions, only_here, targets_from
 from lightning_peft.targets.patterns import as_list, fullmatch
+from lightning_peft.tensors.weights import is_conv1d
 
 _LINEAR = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
 _EMBEDDING = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}

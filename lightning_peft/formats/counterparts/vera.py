@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import is_conv1d
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import Counterpart, Shapes, targets_for_hf
 from lightning_peft.methods.vera import VeRA, VeRAAdapter
 from lightning_peft.targets.naming import targets_from
+from lightning_peft.tensors.weights import is_conv1d
 
 _SHARED = {"base_model.vera_A": "vera_A", "base_model.vera_B": "vera_B"}
 

@@ -1,6 +1,6 @@
 """What differs by base strategy, one file for each.
 
-Imports core, operations, formats, storage and strategy.
+Imports tensors, core, operations, formats, storage, strategy and strategy.optimizers.
 """
 
 from __future__ import annotations

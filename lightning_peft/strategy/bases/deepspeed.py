@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 
 from lightning_peft.core.adapter import clean_name, restore_hooks
 from lightning_peft.core.registry import registries, several_adapters
-from lightning_peft.core.sharding import gathered, kept_part, whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.deepspeed import TAG, is_deepspeed, read_deepspeed, require_layout, with_state, write_layout
@@ -34,7 +33,8 @@ from lightning_peft.strategy import refusals
 from lightning_peft.strategy.bases.plain import PlainState
 from lightning_peft.strategy.bases.zero import ZeroState, refuse_leaves
 from lightning_peft.strategy.lifecycle import Lifecycle
-from lightning_peft.strategy.schedule import changes_gradients
+from lightning_peft.strategy.optimizers.schedule import changes_gradients
+from lightning_peft.tensors.sharding import gathered, kept_part, whole
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -17,15 +17,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.registry import registries
-from lightning_peft.core.sharding import shard
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import is_transposed
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.eject import eject
 from lightning_peft.storage.base_weights import materialise
 from lightning_peft.storage.fingerprint import record_base
 from lightning_peft.strategy.bases.plain import PlainState
 from lightning_peft.strategy.bases.sharded import OnShards
+from lightning_peft.tensors.sharding import shard
+from lightning_peft.tensors.weights import is_transposed
 
 _DATA, _TENSOR = "data_parallel", "tensor_parallel"
 

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_peft.core.sharding import local_part
 from lightning_peft.core.view import ModelView
 from lightning_peft.strategy import refusals
 from lightning_peft.strategy.lifecycle import Lifecycle
+from lightning_peft.tensors.sharding import local_part
 
 
 class OnShards(Lifecycle):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.core.sharding import full_shape, zero_part
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
-from lightning_peft.strategy.optim import parameter_names, state_by_name, state_by_position
+from lightning_peft.strategy.optimizers.optim import parameter_names, state_by_name, state_by_position
+from lightning_peft.tensors.sharding import full_shape, zero_part
 
 
 class ZeroState:

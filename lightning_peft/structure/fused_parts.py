@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import features, is_linear
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.attention import role_of
+from lightning_peft.structure.attention import role_of
+from lightning_peft.tensors.weights import features, is_linear
 
 PART = Literal["q", "k", "v"]
 

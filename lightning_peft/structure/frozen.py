@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from lightning_peft.core.registry import registries
-from lightning_peft.core.sharding import full_shape, whole
 from lightning_peft.core.view import ModelView, once
-from lightning_peft.core.weights import is_packed
+from lightning_peft.tensors.sharding import full_shape, whole
+from lightning_peft.tensors.weights import is_packed
 
 REASON = "frozen before, beside what is trained; name it to adapt it all the same"
 

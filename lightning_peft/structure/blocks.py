@@ -19,14 +19,14 @@ from typing import Literal
 
 from torch import nn
 
-from lightning_peft.core.sharding import full_shape
 from lightning_peft.core.view import ModelView, once
-from lightning_peft.core.weights import features, is_linear
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.attention import attention_roots, mlp_beside, refuse_mixed, role_of, surrounding
-from lightning_peft.targets.frozen import left_frozen
-from lightning_peft.targets.inner_models import head_modules
-from lightning_peft.targets.layers import in_layers
+from lightning_peft.structure.attention import attention_roots, mlp_beside, refuse_mixed, role_of, surrounding
+from lightning_peft.structure.frozen import left_frozen
+from lightning_peft.structure.inner_models import head_modules
+from lightning_peft.structure.layers import in_layers
+from lightning_peft.tensors.sharding import full_shape
+from lightning_peft.tensors.weights import features, is_linear
 
 Kind = Literal["attention", "mlp"]
 

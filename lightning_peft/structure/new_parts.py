@@ -7,11 +7,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lightning_peft.core.sharding import full_shape
 from lightning_peft.core.view import ModelView
-from lightning_peft.core.weights import is_packed
-from lightning_peft.targets.attention import surrounding
-from lightning_peft.targets.inner_models import head_modules, input_embedding, transformers_models
+from lightning_peft.structure.attention import surrounding
+from lightning_peft.structure.inner_models import head_modules, input_embedding, transformers_models
+from lightning_peft.tensors.sharding import full_shape
+from lightning_peft.tensors.weights import is_packed
 
 # transformers marks what it has loaded, in order not to draw values for it.
 _LOADED = "_is_hf_initialized"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_peft import IA3, Compacter, ParallelAdapter, PEFTError, PEFTMethod, SeriesAdapter, eject, inject
 from lightning_peft.core.calls import on_hidden
 from lightning_peft.core.view import ModelView
-from lightning_peft.targets.blocks import Block, find_blocks, layer_norms
+from lightning_peft.structure.blocks import Block, find_blocks, layer_norms
 
 LLAMA = ("model.layers.0", ("self_attn.q_proj", "self_attn.o_proj"), ("mlp.gate_proj", "mlp.down_proj"))
 BERT = ("attention.self.query", "attention.output.dense"), ("intermediate.dense", "output.dense")

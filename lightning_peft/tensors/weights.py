@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.core.sharding import full_shape, whole
+from lightning_peft.tensors.sharding import full_shape, whole
 
 
 def conv1d_class() -> type[nn.Module] | None:

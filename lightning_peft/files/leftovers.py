@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from lightning_peft.formats.files import MARKER
+from lightning_peft.files.contents import MARKER
 
 try:
     import fcntl

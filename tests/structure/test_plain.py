@@ -8,7 +8,7 @@ import torch
 from odd_layers import LAYERS, Einsum, Own, given, made
 from torch import Tensor, nn
 
-from lightning_peft.targets.plain import is_own_linear, nature, obstacle
+from lightning_peft.structure.plain import is_own_linear, nature, obstacle
 
 
 @pytest.mark.parametrize("name", LAYERS)

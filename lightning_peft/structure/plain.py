@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from lightning_peft.core.shadow import shadow, unshadow
-from lightning_peft.core.sharding import full_shape, in_zero_pieces
-from lightning_peft.core.weights import (
+from lightning_peft.tensors.shadow import shadow, unshadow
+from lightning_peft.tensors.sharding import full_shape, in_zero_pieces
+from lightning_peft.tensors.weights import (
     conv1d_class,
     features,
     is_conv,

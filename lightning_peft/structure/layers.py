@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_peft.core.view import ModelView, once
 from lightning_peft.errors import PEFTError
-from lightning_peft.targets.inner_models import transformers_models
+from lightning_peft.structure.inner_models import transformers_models
 
 
 @once

@@ -13,17 +13,17 @@ from torch.optim import Optimizer
 
 from lightning_peft.core.adapter import CHILD, clean_name
 from lightning_peft.core.registry import registries, trains_everything
-from lightning_peft.core.sharding import like
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.storage.state import adapter_parameters_and_whole
-from lightning_peft.strategy.param_groups import (
+from lightning_peft.strategy.optimizers.param_groups import (
     drop_groups,
     has_to_keep_groups,
     learning_rate_ratios,
     settle_state,
     split_groups,
 )
+from lightning_peft.tensors.sharding import like
 
 
 def restrict_to_trainable(optimizers: Sequence[Optimizer], schedulers: Iterable[Any], model: nn.Module) -> None:

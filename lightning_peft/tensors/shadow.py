@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.core.sharding import in_flat_pieces
 from lightning_peft.errors import PEFTError
+from lightning_peft.tensors.sharding import in_flat_pieces
 
 Shadows = list[tuple[nn.Module, str, Tensor | None]]
 """The owner of each replaced parameter, its name there, and the tensor that was in its place already."""

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.core.registry import trained_whole
-from lightning_peft.core.sharding import local_part
 from lightning_peft.core.view import ModelView
+from lightning_peft.tensors.sharding import local_part
 
 
 class FrozenWeights:

@@ -9,8 +9,8 @@ import regex
 from torch import nn
 
 from lightning_peft.core.view import ModelView, once
-from lightning_peft.core.weights import is_linear
 from lightning_peft.errors import PEFTError, listed
+from lightning_peft.tensors.weights import is_linear
 
 _ATTENTION = regex.compile(r"(^|.*_)(attn|attention|selfattention|encdecattention)$", regex.IGNORECASE)
 

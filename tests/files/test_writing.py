@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from lightning_peft import PEFTError
-from lightning_peft.formats.files import MARKER, write_tensors
-from lightning_peft.formats.leftovers import Claim, clean, restore_interrupted
-from lightning_peft.formats.writing import atomic_directory, atomic_file, remove, replace_link
+from lightning_peft.files.contents import MARKER, write_tensors
+from lightning_peft.files.leftovers import Claim, clean, restore_interrupted
+from lightning_peft.files.writing import atomic_directory, atomic_file, remove, replace_link
 
 OLD, NEW = "old" * 50, "new" * 50
 
@@ -168,7 +168,7 @@ def test_what_is_not_ours_is_not_replaced(tmp_path: Path, writer: Any) -> None:
 def test_removing_at_no_moment_leaves_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory(tmp_path / "it", OLD)
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_peft.formats.writing.discard", lambda _: None)  # killed before it is removed
+        patch.setattr("lightning_peft.files.writing.discard", lambda _: None)  # killed before it is removed
         remove(tmp_path / "it")
     assert not (tmp_path / "it").exists()
     clean(tmp_path)

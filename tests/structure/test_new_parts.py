@@ -9,7 +9,7 @@ import transformers as t
 from torch import nn
 
 from lightning_peft.core.view import ModelView
-from lightning_peft.targets.new_parts import heads, last_layer, new_parts, new_rows, parts_beside
+from lightning_peft.structure.new_parts import heads, last_layer, new_parts, new_rows, parts_beside
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,

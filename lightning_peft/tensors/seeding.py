@@ -10,7 +10,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.sharding import write
+from lightning_peft.tensors.sharding import write
 
 _left_empty = ContextVar("_left_empty", default=False)
 

@@ -16,8 +16,8 @@ from typing import IO
 from safetensors import SafetensorError
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats.files import MARKER
-from lightning_peft.formats.leftovers import (
+from lightning_peft.files.contents import MARKER
+from lightning_peft.files.leftovers import (
     ASIDE,
     STAGING,
     beside,

@@ -1,0 +1,4 @@
+"""Tensors as they lie in memory: whole or in pieces, weights of layers, shadowed attributes, seeds.
+
+Imports no other package.
+"""
