@@ -3,11 +3,13 @@
 import os
 
 import pytest
+from launch import free_port
 
 # Before anything reads them, here and in processes that tests start. Threads cost more than they bring on small models,
 # and nothing may wait for a model hub.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MASTER_PORT", str(free_port()))
 
 
 @pytest.fixture(scope="session", autouse=True)

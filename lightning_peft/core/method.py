@@ -42,6 +42,8 @@ class PEFTMethod:
     """Hyper-parameters that may differ between a checkpoint and the model that it is loaded into: they change neither
     what the adapters compute from the same tensors nor, but for the targets that the tensors' names show, which
     there are."""
+    learnt: ClassVar[frozenset[str]] = frozenset()
+    """Hyper-parameters that training sets: a method that gives none asks for none."""
     mergeable: ClassVar[bool] = True
     """Whether merging leaves the plain model; for the table in the README, as the next two."""
     hosts: ClassVar[str] = ""

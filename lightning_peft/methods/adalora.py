@@ -143,6 +143,7 @@ class AdaLoRA(PEFTMethod):
     free: ClassVar[frozenset[str]] = PEFTMethod.free | {
         *("rank_pattern", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
     }
+    learnt: ClassVar[frozenset[str]] = frozenset({"rank_pattern"})
     needs_total_steps: ClassVar[bool] = True
 
     init_r: int = 12

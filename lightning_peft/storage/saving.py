@@ -137,8 +137,9 @@ def check_writable(model: ModelView) -> None:
         lost = [host for host in part.hosts if host not in root.modules]
         names = [] if lost else _names_and_config(root, part, state)[0].values()
         if lost := lost or sorted(set(names) - state.keys()):
+            name = f"{part.prefix}.{lost[0]}".lstrip(".")
             raise PEFTError(
-                f"The adapter {part.adapter!r} cannot be written: {lost[0]!r}, which it was made for, is not in this "
+                f"The adapter {part.adapter!r} cannot be written: {name!r}, which it was made for, is not in this "
                 f"{model.kind} any more. Inject when the model has its final form."
             )
 

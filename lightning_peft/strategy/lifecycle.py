@@ -156,8 +156,6 @@ class Lifecycle(Checkpoints):
             del plugin.convert_module
         refusals.refuse_unserved(self, self._module, self._base_name, self._is_set_up)
         if trainer.state.fn == TrainerFn.FITTING:
-            # Here every process would fail; in the first save rank 0 alone would.
-            check_writable(ModelView(self._module))
             self._look()
         elif restores and self._unloads:
             self._merge()
@@ -181,6 +179,8 @@ class Lifecycle(Checkpoints):
         self._apply_held_back()
         self._is_set_up = True
         if fitting:
+            # Here every process would fail; in the first save rank 0 alone would.
+            check_writable(ModelView(self._module))
             self._stepped, self._ran = set(), set()
             self._slots = [slot for _, _, slot in ModelView(self._module).slots]
             self._set_modes()

@@ -116,7 +116,8 @@ def _refuse_other_values(
         return
     both = ", ".join(f"{k}={given.config()[k]!r} (there {there.config()[k]!r})" for k in sorted(differing))
     kind = type(there).__name__
-    if differing - (there.free - {"rank_pattern"}):
+    learnt = {key for key in given.learnt if not given.config()[key]}
+    if differing - (there.free - {"rank_pattern"}) - learnt:
         raise PEFTError(
             f"The model already has {kind} adapters, on which the strategy's {both} would have no effect. Give it the "
             "hyper-parameters that are there; or call eject(model) first; or, to start from an adapter in a file, call "

@@ -185,7 +185,8 @@ def test_virtual_tokens_in_pieces_are_refused(name: str) -> None:
     model, inputs = injected("llama", name)
     for parameter in ModelView(model).adapter_parameters.values():
         # As ZeRO-3 leaves them.
-        parameter.ds_shape, parameter.data = parameter.shape, parameter.data.new_empty(0)  # type: ignore[attr-defined]
+        parameter.ds_shape, parameter.ds_tensor = parameter.shape, parameter.data  # type: ignore[attr-defined]
+        parameter.data = parameter.data.new_empty(0)
     with pytest.raises(PEFTError, match="ZeRO-3 has the virtual tokens in pieces"):
         model(**inputs)
 

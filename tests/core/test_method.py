@@ -405,7 +405,6 @@ def test_running_statistics_are_kept_with_what_moves_them(tmp_path: Path) -> Non
     assert_same(dict(straight.state_dict()), dict(Normed().state_dict()))
 
 
-@pytest.mark.xfail(reason="what is wholly frozen is told by another message now", strict=False)
 def test_errors_of_selections() -> None:
     with pytest.raises(PEFTError, match=r"no biases in target_modules='q_proj'.*create_missing=True"):
         inject(build("llama")[0], BitFit(target_modules="q_proj"))

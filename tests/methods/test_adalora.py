@@ -126,7 +126,6 @@ def test_a_run_is_theirs_step_by_step(name: str, tmp_path: Path) -> None:
     assert len({tuple(p) for p in patterns[-1].values()}) > 1
 
 
-@pytest.mark.xfail(reason="ranks that fell are compared with those that the method starts with", strict=False)
 def test_their_allocated_files_are_read_and_written_again(tmp_path: Path) -> None:
     """They hold the rows that are left."""
     start = Numbered()

@@ -137,7 +137,6 @@ def test_yaml_is_a_part_of_a_config(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=pages.name)
-@pytest.mark.xfail(reason="a command of the changelog", strict=False)
 def test_commands_are_sound(page: Path) -> None:
     """Whether they are run or not, in blocks and within sentences."""
     within = [code for code in pages.inline(page) if commands.is_command(code)]

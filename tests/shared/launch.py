@@ -1,6 +1,8 @@
 """Starting processes that find what tests share."""
 
 import os
+import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,18 @@ def clean_environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, [*_PATH, os.environ.get("PYTHONPATH")]))}
 
 
+def free_port() -> int:
+    """Find a port for processes to meet at, among those that the system does not give to outgoing connections.
+
+    Lightning asks the system for one, and another test's connection may have got it before the processes listen.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as tried:
+            if tried.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+
+
 def run_script(script: str, *args: object, timeout: int = 300, **environment: str) -> str:
     """Run ``script``, which starts further processes itself, and return what was written to both outputs."""
     result = subprocess.run(
@@ -26,7 +40,7 @@ def run_script(script: str, *args: object, timeout: int = 300, **environment: st
         stderr=subprocess.STDOUT,
         text=True,
         timeout=timeout,
-        env={**clean_environment(), "MASTER_ADDR": "127.0.0.1", **environment},
+        env={**clean_environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment},
     )
     assert result.returncode == 0, result.stdout[-6000:]
     return result.stdout

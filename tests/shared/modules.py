@@ -170,7 +170,12 @@ def base_state(module: nn.Module) -> dict[str, Tensor]:
 def adapter_state(module: nn.Module) -> dict[str, Tensor]:
     """Copies of the adapters' parameters and buffers, whole, also while they are merged."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    found = {name.replace("_fsdp_wrapped_module.", ""): t.detach() for name, t in tensors if ".peft." in name}
+    wrappers = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+    found = {
+        ".".join(part for part in name.split(".") if part not in wrappers): tensor.detach()
+        for name, tensor in tensors
+        if ".peft." in name
+    }
     return {n: t.full_tensor() if isinstance(t, DTensor) else t.clone() for n, t in found.items()}
 
 
