@@ -111,7 +111,9 @@ def test_memory_of_a_merge_for_good(dtype: torch.dtype, most: float) -> None:
 
 def test_saving_needs_no_more_memory_beside_a_larger_base(tmp_path: Any) -> None:
     sizes = [checkpoints.saving_memory(checkpoints.beside_frozen(layers), tmp_path / "a") for layers in (3, 39)]
-    assert sizes[0] == sizes[1] < 2**20
+    # What another test has left behind may be collected on the way.
+    assert max(sizes) - min(sizes) < 2**10
+    assert max(sizes) < 2**20
 
 
 def test_the_papers_count() -> None:
