@@ -20,7 +20,7 @@ class NotFiniteError(PEFTError):
 
 
 class StateError(PEFTError, RuntimeError):
-    """A state lacks tensors of a module, or has others: what catches torch's own error for that catches this one too."""
+    """A state does not have a module's tensors. What catches torch's own error for that catches this one too."""
 
     def __init__(self, start: str, missing: Sequence[str], extra: Sequence[str], end: str = "") -> None:
         named = {"Missing": missing, "Unexpected": extra}

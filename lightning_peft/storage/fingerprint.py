@@ -34,7 +34,7 @@ _SAMPLES = 4
 _TOLERANCE = 0.02
 
 _DRAWN = (
-    "If such weights are drawn at random where the module is made, draw them from the same seed, or have them saved with "
+    "If such weights are drawn at random where the module is made, draw them from the same seed, or save them with "
     "PEFTStrategy(..., checkpoint='full')"
 )
 
@@ -71,11 +71,14 @@ def _described(model: ModelView, before: Mapping[int, Tensor | None], gather: bo
     frozen = [n for n, w in weights.items() if n not in adapted and len(full_shape(w)) > 1 and id(w) not in before]
     seen = {id(weights[name]) for name in (*adapted, *frozen)}
     others = [n for n, p in model.parameters.items() if id(p) not in seen and id(p) not in before]
+    # Methods that adapt no weights leave all of them to choose from.
+    chosen = {"samples": _thinned(adapted or list(weights))}
     # Heads stand beside the lists of layers, or are the last of them.
     blocks = listed_blocks(model)
-    frozen = [*(n for n in frozen if n not in blocks), *_thinned([n for n in frozen if n in blocks])]
-    # Methods that adapt no weights leave all of them to choose from.
-    chosen = {"samples": _thinned(adapted or list(weights)), "frozen": frozen, "others": _thinned(others)}
+    for kind, names in (("frozen", frozen), ("others", others)):
+        inside = [name for name in names if _tensor(kind, name).rpartition(".")[0] in blocks]
+        kept = {*names} - {*inside} | {*_thinned(inside)}
+        chosen[kind] = [name for name in names if name in kept]
     return {kind: _samples(model, kind, names, before, gather) for kind, names in chosen.items()}
 
 
