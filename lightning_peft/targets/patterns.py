@@ -69,7 +69,7 @@ def match_names(pattern: str, modules: Mapping[str, object]) -> set[str]:
 
 
 def patterns_for(names: Iterable[str], among: Iterable[str]) -> list[str]:
-    """Return patterns that match ``names`` and nothing else ``among`` others: the ends of names, if that is possible."""
+    """Return patterns that match ``names``: their ends, where these match nothing else ``among`` others."""
     wanted, rest = list(names), set(among)
     ends: dict[str, list[str]] = {}
     for name in wanted:
