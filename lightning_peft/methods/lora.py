@@ -134,12 +134,14 @@ class LoRA(PEFTMethod):
         Raises:
             PEFTError: As :meth:`select`.
         """
+        maker = self._maker(seed=0)
         names = select(
             model,
             self.target_modules,
             adaptable=self._adaptable,
-            obstacle=self._maker(seed=0).obstacle,
+            obstacle=maker.obstacle,
             weights=own_weights if self._changes_weights else None,
+            written=maker.written,
             exclude=self.exclude_modules,
             layers=self.layers,
         )

@@ -15,7 +15,7 @@ from lightning_peft.core.adapter import CHILD, clean_name
 from lightning_peft.core.method import method_from_config
 from lightning_peft.core.registry import changed, note_moved, required, restore_changed, trains_everything
 from lightning_peft.core.view import ModelView, own_state
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, StateError
 from lightning_peft.files.leftovers import restore_interrupted
 from lightning_peft.files.writing import atomic_directory
 from lightning_peft.formats.deepspeed import is_deepspeed
@@ -73,7 +73,8 @@ def apply(checkpoint: Mapping[str, Any], model: ModelView, strict: bool = True) 
     Args:
         checkpoint: As it was read.
         model: The model.
-        strict: Whether frozen weights, if the checkpoint has them, are to be exactly those of ``model``.
+        strict: Whether frozen weights, if the checkpoint has them, are to be exactly those of ``model``; also what is
+            trained, if that is everything.
 
     Raises:
         PEFTError: It holds no adapters, other ones, or those of another base model.
@@ -82,7 +83,12 @@ def apply(checkpoint: Mapping[str, Any], model: ModelView, strict: bool = True) 
     saved = checkpoint_metadata(checkpoint)
     state = {clean_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
     check_metadata(model, saved, source, state)
-    names = adapter_parameters_and_whole(model).keys()
+    trained = adapter_parameters_and_whole(model)
+    names = trained.keys()
+    if not strict and trains_everything(model):
+        # As of any other module: what the checkpoint lacks stays as it is, what it has beyond is left out.
+        known = {n: t for n, t in state.items() if n in names or _in_base(model, n)}
+        state = {**{n: t.detach() for n, t in trained.items()}, **known}
     # What has changed of the base, all of it in a full checkpoint, and what on_load_checkpoint has put in.
     base = {n: t for n, t in state.items() if n not in names and (saved.get("full") or _in_base(model, n))}
     load_adapter_state_dict(model, {n: tensor for n, tensor in state.items() if n not in base}, source)
@@ -95,7 +101,7 @@ def apply(checkpoint: Mapping[str, Any], model: ModelView, strict: bool = True) 
     if base or saved.get("full"):
         missing, extra = _apply_base(base, model, source)
         if strict and saved.get("full") and (missing or extra):
-            raise PEFTError(f"{source} does not fit the base model. Missing: {missing[:5]}. Superfluous: {extra[:5]}.")
+            raise StateError(f"{source} does not fit the base model.", missing, extra)
     for prefix, _, registry in required(model):
         registry.moved = set(saved["injections"].get(prefix, {}).get("moved", ()))
     note_moved(model, unknown)

@@ -17,10 +17,13 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.structure.inner_models import transformers_models
 from lightning_peft.structure.layers import listed_blocks
 from lightning_peft.tensors.sharding import full_shape, in_zero_pieces, whole
-from lightning_peft.tensors.weights import is_packed
+from lightning_peft.tensors.weights import holds_codes
 
 Samples = dict[str, list[float]]
-"""A few elements of the weights of modules, by name."""
+"""A few elements of the weights of modules, by the modules' names, or of other parameters by their own."""
+
+_KINDS = ("samples", "frozen", "others")
+"""What is adapted, the matrices that are not, and every other parameter; older files have fewer of them."""
 
 _MODULES = 64
 _MANY = 2**20
@@ -30,11 +33,17 @@ _SAMPLES = 4
 # fine-tuning of the same base lies in between.
 _TOLERANCE = 0.02
 
+_DRAWN = (
+    "If such weights are drawn at random where the module is made, draw them from the same seed, or save them with "
+    "PEFTStrategy(..., checkpoint='full')"
+)
+
 
 def describe_base(model: ModelView, prefix: str = "") -> dict[str, Any]:
     """Return the base's class, its name or path if it has one, and samples of weights.
 
-    Those are of what is adapted, and of the other matrices that are frozen: a head, for one, may be new and random.
+    Those are of what is adapted, of the other matrices that are frozen (a head, for one, may be new and random), and of
+    the other parameters: biases, norms, what modules of recurrent networks hold, positions.
 
     Args:
         model: A model with adapters.
@@ -60,14 +69,17 @@ def _described(model: ModelView, before: Mapping[int, Tensor | None], gather: bo
     weights = {n: w for n, module in model.modules.items() if (w := module._parameters.get("weight")) is not None}
     adapted = [name for name, _, _ in model.slots if name in weights]
     frozen = [n for n, w in weights.items() if n not in adapted and len(full_shape(w)) > 1 and id(w) not in before]
+    seen = {id(weights[name]) for name in (*adapted, *frozen)}
+    others = [n for n, p in model.parameters.items() if id(p) not in seen and id(p) not in before]
+    # Methods that adapt no weights leave all of them to choose from.
+    chosen = {"samples": _thinned(adapted or list(weights))}
     # Heads stand beside the lists of layers, or are the last of them.
     blocks = listed_blocks(model)
-    frozen = [*(n for n in frozen if n not in blocks), *_thinned([n for n in frozen if n in blocks])]
-    return {
-        # Methods that adapt no weights leave all of them to choose from.
-        "samples": _samples(model, _thinned(adapted or list(weights)), before, gather),
-        "frozen": _samples(model, frozen, before, gather, at_start=True),
-    }
+    for kind, names in (("frozen", frozen), ("others", others)):
+        inside = [name for name in names if _tensor(kind, name).rpartition(".")[0] in blocks]
+        kept = {*names} - {*inside} | {*_thinned(inside)}
+        chosen[kind] = [name for name in names if name in kept]
+    return {kind: _samples(model, kind, names, before, gather) for kind, names in chosen.items()}
 
 
 def _recorded(model: ModelView, prefix: str = "") -> dict[str, Samples] | None:
@@ -111,13 +123,13 @@ def refuse_other_base(
         PEFTError: It is about another one; both are named.
     """
     present = _identity(model, prefix)
-    theirs = {kind: _without(saved.get(kind, {}), prefix, held) for kind in ("samples", "frozen")}
+    theirs = {kind: _without(kind, saved.get(kind, {}), prefix, held) for kind in _KINDS}
     if saved.get("samples") and not theirs["samples"]:
         return
     ours = _recorded(model, prefix)
     if ours is None:
         part, before = model.part(prefix), _before_training(model)
-        ours = {kind: _samples(part, list(theirs[kind]), before, at_start=kind == "frozen") for kind in theirs}
+        ours = {kind: _samples(part, kind, list(theirs[kind]), before) for kind in _KINDS}
     found = _distances(ours["samples"], theirs["samples"])
     distance, norm = (math.hypot(*(pair[i] for pair in found.values())) for i in (0, 1))
     # What adapters learnt differs by less than other models do, and would be counted twice.
@@ -129,20 +141,24 @@ def refuse_other_base(
             f"{source} was written for another base model: {_name(saved)}. This is {_name(present)}"
             + (f", whose weights differ by {distance / norm:.0%}." if norm and distance > tolerance * norm else ".")
             + (" Adapters were merged into them for good, so the base is gone: build it anew." if unloaded else "")
-            + " Load the base model that the adapter was trained on."
+            + f" Load the base model that the adapter was trained on. {_DRAWN}."
         )
-    if other := _other_parts(_distances(ours["frozen"], theirs["frozen"])):
-        raise PEFTError(
-            f"{source} was written beside another {other[0]!r}. It was frozen, so it is not in there, and here it has "
-            "other values. Give it the same ones; if they were drawn at random, save them with checkpoint='full', or "
-            f"train them with train_also=[{other[0]!r}]."
-        )
+    for kind in ("frozen", "others"):
+        if other := _other_parts(_distances(ours.get(kind, {}), theirs[kind])):
+            raise PEFTError(
+                f"{source} was written beside another {other[0]!r}. It was frozen, so it is not in there, and here it "
+                f"has other values. Give it the same ones. {_DRAWN}, or train them with train_also=[{other[0]!r}]."
+            )
 
 
-def _without(samples: Samples, prefix: str, held: Container[str]) -> Samples:
+def _without(kind: str, samples: Samples, prefix: str, held: Container[str]) -> Samples:
     """Return ``samples`` without those of tensors that are ``held``."""
-    lead = f"{prefix}." if prefix else ""
-    return {name: sample for name, sample in samples.items() if f"{lead}{name}.weight".lstrip(".") not in held}
+    return {n: sample for n, sample in samples.items() if f"{prefix}.{_tensor(kind, n)}".lstrip(".") not in held}
+
+
+def _tensor(kind: str, name: str) -> str:
+    """Return the parameter's name of what has ``name`` among samples of ``kind``."""
+    return name if kind == "others" else f"{name}.weight".lstrip(".")
 
 
 def _distances(ours: Samples, theirs: Samples) -> dict[str, tuple[float, float]]:
@@ -166,35 +182,34 @@ def _name(base: Mapping[str, Any]) -> str:
 
 
 def _samples(
-    model: ModelView,
-    names: Iterable[str],
-    before: Mapping[int, Tensor | None],
-    gather: bool = False,
-    at_start: bool = False,
+    model: ModelView, kind: str, names: Iterable[str], before: Mapping[int, Tensor | None], gather: bool = False
 ) -> Samples:
-    """Return a few elements of the weight of each of ``names``, as it is without adapters.
+    """Return a few elements of the parameter of each of ``names``, as it is without adapters.
+
+    Of what is adapted they are from all over, else the first ones, which stay where they are if rows are added.
 
     Args:
         model: The model.
-        names: Of modules.
+        kind: One of ``_KINDS``.
+        names: Names of that kind.
         before: The old values of what has changed itself, by id.
         gather: Whether every process is here, to read weights that are in pieces.
-        at_start: Take the first elements, which stay where they are if rows are added; else some from all over.
     """
-    modules, slots = model.modules, {name: slot for name, _, slot in model.slots}
+    at_start = kind != "samples"
     # A layer that is adapted is gathered sooner or later, an embedding need never be.
     most = _MANY if at_start else math.inf
+    before = {**_before_merge(model), **before}
     found = {}
     for name in names:
-        slot = slots.get(name)
-        present = getattr(modules.get(name), "weight", None)
-        weight = before.get(id(present), slot.merged.get("weight", present) if slot and slot.merged else present)
-        if not isinstance(weight, Tensor) or is_packed(modules[name]) or not full_shape(weight).numel():
+        owner, _, leaf = _tensor(kind, name).rpartition(".")
+        present = getattr(model.modules.get(owner), leaf, None)
+        tensor = before.get(id(present), present)
+        if not isinstance(tensor, Tensor) or holds_codes(tensor) or not full_shape(tensor).numel():
             continue
-        in_pieces = isinstance(weight, DTensor) or in_zero_pieces(weight)
-        if weight.is_meta or (in_pieces and not (gather and full_shape(weight).numel() <= most)):
+        in_pieces = isinstance(tensor, DTensor) or in_zero_pieces(tensor)
+        if tensor.is_meta or (in_pieces and not (gather and full_shape(tensor).numel() <= most)):
             continue
-        flat = whole(weight).flatten()
+        flat = whole(tensor).flatten()
         count = flat.numel()
         positions = [min(k, count - 1) if at_start else count * (2 * k + 1) // (2 * _SAMPLES) for k in range(_SAMPLES)]
         found[name] = flat[torch.tensor(positions, device=flat.device)].to("cpu", torch.float32).tolist()
@@ -209,3 +224,14 @@ def _thinned(names: Sequence[str]) -> list[str]:
 def _before_training(model: ModelView) -> dict[int, Tensor | None]:
     """Return the old values of what of the base has changed, by the tensor's id; ``None`` if it is not known."""
     return {id(tensor): value for _, tensor, value in (*trained_whole(model), *changed(model))}
+
+
+def _before_merge(model: ModelView) -> dict[int, Tensor | None]:
+    """Return what merging has replaced, by the tensor's id; ``None`` for what it has added."""
+    return {
+        id(parameter): None if slot.merged.get(f"added_{name}") else slot.merged[name]
+        for _, host, slot in model.slots
+        if slot.merged is not None
+        for name, parameter in host.named_parameters()
+        if name in slot.merged or f"added_{name}" in slot.merged
+    }

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import save  # not by way of torch, where others put functions that count, send or write elsewhere
 
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import read_shapes
@@ -69,17 +70,14 @@ def _asked_for(value: Any, where: str) -> list[str]:
     """Return the names of the classes and functions that unpickling ``value`` would call."""
     buffer = io.BytesIO()
     try:
-        torch.save(value, buffer)
+        save(value, buffer)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise PEFTError(
             f"{where} cannot be written to a checkpoint: {error}. Take it out, in on_save_checkpoint or with "
             "save_hyperparameters(ignore=[...])."
         ) from error
     buffer.seek(0)
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(buffer))
-    except ValueError:  # somebody has put a function of another format in the place of torch.save
-        return []
+    return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(buffer))
 
 
 @contextmanager

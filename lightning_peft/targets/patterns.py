@@ -68,6 +68,19 @@ def match_names(pattern: str, modules: Mapping[str, object]) -> set[str]:
     return {name for name in modules if matches(pattern, name)}
 
 
+def patterns_for(names: Iterable[str], among: Iterable[str]) -> list[str]:
+    """Return patterns that match ``names``: their ends, where these match nothing else ``among`` others."""
+    wanted, rest = list(names), set(among)
+    ends: dict[str, list[str]] = {}
+    for name in wanted:
+        parts = name.split(".")
+        start = max((i for i, part in enumerate(parts) if not part.isdigit()), default=0)
+        ends.setdefault(".".join("*" if part.isdigit() else part for part in parts[start:]), []).append(name)
+    rest -= {*wanted}
+    short = {end: not match_names(end, dict.fromkeys(rest)) for end in ends}
+    return [pattern for end, found in ends.items() for pattern in ([end] if short[end] else found)]
+
+
 def found_by_preset(targets: Names, name: str) -> bool:
     """Whether a preset among ``targets`` finds what is called ``name``, and no pattern names it."""
     presets = [target for target in as_list(targets) if target in PRESETS]

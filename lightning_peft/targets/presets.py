@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -12,8 +13,8 @@ from lightning_peft.structure.attention import attention_roots, mlp_beside, recu
 from lightning_peft.structure.inner_models import head_modules
 from lightning_peft.structure.layers import listed_blocks
 from lightning_peft.structure.plain import is_own_linear
-from lightning_peft.targets.patterns import ALL_LINEAR
-from lightning_peft.tensors.weights import is_linear
+from lightning_peft.targets.patterns import ALL_LINEAR, matches, patterns_for
+from lightning_peft.tensors.weights import is_conv, is_linear
 
 
 def in_preset(model: ModelView, preset: str) -> set[str]:
@@ -45,20 +46,36 @@ def uncalled_modules(model: ModelView) -> set[str]:
     return {name for name, module in model.modules.items() if id(module) in uncalled}
 
 
-def nothing_in_preset(model: ModelView, preset: str, candidates: Mapping[str, nn.Module]) -> str:
+def nothing_in_preset(
+    model: ModelView,
+    preset: str,
+    candidates: Mapping[str, nn.Module],
+    refused: Container[str],
+    written: Callable[[dict[str, Any], Mapping[str, nn.Module]], str] | None,
+) -> str:
     """Return the message for a preset that means nothing in ``model``.
 
     Args:
         model: The model.
         preset: The preset.
-        candidates: What can be adapted in it.
+        candidates: What can be adapted in it by name.
+        refused: What of that cannot.
+        written: Gives what a user is to write, for ``target_modules`` and ``exclude_modules``, and the modules meant.
     """
     what = "linear layer" if preset == ALL_LINEAR else f"{preset} block"
-    kinds = Counter(type(module).__name__ for module in candidates.values())
-    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    names = ", ".join(map(repr, list(candidates)[:3]))
-    by_name = f" It has {counts}, which are adapted by name: target_modules=[{names}]." if counts else ""
-    return f"target_modules: {preset!r} finds no {what} in this {model.kind}.{by_name}"
+    nothing = f"target_modules: {preset!r} finds no {what} in this {model.kind}."
+    counts = ", ".join(
+        f"{count} {kind}" for kind, count in Counter(type(m).__name__ for m in candidates.values()).items()
+    )
+    convolutions = {name: module for name, module in candidates.items() if is_conv(module)}
+    meant = convolutions if convolutions and preset == ALL_LINEAR else candidates
+    possible = {name: module for name, module in meant.items() if name not in refused}
+    if not possible or written is None:
+        return nothing
+    patterns = patterns_for(possible, candidates.keys() - meant.keys())
+    exclude = [n for n in meant if n not in possible and any(matches(pattern, n) for pattern in patterns)]
+    given = {"target_modules": patterns, **({"exclude_modules": exclude} if exclude else {})}
+    return f"{nothing} It has {counts}, which are adapted by name: {written(given, possible)}."
 
 
 def _inside(names: set[str], roots: Mapping[str, nn.Module]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +23,7 @@ def select(
     adaptable: Callable[[nn.Module], bool],
     obstacle: Callable[[str, nn.Module], str | None] | None = None,
     weights: Callable[[nn.Module], Iterable[str]] | None = None,
+    written: Callable[[dict[str, Any], Mapping[str, nn.Module]], str] | None = None,
     exclude: Names | None = None,
     layers: str | Sequence[int] | None = None,
 ) -> dict[str, nn.Module]:
@@ -39,6 +41,7 @@ def select(
         obstacle: Gives the reason why the method cannot adapt one of such a kind, by name, all the same.
         weights: Gives the names of parameters of a module that can be adapted one by one. They are selected by their
             own name, ``experts.down_proj``, and returned by it, with that module.
+        written: Gives what to write instead of a preset that means nothing here; see :func:`nothing_in_preset`.
         exclude: Patterns of modules to leave out.
         layers: Indices of blocks to adapt, or a slice (``"8:16"``, ``"-4:"``). Modules outside blocks go.
 
@@ -54,7 +57,12 @@ def select(
         for weight in (() if weights is None or name in candidates else weights(module))
     }
     modules, candidates = modules | parameters, candidates | parameters
-    named, chosen = _matched(model, targets, modules, candidates)
+
+    def nothing(preset: str) -> str:
+        refused = _reasons(model, candidates, candidates, parameters, obstacle)
+        return nothing_in_preset(model, preset, candidates, refused, written)
+
+    named, chosen = _matched(model, targets, modules, candidates, nothing)
     for pattern in as_list(exclude or ()):
         found = match_names(pattern, modules)
         if not found:
@@ -86,7 +94,11 @@ def select(
 
 
 def _matched(
-    model: ModelView, targets: Names, modules: Mapping[str, nn.Module], candidates: Mapping[str, nn.Module]
+    model: ModelView,
+    targets: Names,
+    modules: Mapping[str, nn.Module],
+    candidates: Mapping[str, nn.Module],
+    nothing: Callable[[str], str],
 ) -> tuple[set[str], set[str]]:
     """Return what patterns name, and that with what presets find."""
     named, chosen = set[str](), set[str]()
@@ -94,7 +106,7 @@ def _matched(
         if pattern in PRESETS:
             found = in_preset(model, pattern)
             if not found:
-                raise PEFTError(nothing_in_preset(model, pattern, candidates))
+                raise PEFTError(nothing(pattern))
         else:
             found = match_names(pattern, candidates)
             found |= {name for alias, name in model.aliases.items() if name in candidates and matches(pattern, alias)}

@@ -62,15 +62,20 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether the weight holds codes of a quantiser, from which its values have to be worked out first.
+    """Whether the weight :func:`holds_codes`."""
+    weight = module._parameters.get("weight")
+    return weight is not None and holds_codes(weight)
+
+
+def holds_codes(tensor: Tensor) -> bool:
+    """Whether ``tensor`` holds codes of a quantiser, from which its values have to be worked out first.
 
     Such are integers, floating-point numbers of fewer than 16 bits, and tensor classes of a quantiser's own.
     """
-    weight = module._parameters.get("weight")
-    if weight is None or isinstance(weight, DTensor):
+    if isinstance(tensor, DTensor):
         return False
-    codes = not weight.is_floating_point() or weight.dtype.itemsize < 2
-    return codes or hasattr(weight, "__tensor_flatten__")
+    codes = not tensor.is_floating_point() or tensor.dtype.itemsize < 2
+    return codes or hasattr(tensor, "__tensor_flatten__")
 
 
 def tensor_options(module: nn.Module) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def test_a_base_that_lacks_in_a_full_file_is_an_error(tmp_path: Path) -> None:
     checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
     del checkpoint["state_dict"]["net.2.bias"]
     torch.save(checkpoint, tmp_path / "two.ckpt")
-    with pytest.raises(PEFTError, match=r"does not fit the base model\. Missing: \['net\.2\.bias'\]"):
+    with pytest.raises(PEFTError, match=r'does not fit the base model\. Missing key\(s\).*: "net\.2\.bias"\.'):
         Drawn.load_from_checkpoint(tmp_path / "two.ckpt")
 
 
@@ -109,3 +109,27 @@ def test_names_of_a_compiled_part(tmp_path: Path) -> None:
     loaded = Compiled.load_from_checkpoint(tmp_path / "one.ckpt")
     expected = by_hand(adapter_state_dict(module), inputs(), seed=Drawn.count - 1)
     torch.testing.assert_close(loaded(inputs()), expected, rtol=1e-5, atol=1e-5)
+
+
+class Longer(Drawn):
+    """Has a layer that a :class:`Drawn` has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(("written", "read"), [(Drawn, Longer), (Longer, Drawn)])
+@pytest.mark.parametrize("strategy", ["auto", STRATEGIES["full fine-tuning"]])
+def test_strictness_about_layers_is_torchs_where_everything_is_trained(
+    tmp_path: Path, written: type[Drawn], read: type[Drawn], strategy: Any
+) -> None:
+    """The judge is the same run without a strategy of ours."""
+    module = written()
+    saver = ModelCheckpoint(tmp_path, filename="one")
+    trainer(tmp_path, strategy if strategy == "auto" else strategy(), callbacks=[saver]).fit(module, loader())
+    lenient = read.load_from_checkpoint(tmp_path / "one.ckpt", strict=False)
+    torch.testing.assert_close(lenient(inputs()), module(inputs()), rtol=0, atol=0)
+    keys = r'(Missing|Unexpected) key\(s\) in state_dict: "more\.weight", "more\.bias"'
+    with pytest.raises(RuntimeError, match=keys):
+        read.load_from_checkpoint(tmp_path / "one.ckpt", strict=True)

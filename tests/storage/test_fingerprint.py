@@ -1,12 +1,13 @@
 """Which base an adapter belongs to: frozen parts that are not adapted count too, rounding and new rows do not."""
 
+import copy
 from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_peft import LoRA, PEFTError, inject, merge
+from lightning_peft import IA3, LoRA, PEFTError, inject, merge
 from lightning_peft.core.view import ModelView
 from lightning_peft.storage.fingerprint import describe_base, refuse_other_base
 
@@ -81,10 +82,56 @@ def test_merged_weights_are_taken_as_they_were() -> None:
 def test_a_description_of_adapted_weights_alone_is_read() -> None:
     """As earlier releases wrote it."""
     older = describe_base(ModelView(model(head=2)))
-    del older["frozen"]
+    del older["frozen"], older["others"]
     refuse_other_base(ModelView(model()), older, "The file")
 
 
 def test_what_is_loaded_as_well_does_not_count() -> None:
-    held = {"head.weight"}
+    held = {"head.weight", "head.bias"}
     refuse_other_base(ModelView(model()), describe_base(ModelView(model(head=2))), "The file", held=held)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        (nn.Linear(8, 8), "part.bias"),
+        (nn.LayerNorm(8), "part.weight"),
+        (nn.BatchNorm1d(8), "part.bias"),
+        (nn.GRU(8, 4), "part.weight_ih_l0"),
+        (nn.ParameterList([nn.Parameter(torch.zeros(1, 5, 8))]), "part.0"),
+        (nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 1)), "part.parametrizations.weight.original0"),
+    ],
+    ids=lambda found: type(found).__name__ if isinstance(found, nn.Module) else found,
+)
+def test_another_frozen_parameter_is_refused(part: nn.Module, name: str) -> None:
+    """Whatever it is called, and however many dimensions it has."""
+
+    def around(change: float) -> nn.Module:
+        torch.manual_seed(0)
+        made = nn.ModuleDict({"q": nn.Linear(8, 8), "part": copy.deepcopy(part)})
+        with torch.no_grad():
+            made.get_parameter(name).add_(change)
+        inject(made, LoRA(r=2, target_modules=["q"]))
+        return made
+
+    check(around(0.1), around(0.1))
+    with pytest.raises(PEFTError, match=rf"beside another {name!r}"):
+        check(around(0.1), around(0.3))
+
+
+@pytest.mark.parametrize("merged", ["here", "there"])
+def test_a_bias_is_taken_as_it_was_before_a_merge(merged: str) -> None:
+    """Which a merge of DoRA scales, and one of IA³'s adds nothing to, where there is none."""
+
+    def adapted() -> nn.Module:
+        torch.manual_seed(0)
+        made = nn.ModuleDict({"q": nn.Linear(8, 8), "up": nn.Linear(8, 8, bias=False)})
+        inject(made, IA3(target_modules=["q", "up"], feedforward_modules=[]))
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter)
+        return made
+
+    here, there = adapted(), adapted()
+    merge(here if merged == "here" else there)
+    check(here, there)

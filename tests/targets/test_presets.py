@@ -1,5 +1,6 @@
 """What presets take of a model, and what they say of the rest."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,15 +110,49 @@ def test_no_bottleneck_stands_where_attention_and_mlp_cannot_be_told_apart() -> 
     assert names == ["blocks.0.k", "blocks.0.v", "blocks.0.down"]
 
 
-def test_without_linear_layers() -> None:
-    model = nn.Sequential(nn.Embedding(9, 4), nn.Conv1d(4, 4, 1), nn.Conv1d(4, 2, 1))
-    message = (
-        r"finds no linear layer in this Sequential\. It has 1 Embedding, 2 Conv1d, .*target_modules=\['0', '1', '2'\]"
-    )
-    with pytest.raises(PEFTError, match=message):
+class Grouped(nn.Module):
+    """A layer of its own kind, whose matrices can be adapted where they are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 6, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("gi,goi->go", x, self.weight)
+
+
+def convolutional() -> nn.Module:
+    """Convolutions under many names: a narrow one, one whose groups cannot share the rank, and an embedding."""
+    blocks = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv1d(6, 6, 3, groups=groups)}) for groups in (1, 2, 3))
+    head = nn.Sequential(nn.ReLU(), nn.Conv1d(4, 1, 1))
+    return nn.ModuleDict({"0": nn.Embedding(9, 4), "1": nn.Conv1d(4, 4, 1), "blocks": blocks, "head": head})
+
+
+@pytest.mark.parametrize(
+    ("model", "kinds", "line", "hosts"),
+    [
+        (
+            convolutional(),
+            "1 Embedding, 5 Conv1d",
+            "LoRA(r=2, target_modules=['1', 'conv', 'head.*'], exclude_modules=['blocks.2.conv'], "
+            "rank_pattern={'head.1': 1})",
+            ["1", "blocks.0.conv", "blocks.1.conv", "head.1"],
+        ),
+        (nn.Sequential(nn.Embedding(9, 4)), "1 Embedding", "LoRA(r=2, target_modules=['*'])", ["0"]),
+        (nn.Sequential(Grouped()), "1 Grouped", "LoRA(r=2, target_modules=['weight'])", ["0"]),
+    ],
+    ids=["convolutions", "embedding", "a layer of its own kind"],
+)
+def test_what_to_write_without_linear_layers(model: nn.Module, kinds: str, line: str, hosts: list[str]) -> None:
+    """What the error says to write works."""
+    with pytest.raises(PEFTError, match=re.escape(f"It has {kinds}, which are adapted by name: {line}.")):
         inject(model, LoRA(r=2))
-    with pytest.raises(PEFTError, match=r"finds no linear layer in this Sequential\.$"):
-        inject(model, LoHa(r=2))
+    assert inject(model, eval(line)) == hosts
+
+
+def test_without_anything_to_adapt() -> None:
+    with pytest.raises(PEFTError, match=r"finds no linear layer in this ModuleDict\.$"):
+        inject(convolutional(), LoHa(r=2))
 
 
 @pytest.mark.parametrize("method", [DoRA(r=2), LoRA(r=2, init="pissa"), AdaLoRA(init_r=2, target_r=1), LoHa(r=2)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -54,8 +54,7 @@ class Maker:
             PEFTError: The rank is too large.
         """
         kind = self._kind(module)
-        ones = kind.shapes(module, 1)
-        r, scale = self._rank_and_scale(name, (math.prod(ones["lora_A"][1:]), ones["lora_B"][0]))
+        r, scale = self._rank_and_scale(name, self._sizes(name, module))
         return self._frozen(kind(module, r, scale, self.dropout, self.init, self.seed, name))
 
     def of_parts(self, name: str, module: nn.Module, rows: Mapping[str, Tensor]) -> FusedLoRAAdapter:
@@ -100,6 +99,23 @@ class Maker:
                 f"{self.method}: dropout={self.dropout} has no effect on {listed(reading)}: modules that read their "
                 "weights themselves, where there is no low-rank term to drop inputs of."
             )
+
+    def written(self, targets: dict[str, Any], modules: Mapping[str, nn.Module]) -> str:
+        """Return what to write to adapt ``modules``, which ``targets`` names: each with a rank that it can have."""
+        most = {name: min(self._sizes(name, module)) for name, module in modules.items()}
+        narrow = {name: rank for name, rank in most.items() if rank < self.rank(name)}
+        given = {"r": self.rank(""), **targets, **({"rank_pattern": narrow} if narrow else {})}
+        return f"{self.method}({', '.join(f'{option}={value!r}' for option, value in given.items())})"
+
+    def _sizes(self, name: str, module: nn.Module) -> tuple[int, int]:
+        """Return the numbers of inputs and outputs of a module, or of the weight of it that is called ``name``."""
+        if isinstance(module, nn.MultiheadAttention):
+            return module.embed_dim, module.embed_dim
+        if not any(kind.serves(module) for kind in self.kinds):
+            (_, d_in), (d_out, _) = factor_shapes(module, name.rpartition(".")[2], 1)
+            return d_in, d_out
+        ones = self._kind(module).shapes(module, 1)
+        return math.prod(ones["lora_A"][1:]), ones["lora_B"][0]
 
     def _kind(self, module: nn.Module) -> type[LoRAAdapter]:
         return next(kind for kind in self.kinds if kind.serves(module))
