@@ -1,4 +1,4 @@
 """Adapters on disk: HF PEFT's format both ways, our own, and those of sharded checkpoints.
 
-Imports core, targets, adapters.low_rank, files and formats.counterparts.
+Imports core, structure, targets, adapters.low_rank, files and formats.counterparts.
 """

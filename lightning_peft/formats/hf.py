@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from torch import nn
+
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
@@ -12,6 +14,8 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.formats import counterparts as _counterparts  # noqa: F401 (importing it registers them)
 from lightning_peft.formats.content import Content, Part
 from lightning_peft.formats.counterpart import PREFIX, Counterpart, for_config
+from lightning_peft.structure.plain import is_weighted
+from lightning_peft.targets.patterns import ALL_LINEAR, fullmatch
 
 
 def config_of(root: ModelView, part: Part, counterpart: Counterpart) -> dict[str, Any]:
@@ -55,6 +59,7 @@ def read_content(
     whole = {name: name.removeprefix(PREFIX) for name in rest if name not in copies}
     chosen = [name for name in method.trained(root) if name not in whole.values()]
     hosts = list(method.select(root))
+    _refuse_lost(root, config, {*hosts, *train_also}, source)
     again = {name: first for name, first in counterpart.repeats(root, method, hosts).items() if name in shapes}
     names = {**again, **counterpart.names(root, method, hosts, chosen), **whole}
     return Content((method,), train_also, names, copies)
@@ -72,6 +77,33 @@ def _task_type(root: ModelView) -> str | None:
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
     return "SEQ_2_SEQ_LM" if getattr(getattr(root.module, "config", None), "is_encoder_decoder", False) else None
+
+
+def _refuse_lost(root: ModelView, config: Mapping[str, Any], present: set[str], source: str) -> None:
+    """Check that the tensors are those of all modules that the configuration names.
+
+    Raises:
+        PEFTError: Those of one are not there.
+    """
+    targets = config.get("target_modules")
+    if not targets or targets == ALL_LINEAR or config.get("layers_to_transform") is not None:
+        return
+    excluded = config.get("exclude_modules") or ()
+    for name, module in root.modules.items():
+        if not (is_weighted(module) or isinstance(module, nn.MultiheadAttention)):
+            continue
+        if _names(targets, name) and not _names(excluded, name) and present.isdisjoint(_ancestors(name)):
+            raise PEFTError(
+                f"{source}: its configuration says that {name!r} is adapted (target_modules={targets!r}), but there are "
+                "no tensors for it. It is damaged, or for another base model."
+            )
+
+
+def _names(patterns: Any, name: str) -> bool:
+    """Whether HF PEFT takes ``patterns`` for naming the module ``name``: a regular expression, or endings of names."""
+    if isinstance(patterns, str):
+        return fullmatch(patterns, name)
+    return any(name == ending or name.endswith(f".{ending}") for ending in patterns)
 
 
 def _whole(

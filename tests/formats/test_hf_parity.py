@@ -11,9 +11,25 @@ import torch
 from families import FAMILIES, build, outputs, randomise
 from judges.hf_peft import IA3_TARGETS
 from modules import Llama
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_peft import IA3, AdaLoRA, LayerNormTuning, LoRA, PEFTMethod, inject, load_adapter, merge, save_adapter
+from lightning_peft import (
+    IA3,
+    AdaLoRA,
+    LayerNormTuning,
+    LoHa,
+    LoKr,
+    LoRA,
+    PEFTError,
+    PEFTMethod,
+    VeRA,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+)
+from lightning_peft.core.view import ModelView
 
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
@@ -263,3 +279,39 @@ def test_patterns_for_one_of_several_models(tmp_path: Path) -> None:
     for name in "ab":
         judge = peft.PeftModel.from_pretrained(Llama().model, tmp_path / "adapter" / f"models.{name}").eval()
         assert (judge(input_ids=ids).logits - module[name](input_ids=ids).logits).abs().max() < 1e-5
+
+
+LOST: dict[str, PEFTMethod] = {
+    "lora": LoRA(r=2, target_modules=["q_proj", "v_proj"]),
+    "adalora": AdaLoRA(target_modules=["q_proj", "v_proj"]),
+    "ia3": IA3(target_modules=["q_proj", "v_proj"], feedforward_modules=[]),
+    "loha": LoHa(r=2, target_modules=["q_proj", "v_proj"]),
+    "lokr": LoKr(r=2, target_modules=["q_proj", "v_proj"]),
+    "vera": VeRA(r=2, target_modules=["q_proj", "v_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_a_module_whose_tensors_are_lost_is_missed(name: str, tmp_path: Path) -> None:
+    """Also in files of others, whose configuration alone says what was adapted."""
+    model, _ = build("llama")
+    inject(model, LOST[name])
+    save_adapter(model, tmp_path / "a")
+    (tmp_path / "a" / "lightning_peft.json").unlink()
+    load_adapter(build("llama")[0], tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    kept = {key: tensor for key, tensor in load_file(file).items() if "layers.1.self_attn.v_proj" not in key}
+    save_file(kept, file)
+    fresh, _ = build("llama")
+    with pytest.raises(PEFTError, match=r"'model.layers.1.self_attn.v_proj' is adapted .* no tensors for it"):
+        load_adapter(fresh, tmp_path / "a")
+    assert not ModelView(fresh).slots
+
+
+def test_what_a_configuration_excludes_is_not_missed(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], exclude_modules=r".*layers\.1.*v_proj")
+    judge = peft.get_peft_model(build("llama")[0], config)
+    judge.save_pretrained(tmp_path)
+    model, _ = build("llama")
+    load_adapter(model, tmp_path)
+    assert len(ModelView(model).slots) == 3

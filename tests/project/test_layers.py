@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "methods": "tensors core structure targets adapters.bottleneck adapters.low_rank adapters.virtual_tokens",
     "operations": "tensors core structure targets adapters adapters.bottleneck adapters.low_rank methods",
     "files": "",
-    "formats": "core targets adapters.low_rank files formats.counterparts",
+    "formats": "core structure targets adapters.low_rank files formats.counterparts",
     "formats.counterparts": "tensors core targets adapters.low_rank adapters.virtual_tokens methods formats",
     "storage": "tensors core structure operations files formats",
     "planning": "core structure adapters.virtual_tokens",
