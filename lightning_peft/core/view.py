@@ -97,6 +97,12 @@ class ModelView:
         """The parameters that are no adapter's, by name."""
         return dict(self._own(lambda module: module._parameters))
 
+    def parameter(self, name: str) -> nn.Parameter | None:
+        """Return a parameter by any of its names, of which one that modules share has several, if there is one."""
+        owner, _, leaf = name.rpartition(".")
+        module = self.modules.get(self.aliases.get(owner, owner))
+        return None if module is None else module._parameters.get(leaf)
+
     @property
     def buffers(self) -> dict[str, Tensor]:
         """The persistent buffers that are no adapter's, and what else has a place beside them in a state, by name."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -60,13 +63,30 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
+    """Read a safetensors file or, if there is none, what ``torch.save`` wrote under its name with ``.bin``.
 
     Raises:
-        PEFTError: The file is missing or damaged.
+        PEFTError: The file is missing or damaged, or a ``.bin`` file holds anything but tensors by name.
     """
+    if not path.is_file() and (older := path.with_suffix(".bin")).is_file():
+        return _read_bin(older)
     with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    """Read tensors that ``torch.save`` wrote: as data, no pickle is run, and no more than the file has bytes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise PEFTError(f"{path} cannot be read as tensors: {reason}. Take a copy with safetensors.") from error
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise PEFTError(f"{path} holds other things than tensors by name. Take a copy with safetensors.")
+    return {str(name): tensor for name, tensor in content.items()}
 
 
 @contextmanager

@@ -17,6 +17,13 @@ from lightning_peft.formats.counterpart import PREFIX, Counterpart, for_config
 from lightning_peft.structure.plain import is_weighted
 from lightning_peft.targets.patterns import ALL_LINEAR, fullmatch
 
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Modules that HF PEFT trains whole for a task; its configurations name them from release 0.9 on."""
+
 
 def config_of(root: ModelView, part: Part, counterpart: Counterpart) -> dict[str, Any]:
     """Return ``adapter_config.json`` for the adapters of ``part`` on modules of ``root``."""
@@ -94,8 +101,8 @@ def _refuse_lost(root: ModelView, config: Mapping[str, Any], present: set[str], 
             continue
         if _names(targets, name) and not _names(excluded, name) and present.isdisjoint(_ancestors(name)):
             raise PEFTError(
-                f"{source}: its configuration says that {name!r} is adapted (target_modules={targets!r}), but there are "
-                "no tensors for it. It is damaged, or for another base model."
+                f"{source}: its configuration says that {name!r} is adapted (target_modules={targets!r}), but there "
+                "are no tensors for it. It is damaged, or for another base model."
             )
 
 
@@ -112,8 +119,8 @@ def _whole(
     """Return the modules trained whole, from ``modules_to_save`` and the tensors, and the copies of base parameters."""
     if not rest:
         return (), {}
-    listed = [str(ending) for ending in config.get("modules_to_save") or ()]
-    parameters = dict(root.parameters.items())
+    implied = _HEADS.get(str(config.get("task_type")), ())
+    listed = [*map(str, config.get("modules_to_save") or ()), *implied]
     wanted, copies = set(), {}
     for in_file in rest:
         name = in_file.removeprefix(PREFIX)
@@ -121,7 +128,7 @@ def _whole(
         module = name.rpartition(".")[0]
         if any(part.endswith(ending) for part in _ancestors(module) for ending in listed):
             wanted.add(name)
-        elif base in parameters:
+        elif root.parameter(base) is not None:
             copies[in_file] = base
         else:
             raise PEFTError(f"{source}: the tensor {in_file!r} belongs to no module of this {root.kind}.")

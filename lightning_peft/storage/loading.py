@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +185,7 @@ def _load_beside(model: ModelView, beside: Mapping[str, Tensor]) -> None:
 
 def _refuse_changed_base(root: ModelView, copies: Mapping[str, Tensor], source: str) -> None:
     for name, tensor in copies.items():
-        present = whole(root.parameters[name])
+        present = whole(cast(Tensor, root.parameter(name)))
         if present.shape != tensor.shape or not torch.allclose(present.cpu(), tensor.to(present.dtype), atol=1e-6):
             raise PEFTError(
                 f"{source} brings its own {name} {list(tensor.shape)}, which is not the model's "

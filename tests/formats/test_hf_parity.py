@@ -1,6 +1,9 @@
 """HF PEFT as the judge: files both ways, outputs, gradients, merged weights."""
 
 import json
+import pickle
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -315,3 +318,81 @@ def test_what_a_configuration_excludes_is_not_missed(tmp_path: Path) -> None:
     model, _ = build("llama")
     load_adapter(model, tmp_path)
     assert len(ModelView(model).slots) == 3
+
+
+@pytest.mark.parametrize(("family", "target"), [("gpt2", "c_attn"), ("t5", "q"), ("gemma3", "q_proj")])
+def test_lora_on_a_tied_head(family: str, target: str, tmp_path: Path) -> None:
+    """Their files hold a copy of the head's weight, which is the embedding's."""
+    model, inputs = build(family)
+    judge = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[target, "lm_head"])).eval()
+    randomise(judge)
+    judge.save_pretrained(tmp_path / "theirs")
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    loaded = build(family)[0]
+    load_adapter(loaded, tmp_path / "theirs")
+    assert (outputs(loaded, inputs) - outputs(judge, inputs)).abs().max() <= 1e-5
+    save_adapter(loaded, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(build(family)[0], tmp_path / "ours").eval()
+    assert (outputs(again, inputs) - outputs(judge, inputs)).abs().max() <= 1e-5
+
+
+def without_safetensors(directory: Path) -> Path:
+    """Rewrite their directory as HF PEFT wrote it before safetensors."""
+    file = directory / "adapter_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    return file.with_suffix(".bin")
+
+
+def test_a_head_that_the_task_implies_in_a_pickle(tmp_path: Path) -> None:
+    """As HF PEFT 0.5 wrote classifiers."""
+    model, inputs = build("bert")
+    judge = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")).eval()
+    randomise(judge)
+    judge.save_pretrained(tmp_path)
+    without_safetensors(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": None}))
+    loaded = build("bert")[0]
+    load_adapter(loaded, tmp_path)
+    assert (outputs(loaded, inputs) - outputs(judge, inputs)).abs().max() <= 1e-5
+    assert (outputs(loaded, inputs) - outputs(build("bert")[0], inputs)).abs().max() > 1e-3
+
+
+class Called:
+    """Pickles as a call of a function."""
+
+    def __reduce__(self) -> Any:
+        return print, ("a stranger's code",)
+
+
+def compressed(file: Path) -> None:
+    with zipfile.ZipFile(file) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda file: torch.save({"a": Called()}, file), "cannot be read as tensors"),
+        (lambda file: torch.save({"a": 1}, file), "other things than tensors"),
+        (lambda file: torch.save([torch.ones(1)], file), "other things than tensors"),
+        (lambda file: file.write_bytes(pickle.dumps(Called())), "cannot be read as tensors"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-100]), "cannot be read as tensors"),
+        (compressed, "it is compressed"),
+    ],
+    ids=["code", "no tensors", "a list", "a bare pickle", "truncated", "compressed"],
+)
+def test_pickles_are_read_as_data(
+    spoil: Callable[[Path], None], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = build("llama")
+    inject(model, LoRA(r=2))
+    save_adapter(model, tmp_path / "a")
+    spoil(without_safetensors(tmp_path / "a"))
+    with pytest.raises(PEFTError, match=message):
+        load_adapter(build("llama")[0], tmp_path / "a")
+    assert "stranger" not in capsys.readouterr().out
