@@ -113,6 +113,8 @@ class Slot(nn.ModuleDict):
     """The adapters of one host by name, of which one is active."""
 
     running: Adapter | None
+    of_state: tuple[RemovableHandle, ...] = ()
+    """The hooks by which :mod:`lightning_peft.operations.by_hand` watches states of the host being made and loaded."""
 
     def __init__(self, host: nn.Module, root: str) -> None:
         super().__init__()
@@ -195,6 +197,12 @@ class Slot(nn.ModuleDict):
         for handle in self._handles_replace:
             handle.remove()
 
+    def remove_hooks_of_state(self) -> None:
+        """Take :attr:`of_state` off the host."""
+        for handle in self.of_state:
+            handle.remove()
+        self.of_state = ()
+
 
 def attach(host: nn.Module, name: str, adapter: Adapter, active: str, root: str) -> None:
     """Hang ``adapter`` on ``host``, a part of a ``root``, under ``name``, and have the one called ``active`` run."""
@@ -215,6 +223,7 @@ def detach(host: nn.Module) -> None:
     slot = host._modules[CHILD]
     assert isinstance(slot, Slot)
     slot.remove_hook()
+    slot.remove_hooks_of_state()
     delattr(host, CHILD)
 
 

@@ -31,15 +31,19 @@ def watch(root: nn.Module, registry: Registry, hosts: Iterable[nn.Module]) -> No
     It can be called again, when there are more of them or someone has deleted their hooks.
     """
     unwatch(registry)
-    handles = [root.register_load_state_dict_pre_hook(_before_loading_root)]
+    registry.hooks = (root.register_load_state_dict_pre_hook(_before_loading_root),)
     for host in hosts:
-        handles.append(host.register_load_state_dict_pre_hook(_before_loading_host))
-        handles.append(host._modules[CHILD].register_state_dict_post_hook(_after_saving))  # type: ignore[union-attr]
-    registry.hooks = tuple(handles)
+        slot = host._modules[CHILD]
+        assert isinstance(slot, Slot)
+        slot.remove_hooks_of_state()
+        slot.of_state = (
+            host.register_load_state_dict_pre_hook(_before_loading_host),
+            slot.register_state_dict_post_hook(_after_saving),  # type: ignore[no-untyped-call]
+        )
 
 
 def unwatch(registry: Registry) -> None:
-    """Undo :func:`watch`."""
+    """Have torch no longer ask for the root; a host's hooks go with its adapters."""
     for handle in registry.hooks:
         handle.remove()
     registry.hooks = ()

@@ -6,8 +6,10 @@ import warnings
 
 from torch import nn
 
+from lightning_peft.core.adapter import detach
 from lightning_peft.core.refusals import refuse_stand_in
-from lightning_peft.core.registry import required, restore_changed, trained_whole
+from lightning_peft.core.registry import registries, required, restore_changed, trained_whole
+from lightning_peft.core.view import ModelView
 from lightning_peft.operations.inject import remove
 from lightning_peft.operations.merge import restore_weights
 from lightning_peft.operations.shards import resharded
@@ -36,3 +38,19 @@ def eject(model: nn.Module) -> None:
         )
     for prefix, _, registry in roots:
         remove(view.part(prefix), registry)
+
+
+def eject_unpickled(module: nn.Module) -> None:
+    """Take the adapters off a module that was pickled with them, perhaps without what they were injected into.
+
+    What was trained whole, of which that one kept the old values, then stays as it is.
+    """
+    view = ModelView(module)
+    if registries(view):
+        eject(module)
+    elif view.slots:
+        restore_weights(view)
+        for _, host, _ in view.slots:
+            detach(host)
+        for parameter in view.parameters.values():
+            parameter.requires_grad_(parameter.is_floating_point())

@@ -7,11 +7,14 @@ calls that function when it loads the checkpoint. Here a module is made from the
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from torch import nn
+
 from lightning_peft.errors import PEFTError
+from lightning_peft.operations.eject import eject_unpickled
 
 _INSTANTIATOR, _CLASS_PATH = "_instantiator", "_class_path"  # where LightningCLI saves them
 _OF_LIGHTNING = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
@@ -47,6 +50,23 @@ def without_class_paths(
         plain[key] = {name: value for name, value in values.items() if name not in (_INSTANTIATOR, _CLASS_PATH)}
         _refuse_objects(kind, {name: value for name, value in plain[key].items() if name not in given})
     return kind, plain
+
+
+def eject_from_modules(values: Any) -> None:
+    """Make modules among hyper-parameters what they were when a LightningModule was made of them.
+
+    They were pickled with the adapters that they had got since. Where these belong, the rest of the checkpoint says.
+    """
+    for module in _modules(values):
+        eject_unpickled(module)
+
+
+def _modules(value: Any) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _modules(inner)
 
 
 def _imported_subclass(kind: type[Any], path: Any) -> type[Any]:

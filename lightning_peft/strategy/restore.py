@@ -21,7 +21,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.merge import merge
 from lightning_peft.storage import checkpoint as files
-from lightning_peft.storage.hyper_parameters import without_class_paths
+from lightning_peft.storage.hyper_parameters import eject_from_modules, without_class_paths
 from lightning_peft.storage.plain import is_plain, leaves_plain
 
 _load_file = saving.pl_load
@@ -39,6 +39,7 @@ def _load_file_or_directory(path: Any, *args: Any, **kwargs: Any) -> Any:
         checkpoint = _load_file(path, *args, **kwargs)
     if files.KEY in checkpoint:
         checkpoint[_TRUSTED] = weights_only is False
+        eject_from_modules(checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY))
     return checkpoint
 
 

@@ -160,3 +160,55 @@ def test_the_private_seams_are_where_they_were() -> None:
     assert list(inspect.signature(restore._load_state).parameters)[:3] == ["cls", "checkpoint", "strict"]
     assert module._load_from_checkpoint is saving._load_from_checkpoint
     assert list(inspect.signature(ModelCheckpoint._save_checkpoint).parameters) == ["self", "trainer", "filepath"]
+
+
+class Around(L.LightningModule):
+    """Saves the network that it is given among its hyper-parameters, as many modules of others do."""
+
+    def __init__(self, net: torch.nn.Module, others: list[torch.nn.Module]) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.net, self.head = net, others[0]
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.head(self.net(batch)).pow(2).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+
+OPTIONS = {
+    "adapters": {},
+    "a trained head": {"train_also": "head"},
+    "everything": {"checkpoint": "full"},
+    "plain": {"merge_on_train_end": "unload", "checkpoint": "full"},
+    "BitFit": {"method": "bitfit"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Attribute '(net|others)' is an instance", "ignore:The checkpoint holds more than")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_module_among_the_hyper_parameters(tmp_path: Path, options: dict[str, Any], merged: bool) -> None:
+    """It comes out of the file with the adapters that it had, which are not put beside those of the new module."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        trained = Around(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()), [torch.nn.Linear(8, 2)])
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        strategy=PEFTStrategy(**{"method": LoRA(r=2), **options}),
+        callbacks=[ModelCheckpoint(tmp_path, filename="run")],
+    )
+    trainer.fit(trained, torch.utils.data.DataLoader(torch.randn(16, 8), batch_size=4))
+    if merged:
+        trainer.save_checkpoint(tmp_path / "run.ckpt")
+    if merged and "merge_on_train_end" in options:
+        return  # it is a plain module's, and no business of ours
+    loaded = Around.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=False)
+    torch.testing.assert_close(loaded.head(loaded.net(X)), trained.head(trained.net(X)))
+    own = Around.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=False)
+    own.load_state_dict(loaded.state_dict())
+    torch.testing.assert_close(own.head(own.net(X)), trained.head(trained.net(X)))
