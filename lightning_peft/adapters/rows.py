@@ -55,10 +55,11 @@ class Rows(Adapter):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
             return [made.to(dtype) for made in stack()]
         state = (dtype, [p._version for p in parameters], [p.data_ptr() for p in parameters])
-        if self._kept is None or self._kept[0] != state:
+        # Looked at once: a context that is handed to several threads is served by all of them.
+        if (kept := self._kept) is None or kept[0] != state:
             # Their old memory is held, or other values might come to stand there and be taken for these.
-            self._kept = (state, [made.to(dtype) for made in stack()], [p.detach() for p in parameters])
-        return self._kept[1]
+            self._kept = kept = (state, [made.to(dtype) for made in stack()], [p.detach() for p in parameters])
+        return kept[1]
 
     def dropped(self, x: Tensor, rates: Sequence[float]) -> Tensor:
         """Return x ``[rows, tokens, features]`` with dropout at each row's own rate; ``rates`` are the adapters'."""

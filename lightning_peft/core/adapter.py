@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_peft.core.stand_in import StandIns
 from lightning_peft.errors import PEFTError
-from lightning_peft.tensors.shadow import Shadows, read, shadow, unshadow
+from lightning_peft.tensors.shadow import Turn, read
 
 CHILD = "peft"
 """Name under which a slot becomes a child of its host: ``q_proj.peft.default.lora_A``."""
@@ -113,6 +114,7 @@ class Slot(nn.ModuleDict):
     """The adapters of one host by name, of which one is active."""
 
     running: Adapter | None
+    """The adapter that runs, but for contexts that have something else run."""
     of_state: tuple[RemovableHandle, ...] = ()
     """The hooks by which :mod:`lightning_peft.operations.by_hand` watches states of the host being made and loaded."""
 
@@ -122,6 +124,7 @@ class Slot(nn.ModuleDict):
         """Name of the class of the module into which the adapters were injected."""
         self.active = ""
         self.run(None)
+        self.stand_ins = StandIns()
         self.merged: dict[str, Any] | None = None
         """While merged: what :mod:`lightning_peft.operations.merge` needs to restore the weights."""
         self.hook(host)
@@ -132,15 +135,21 @@ class Slot(nn.ModuleDict):
         self._handle = host.register_forward_hook(self._run, with_kwargs=True, prepend=True)
         self._handle_before: RemovableHandle | None = None
         self._handles_replace: list[RemovableHandle] = []
-        self._shadows: Shadows = []
+        self._turn = Turn()
+
+    def _present(self) -> Adapter | None:
+        """Return what the host is to call for its caller."""
+        if self.merged is not None:
+            return None
+        return self.stand_ins.chosen(self.running) if self.stand_ins.any else self.running
 
     def _run(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self.merged is not None or self.running is None:
-            return output
-        return self.running(base, args, kwargs, output)
+        adapter = self._present()
+        return output if adapter is None else adapter(base, args, kwargs, output)
 
     def _run_before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return None if self.merged is not None or self.running is None else self.running.before(base, args, kwargs)
+        adapter = self._present()
+        return None if adapter is None else adapter.before(base, args, kwargs)
 
     def hook_before(self, host: nn.Module) -> None:
         """Let adapters that define it change what ``host`` is called with."""
@@ -158,13 +167,23 @@ class Slot(nn.ModuleDict):
             ]
 
     def _replace(self, base: nn.Module, args: tuple[Any, ...]) -> None:
-        adapter = self.running
-        if self.merged is None and adapter is not None and adapter.replaces:
-            weights = {name: read(base, name) for name in adapter.replaces}
-            self._shadows = shadow(base, adapter.replace(weights))
+        adapter = self._present()
+        if adapter is not None and adapter.replaces:
+            self._turn.begin()
+            self._turn.shadow(base, adapter.replace({name: read(base, name) for name in adapter.replaces}))
 
     def _put_back(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        unshadow(self._shadows)
+        self._turn.end()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # One that an older version pickled has neither.
+        super().__setstate__({**state, "stand_ins": StandIns(), "_turn": Turn()})
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise PEFTError(
+            "nn.DataParallel runs replicas of a model in threads, and their hooks call the adapters of the model "
+            "itself, on its own device. Take one process for each device: strategy=PEFTStrategy(…, base='ddp')."
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every parameter and persistent buffer of the adapters, by name."""

@@ -16,20 +16,21 @@ from lightning_peft.tensors.sharding import assign, whole
 
 @contextmanager
 def disable(model: nn.Module) -> Iterator[None]:
-    """Within it, the outputs of ``model`` are bit for bit the base model's.
+    """Within it, the outputs of ``model`` are bit for bit the base model's, for the calling thread or task.
 
     Args:
         model: A model with adapters, not merged.
 
     Raises:
-        PEFTError: There are no adapters, or they are merged.
+        PEFTError: There are no adapters, or they are merged. What is trained whole or has changed is written to the
+            model for the while: another thread or task is within such a context, or calls the model.
     """
     view = ModelView(model)
     required(view)
     refuse_merged(view, "disable the adapters")
     others = [(tensor, old) for _, tensor, old in [*trained_whole(view), *changed(view)] if old is not None]
-    kept = [whole(tensor).clone() for tensor, _ in others]
-    with stand_in([(slot, None) for _, _, slot in view.slots]):
+    with stand_in([(slot.stand_ins, None) for _, _, slot in view.slots], alone=bool(others)):
+        kept = [whole(tensor).clone() for tensor, _ in others]
         try:
             for tensor, old in others:
                 assign(tensor, old)

@@ -17,10 +17,11 @@ def refuse_merged(model: ModelView, action: str) -> None:
 
 
 def refuse_stand_in(model: ModelView, action: str) -> None:
-    """Raise :class:`PEFTError` if something else is in place of an active adapter of ``model``."""
-    if any(slot.running is not slot.active_adapter for _, _, slot in model.slots):
+    """Raise :class:`PEFTError` if somebody has something else in place of the active adapters of ``model``."""
+    if any(slot.stand_ins.any for _, _, slot in model.slots):
         raise PEFTError(
-            f"Cannot {action} inside of `with disable(model)` or `with adapter_names(model, …)`. Leave it first."
+            f"Cannot {action} inside of `with disable(model)` or `with adapter_names(model, …)`, of whichever thread. "
+            "Leave it first."
         )
 
 

@@ -1,21 +1,153 @@
-"""Something else in place of the active adapters for a while."""
+"""Something else in place of the active adapters for a while, for the calling context of ``contextvars``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import asyncio
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
-from lightning_peft.core.adapter import Adapter, Slot
+import torch
+
+from lightning_peft.core.of_thread import OfThread
+from lightning_peft.errors import PEFTError
+
+if TYPE_CHECKING:
+    from lightning_peft.core.adapter import Adapter
+
+
+class StandIns:
+    """What runs instead of the active adapter of one host: in each calling context something else."""
+
+    def __init__(self) -> None:
+        self.contexts: set[object] = set()
+        self.any = False
+        """Whether there is such a context, of whatever thread."""
+        self.alone: object | None = None
+        """The one that has written to the model, so that no other caller may be served."""
+        # Programs of torch.compile cannot read context variables. They have guards on what a thread has for itself.
+        self._of_thread = OfThread()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    def chosen(self, running: Adapter | None) -> Adapter | None:
+        """Return what the caller's context has instead of ``running``, or that.
+
+        Raises:
+            PEFTError: Another context has written to the model.
+        """
+        if not torch.compiler.is_compiling():
+            return _looked_up(self, running)
+        mine = self._of_thread.value
+        # What it is in a thread that a context was handed to ends the program here, or is an error with fullgraph=True.
+        return _looked_up_outside(self, running) if mine is None else mine[0]
+
+    def enter(self, context: object, own: frozenset[object], adapter: Adapter | None, alone: bool) -> None:
+        """Let ``context``, which lies within the contexts ``own``, have ``adapter`` run.
+
+        Raises:
+            PEFTError: It is to be alone, or another one is, and there are both.
+        """
+        others = self.contexts - own
+        if others and (alone or self.alone in others):
+            raise PEFTError(
+                "disable(model) writes to the model where parts of it are trained whole or have changed: that would "
+                "be mixed with what others compute. Another thread or task is within disable or adapter_names of this "
+                "model; let one finish before the other begins."
+            )
+        self.contexts.add(context)
+        self.any = True
+        if alone:
+            self.alone = context
+        if not _in_event_loop():
+            self._of_thread.value = (adapter,)
+
+    def leave(self, context: object, before: Any) -> None:
+        """Undo :meth:`enter`; ``before`` is what :meth:`of_thread` returned then."""
+        self.contexts.discard(context)
+        self.any = bool(self.contexts)
+        self.alone = None if self.alone is context else self.alone
+        self._of_thread.value = before
+
+    def of_thread(self) -> Any:
+        """Return what programs of torch.compile find in this thread."""
+        return self._of_thread.value
+
+
+_Table = Mapping[StandIns, tuple["Adapter | None", frozenset[object]]]
+_TABLE: ContextVar[_Table] = ContextVar("stand_ins", default={})  # noqa: B039
+"""By host: the adapter that the calling context has run, and that context with those around it."""
+_ENTRANCE = threading.Lock()
 
 
 @contextmanager
-def stand_in(adapters: Sequence[tuple[Slot, Adapter | None]]) -> Iterator[None]:
-    """Within it, the host of each slot calls the adapter beside it, or none."""
-    before = [(slot, slot.running) for slot, _ in adapters]
+def stand_in(adapters: Sequence[tuple[StandIns, Adapter | None]], *, alone: bool = False) -> Iterator[None]:
+    """Within it, in the calling context, each host calls the adapter beside it, or none.
+
+    Args:
+        adapters: Of each host, what it calls.
+        alone: Whether the caller writes to the model, so that nobody else may be within such a context.
+
+    Raises:
+        PEFTError: Somebody is, or writes to the model.
+    """
+    context, table = object(), dict(_TABLE.get())
+    before = [(stand_ins, stand_ins.of_thread()) for stand_ins, _ in adapters]
+    token = None
     try:
-        for slot, adapter in adapters:
-            slot.run(adapter)
+        with _ENTRANCE:
+            for stand_ins, adapter in adapters:
+                _, own = table.get(stand_ins, (None, frozenset()))
+                stand_ins.enter(context, own, adapter, alone)
+                table[stand_ins] = adapter, own | {context}
+        token = _TABLE.set(table)
         yield
     finally:
-        for slot, adapter in before:
-            slot.run(adapter)
+        if token is not None:
+            _TABLE.reset(token)
+        with _ENTRANCE:
+            for stand_ins, of_thread in before:
+                stand_ins.leave(context, of_thread)
+
+
+def _looked_up(stand_ins: StandIns, running: Adapter | None) -> Adapter | None:
+    table = _TABLE.get() or _of_backward()
+    if stand_ins in table:
+        return table[stand_ins][0]
+    if stand_ins.alone is not None:
+        raise PEFTError(
+            "The model was called while another thread or task is within disable(model), which has written to it: "
+            "parts of it are trained whole, or have changed. Let that finish first."
+        )
+    return running
+
+
+_looked_up_outside = torch.compiler.disable(_looked_up)
+
+
+def _of_backward() -> _Table:
+    """Return the table of who has called ``backward``, if this is within it.
+
+    Activation checkpointing computes layers again there, on a GPU in a thread of autograd's that has a context of its
+    own. torch hands it that of the caller.
+
+    Raises:
+        PEFTError: This release of torch does not yet.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return {}
+    if not torch._C._is_key_in_tls("context"):
+        raise PEFTError(
+            "Activations were computed again, for a backward pass, while a caller is within disable or adapter_names: "
+            f"torch {torch.__version__} does not tell for whom. Take a newer one, or leave checkpointing off."
+        )
+    table: _Table = torch._C._get_obj_in_tls("context").get(_TABLE, {})
+    return table
+
+
+def _in_event_loop() -> bool:
+    """Whether tasks may take turns in this thread."""
+    return asyncio._get_running_loop() is not None

@@ -17,7 +17,7 @@ from lightning_peft.adapters.rows import GroupedRows
 from lightning_peft.core.adapter import Adapter, Slot
 from lightning_peft.core.refusals import refuse_merged
 from lightning_peft.core.registry import required
-from lightning_peft.core.stand_in import stand_in
+from lightning_peft.core.stand_in import StandIns, stand_in
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.shards import resharded
@@ -27,6 +27,7 @@ from lightning_peft.operations.shards import resharded
 def adapter_names(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Within it, row i of a batch goes through the adapter ``names[i]``, whichever is active.
 
+    This holds for the calling thread or task, as every context variable does: others call the model as they like.
     Gradients reach each of these adapters whose parameters require them. A backward pass that recomputes activations
     (gradient checkpointing) belongs inside the context too. Without gradients the adapters' matrices are stacked once:
     what is written to them through ``.data`` within the context is not seen in it.
@@ -46,13 +47,13 @@ def adapter_names(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     distinct = list(dict.fromkeys(names))
     rows = torch.tensor([distinct.index(name) for name in names])
     on_device: dict[torch.device, Tensor] = {}
-    stand_ins: list[tuple[Slot, Adapter | None]] = []
+    stand_ins: list[tuple[StandIns, Adapter | None]] = []
     for name, host, slot in view.slots:
         adapters = [_adapter(name, slot, wanted) for wanted in distinct]
         device = next(host.parameters()).device
         if device not in on_device:
             on_device[device] = rows.to(device)
-        stand_ins.append((slot, _for_rows(name, adapters, on_device[device])))
+        stand_ins.append((slot.stand_ins, _for_rows(name, adapters, on_device[device])))
     _refuse_sequence_first(view)
     with stand_in(stand_ins):
         yield

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of
+from lightning_peft.core.of_thread import OfThread
 
 
 class Call(NamedTuple):
@@ -21,21 +22,22 @@ class Call(NamedTuple):
 
 
 class Tap(Adapter):
-    """Keeps the last call of its host."""
+    """Keeps the last call of its host, for each thread its own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: Call | None = None
+        self._seen = OfThread()
 
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Keep the hidden state that the host was given, and what it returned."""
-        self._seen = Call(input_of(args, kwargs), output, torch.is_grad_enabled())
+        self._seen.value = Call(input_of(args, kwargs), output, torch.is_grad_enabled())
         return output
 
     def take(self) -> Call | None:
         """Return the host's last call, if it ran, and forget it."""
-        seen, self._seen = self._seen, None
-        return seen
+        seen, self._seen.value = self._seen.value, None
+        return seen  # type: ignore[no-any-return]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": None}
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # One that an older version pickled has ``None``.
+        super().__setstate__({**state, "_seen": OfThread()})

@@ -82,8 +82,10 @@ class LoRAAdapter(Adapter):
         self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Have a frozen layer run without a graph: :meth:`forward` computes its dX as well."""
+        if torch.compiler.is_compiling():
+            return args, kwargs
         shared = self.shared_input
-        shared.call = None  # of a call that failed half-way
+        shared.begin()
         # In training also without gradients: reentrant checkpointing runs once so, and has to see the same dropout.
         if not (torch.is_grad_enabled() or (self.training and not torch.is_inference_mode_enabled())):
             return args, kwargs
@@ -100,7 +102,7 @@ class LoRAAdapter(Adapter):
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Add the low-rank term to ``output`` ``[..., out]``."""
         shared = self.shared_input
-        if shared.call is not None:
+        if not torch.compiler.is_compiling() and shared.has_read():
             return shared.add(self, output)
         x, a, b = input_of(args, kwargs), self.lora_A, self.lora_B
         if not (self.training or torch.is_grad_enabled()) and product_dtype(base, x, a, b) is not None:

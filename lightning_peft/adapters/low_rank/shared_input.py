@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Protocol
 
@@ -30,24 +31,35 @@ class Member(Protocol):
         """Whether one product with the A of both can serve both, if they are given the same input."""
 
 
+class _Call(threading.local):
+    """What a thread has for the layers that it calls next."""
+
+    def __init__(self) -> None:
+        self.present: tuple[Tensor, Tensor, Tensor | None] | None = None
+        """While a layer is called: what it was to be called with, the same without its graph, and the frozen weight."""
+        self.forget()
+
+    def forget(self) -> None:
+        self.given: weakref.ref[Tensor] | None = None
+        self.version = 0
+        self.read: Tensor | None = None
+        self.waiting: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def knows(self, x: Tensor) -> bool:
+        return self.given is not None and self.given() is x and self.version == x._version
+
+
 class SharedInput:
     """Adapters that are expected to be given one tensor, in the order of their calls.
 
     The first that gets a tensor computes the products for those behind it as well. One that is then given another
-    tensor, as the key projection in cross-attention is, starts anew: an expectation that fails costs a product.
+    tensor, as the key projection in cross-attention is, starts anew: an expectation that fails costs a product. Threads
+    that call one model know nothing of one another's tensors.
     """
 
     def __init__(self, *members: Member) -> None:
         self.members = members
-        self.call: tuple[Tensor, Tensor, Tensor | None] | None = None
-        """While a layer is called: what it was to be called with, the same without its graph, and the frozen weight."""
-        self._forget()
-
-    def _forget(self) -> None:
-        self._given: weakref.ref[Tensor] | None = None
-        self._version = 0
-        self._read: Tensor | None = None
-        self._waiting: dict[int, tuple[Tensor, Tensor]] = {}
+        self._call = _Call()
 
     def __getstate__(self) -> dict[str, object]:
         return {"members": self.members}
@@ -55,28 +67,35 @@ class SharedInput:
     def __setstate__(self, state: dict[str, tuple[Member, ...]]) -> None:
         self.__init__(*state["members"])  # type: ignore[misc]
 
-    def _knows(self, x: Tensor) -> bool:
-        return self._given is not None and self._given() is x and self._version == x._version
+    def begin(self) -> None:
+        """Forget a call that failed half-way."""
+        self._call.present = None
+
+    def has_read(self) -> bool:
+        """Whether :meth:`read` was called for the layer that is called now."""
+        return self._call.present is not None
 
     def read(self, x: Tensor, dtype: torch.dtype, weight: Tensor | None) -> Tensor:
         """Return x without its graph in ``dtype``: what a layer whose ``weight`` is frozen is to be called with."""
-        read = self._read
-        if read is None or read.dtype != dtype or not self._knows(x):
-            self._forget()
+        call = self._call
+        read = call.read
+        if read is None or read.dtype != dtype or not call.knows(x):
+            call.forget()
             read = x.detach() if x.requires_grad else x
             read = read if read.dtype == dtype else read.to(dtype)
-        self.call = x, read, weight
+        call.present = x, read, weight
         return read
 
     def add(self, member: Member, output: Tensor) -> Tensor:
         """Return ``output`` of the layer of ``member``, for which :meth:`read` was called, with the term added."""
-        assert self.call is not None
-        (x, read, weight), self.call = self.call, None
-        if (found := self._waiting.pop(id(member), None)) is None:
+        call = self._call
+        assert call.present is not None
+        (x, read, weight), call.present = call.present, None
+        if (found := call.waiting.pop(id(member), None)) is None:
             return self._first(member, x, read, weight, output)
-        if not self._waiting:
+        if not call.waiting:
             # Nothing of a step's graph may outlive it.
-            self._forget()
+            call.forget()
         added: Tensor = Following.apply(output, x, weight, *found, member.scale)
         return added
 
@@ -93,8 +112,9 @@ class SharedInput:
         fixed = (read, weight, member.scale, dropout, count)
         added, *results = First.apply(output, x, fixed, *every_a, *(every_b if cast else every_b[:1]))
         if behind:
-            self._given, self._version, self._read = weakref.ref(x), x._version, read
+            call = self._call
+            call.given, call.version, call.read = weakref.ref(x), x._version, read
             others = results[count:] if cast else every_b[1:]
             pairs = zip(results[1:count], others, strict=False)
-            self._waiting = {id(m): pair for m, pair in zip(behind, pairs, strict=True)}
+            call.waiting = {id(m): pair for m, pair in zip(behind, pairs, strict=True)}
         return added  # type: ignore[no-any-return]

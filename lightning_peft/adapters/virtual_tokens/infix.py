@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_peft.adapters.virtual_tokens.virtual_tokens import by_name
 from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.of_thread import OfThread
 from lightning_peft.errors import PEFTError
 
 IGNORED = -100
@@ -49,15 +50,20 @@ class PromptEnd(Adapter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._labels: Tensor | None = None
+        self._labels = OfThread()
 
     def reset_parameters(self) -> None:
         """Do nothing: there are no values."""
 
     def labels(self) -> Tensor | None:
         """Return what shows the answers in the present call ``[batch, tokens]``, if something does."""
-        labels, self._labels = self._labels, None
+        labels: Tensor | None = self._labels.value
+        self._labels.value = None
         return _ANSWERS.get() if labels is None else labels
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # One that an older version pickled has ``None``.
+        super().__setstate__({**state, "_labels": OfThread()})
 
     def before(
         self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -68,14 +74,15 @@ class PromptEnd(Adapter):
             PEFTError: There are none, and it shows that the text is not all prompt.
         """
         named, cache = by_name(base, args, kwargs)
-        self._labels, keep = named.get("labels"), named.get("logits_to_keep")
+        labels, keep = named.get("labels"), named.get("logits_to_keep")
+        self._labels.value = labels
         unclear = {
             "in training": base.training and torch.is_grad_enabled(),
             "with use_cache=False, as generate without a cache does": named.get("use_cache") is False,
             "with logits_to_keep, as assisted generation does": isinstance(keep, int) and keep > 1,
         }
         begins = cache is None or cache.get_seq_length() == 0
-        unlabelled = self._labels is None and _ANSWERS.get() is None
+        unlabelled = labels is None and _ANSWERS.get() is None
         if begins and unlabelled and (how := [reason for reason, holds in unclear.items() if holds]):
             raise PEFTError(
                 f"PromptTuning: the model was called without labels {how[0]}, so that it is not known where the prompt "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from lightning_peft.adapters.virtual_tokens.virtual_tokens import (
 )
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of, with_input
+from lightning_peft.core.of_thread import OfThread
 from lightning_peft.errors import PEFTError
 from lightning_peft.tensors.weights import tensor_options
 
@@ -45,9 +47,38 @@ class Prompt(Adapter):
         self.register_parameter("infix_embeddings", infix)
         # In a tuple, so that it is no child.
         self._start, self._end = values, (end,)
-        self.layout: Layout | None = None
-        """Where the virtual tokens are in the present call, if they are in it and not in the cache."""
+        self._of_thread = OfThread()
+        self._latest: tuple[Layout | None, set[int]] = None, set()
         self.reset_parameters()
+
+    @property
+    def layout(self) -> Layout | None:
+        """Where the virtual tokens are in the present call, if they are in it and not in the cache.
+
+        Raises:
+            PEFTError: Layers are computed again, in a thread of autograd's, and several threads have called the model.
+        """
+        mine: Layout | None = self._of_thread.value
+        if mine is not None or torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return mine
+        latest, threads = self._latest
+        if len(threads) > 1 and threading.get_ident() not in threads:
+            raise PEFTError(
+                "PromptTuning: activations were computed again for a backward pass, and several threads have called "
+                "the model: where the virtual tokens were is not known. Train in one thread, or without activation "
+                "checkpointing."
+            )
+        return latest
+
+    @layout.setter
+    def layout(self, layout: Layout | None) -> None:
+        self._of_thread.value = layout
+        if not torch.compiler.is_compiling():
+            self._latest = layout, self._latest[1] | {threading.get_ident()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # One that an older version pickled has neither.
+        super().__setstate__({**state, "_of_thread": OfThread(), "_latest": (None, set())})
 
     def reset_parameters(self) -> None:
         """Set the virtual tokens to what they start as."""
@@ -64,18 +95,18 @@ class Prompt(Adapter):
         labels = self._end[0].labels()
         _refuse_call(base, named, cache, len(self._start))
         if cache is not None and cache.get_seq_length() > 0:
-            self.layout = None
-            layout = self._continued(cache, named)
+            begun, layout = None, self._continued(cache, named)
         else:
-            self.layout = layout = self._begun(named, labels)
+            begun = layout = self._begun(named, labels)
             if cache is not None:
                 setattr(cache, _MARK, layout)
+        self.layout = begun
         mask, positions = named.get("attention_mask"), named.get("position_ids")
         if mask is not None:
             named["attention_mask"] = layout.widened(mask, mask.new_ones(len(mask), layout.added))
         if positions is not None:
-            named["position_ids"] = positions + layout.added if self.layout is None else layout.positions(positions)
-        if self.layout is not None:
+            named["position_ids"] = positions + layout.added if begun is None else layout.positions(positions)
+        if begun is not None:
             embeds = named.get("inputs_embeds")
             embeds = base.get_input_embeddings()(named["input_ids"]) if embeds is None else embeds
             parts: list[Tensor] = [p for p in (self.prompt_embeddings, self.infix_embeddings) if p is not None]
