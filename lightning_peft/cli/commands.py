@@ -21,12 +21,14 @@ from lightning_peft.files.contents import (
     write_tensors,
 )
 from lightning_peft.files.leftovers import restore_interrupted
+from lightning_peft.files.manifest import check_manifest, write_manifest
 from lightning_peft.files.writing import atomic_directory
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
 from lightning_peft.formats.serving import serving_copy
 from lightning_peft.operations.merge import merge as merge_adapters
 from lightning_peft.storage.checkpoint import KEY
 from lightning_peft.storage.loading import load_adapter
+from lightning_peft.storage.saving import FILES
 from lightning_peft.tasks.pretrained import Dtype, load_model, load_tokenizer
 
 # HF PEFT's task types, for adapters that do not say what class their base is.
@@ -109,6 +111,7 @@ def export(adapter: str, out: str = "exported", rank: int | None = None, dtype: 
     """
     source, target = Path(adapter), Path(out)
     restore_interrupted(source)
+    check_manifest(source, FILES)
     if target.resolve() in (source.resolve(), *source.resolve().parents):
         raise PEFTError(f"out={out!r} would replace the adapter {adapter} itself. Choose another directory.")
     if (target / MARKER).is_file() and "exported" not in read_json(target / MARKER):
@@ -127,6 +130,7 @@ def export(adapter: str, out: str = "exported", rank: int | None = None, dtype: 
         write_tensors(directory / TENSOR_FILE, tensors)
         write_json(directory / CONFIG_FILE, config)
         write_json(directory / MARKER, {**marker, "version": 1, "exported": adapter})
+        write_manifest(directory, {"exported": adapter})
     print(f"Wrote {out}: rank {config['r']}, the scale is in B. Targets: {', '.join(config['target_modules'])}.")
 
 

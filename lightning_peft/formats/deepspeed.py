@@ -17,6 +17,7 @@ import torch
 
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import MARKER, read_json, write_json
+from lightning_peft.files.manifest import check_manifest
 
 TAG = "checkpoint"
 """Under this name Lightning has DeepSpeed write."""
@@ -79,8 +80,9 @@ def read_deepspeed(path: Path, weights_only: bool | None = None) -> dict[str, An
     """Read such a directory as the checkpoint that would have been written as a single file, but for optimizer state.
 
     Raises:
-        PEFTError: It is damaged.
+        PEFTError: It is damaged, or not as it was written.
     """
+    check_manifest(path)
     try:
         files = sorted((path / TAG).glob("*_model_states.pt"))
         checkpoint: dict[str, Any] = torch.load(files[0], map_location="cpu", weights_only=weights_only is not False)

@@ -30,6 +30,7 @@ from torch.serialization import _get_layout
 
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import inside
+from lightning_peft.files.manifest import check_manifest
 from lightning_peft.files.writing import SHARDED
 
 _MODELS = ("model.", "state_dict.")  # FSDP's and ModelParallel's name for the module's state
@@ -111,8 +112,9 @@ def read_sharded(path: Path, weights_only: bool | None = None) -> dict[str, Any]
     """Read a sharded checkpoint as the one that would have been written as a single file.
 
     Raises:
-        PEFTError: It is damaged.
+        PEFTError: It is damaged, or not as it was written.
     """
+    check_manifest(path)
     try:
         checkpoint: dict[str, Any] = torch.load(
             path / SHARDED, map_location="cpu", weights_only=weights_only is not False

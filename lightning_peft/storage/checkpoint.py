@@ -17,6 +17,7 @@ from lightning_peft.core.registry import changed, note_moved, required, restore_
 from lightning_peft.core.view import ModelView, own_state
 from lightning_peft.errors import PEFTError, StateError
 from lightning_peft.files.leftovers import restore_interrupted
+from lightning_peft.files.manifest import check_manifest, write_manifest
 from lightning_peft.files.writing import atomic_directory
 from lightning_peft.formats.deepspeed import is_deepspeed
 from lightning_peft.formats.distributed import is_sharded, read_sharded
@@ -27,7 +28,7 @@ from lightning_peft.storage import fingerprint
 from lightning_peft.storage.base_weights import fill
 from lightning_peft.storage.loading import read_adapters
 from lightning_peft.storage.readable import TRAINER_STATE, reading
-from lightning_peft.storage.saving import write_adapters
+from lightning_peft.storage.saving import FILES, about, write_adapters
 from lightning_peft.storage.state import (
     adapter_parameters_and_whole,
     check_metadata,
@@ -217,6 +218,7 @@ def write_directory(checkpoint: Mapping[str, Any], path: str | os.PathLike[str],
         places = write_adapters(directory, model, checkpoint["state_dict"])
         with (directory / TRAINER_STATE).open("wb") as file:
             torch.save({**rest, KEY: {**checkpoint[KEY], _PLACES: places}}, file)
+        write_manifest(directory, about(model, checkpoint))
 
 
 def is_directory(path: str | os.PathLike[str]) -> bool:
@@ -246,6 +248,7 @@ def read_directory(
         if is_sharded(directory) and (sharded or weights_only is False):
             return read_sharded(directory, weights_only)
         raise _unreadable(directory)
+    check_manifest(directory, (*FILES, TRAINER_STATE))
     with reading(file):
         checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only is not False)
     saved = checkpoint_metadata(checkpoint)

@@ -51,7 +51,7 @@ def describe_base(model: ModelView, prefix: str = "") -> dict[str, Any]:
     """
     recorded = _recorded(model, prefix)
     samples = _described(model.part(prefix), _before_training(model)) if recorded is None else recorded
-    return {**_identity(model, prefix), **samples}
+    return {**identity(model, prefix), **samples}
 
 
 def record_base(model: ModelView) -> None:
@@ -95,7 +95,8 @@ def _recorded(model: ModelView, prefix: str = "") -> dict[str, Samples] | None:
     return None
 
 
-def _identity(model: ModelView, prefix: str) -> dict[str, str]:
+def identity(model: ModelView, prefix: str) -> dict[str, str]:
+    """Return the class of the base, and its name or path."""
     part = model.part(prefix)
     named = next(iter(transformers_models(part).values()), part.module)
     path = getattr(getattr(named, "config", None), "_name_or_path", "")
@@ -122,7 +123,7 @@ def refuse_other_base(
     Raises:
         PEFTError: It is about another one; both are named.
     """
-    present = _identity(model, prefix)
+    present = identity(model, prefix)
     theirs = {kind: _without(kind, saved.get(kind, {}), prefix, held) for kind in _KINDS}
     if saved.get("samples") and not theirs["samples"]:
         return

@@ -19,6 +19,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import MARKER, inside, read_json, read_tensors
 from lightning_peft.files.leftovers import restore_interrupted
+from lightning_peft.files.manifest import check_manifest
 from lightning_peft.formats import hf, own
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, with_adapter, without_adapter
 from lightning_peft.formats.counterpart import UNSAID
@@ -27,7 +28,7 @@ from lightning_peft.operations.inject import inject_prepared, prepare_injection
 from lightning_peft.operations.prepare import Prepared, prepared_tensors
 from lightning_peft.operations.shards import resharded
 from lightning_peft.storage.fingerprint import refuse_other_base
-from lightning_peft.storage.saving import BESIDE_FILE, adapters_of, converted
+from lightning_peft.storage.saving import BESIDE_FILE, FILES, adapters_of, converted
 from lightning_peft.storage.state import (
     adapter_parameters_and_whole,
     check_tensors,
@@ -49,13 +50,14 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str = 
         name: The adapter's name in ``model``.
 
     Raises:
-        PEFTError: The directory is missing, damaged, holds NaN, or belongs to another base or method. The model is as
-            it was before.
+        PEFTError: The directory is missing, damaged, not as it was written, holds NaN, or belongs to another base or
+            method. The model is as it was before.
     """
     view = resharded(model)
     refuse_merged(view, "load an adapter")
     directory = Path(path)
     restore_interrupted(directory)
+    check_manifest(directory, FILES)
     marker = read_json(directory / MARKER) if (directory / MARKER).is_file() else {}
     if "parts" in marker:
         places = {str(prefix): directory / str(prefix) for prefix in marker["parts"]}

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import save  # not by way of torch, where others put functions that c
 
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import read_shapes
+from lightning_peft.files.manifest import check_manifest
 from lightning_peft.formats.deepspeed import is_deepspeed
 from lightning_peft.formats.distributed import is_sharded
 from lightning_peft.tensors.sharding import map_tensors
@@ -30,6 +32,7 @@ def is_whole(path: Path) -> bool:
     try:
         if not path.is_dir():
             return _is_whole_file(path)
+        check_manifest(path)
         if not (path / TRAINER_STATE).is_file():
             # Other layouts are moved to their place when they are whole.
             return is_sharded(path) or is_deepspeed(path)
@@ -42,10 +45,29 @@ def is_whole(path: Path) -> bool:
 
 def _is_whole_file(path: Path) -> bool:
     try:
-        with zipfile.ZipFile(path) as file:  # as torch.save writes it, with checksums
-            return file.testzip() is None
-    except (OSError, zipfile.BadZipFile):
+        return zipfile.is_zipfile(path) and _damaged_record(path) is None
+    except OSError:
         return False
+
+
+def check_sums(path: str | os.PathLike[str]) -> None:
+    """Check a file of ``torch.save`` against the checksums in it, which ``torch.load`` does not do.
+
+    Raises:
+        PEFTError: It is not what was written.
+    """
+    if os.path.isfile(path) and zipfile.is_zipfile(path) and (record := _damaged_record(path)):
+        raise PEFTError(f"{path} is damaged: {record} is not what was written. Take another one.")
+
+
+def _damaged_record(path: str | os.PathLike[str]) -> str | None:
+    """Return the name of a record of a zip file that is not as its checksum says."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            # torch writes zeros where it was told to compute none.
+            return file.testzip() if any(record.CRC for record in file.infolist()) else None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, zlib.error) as error:
+        return str(error)
 
 
 def objects(checkpoint: Mapping[str, Any]) -> dict[str, str]:

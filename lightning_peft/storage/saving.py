@@ -5,22 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import CHILD, Adapter
-from lightning_peft.core.registry import changed, required
+from lightning_peft.core.registry import changed, registries, required
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import MARKER, write_json, write_tensors
+from lightning_peft.files.manifest import write_manifest
 from lightning_peft.files.writing import atomic_directory
 from lightning_peft.formats import hf, own
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, Part, with_adapter
 from lightning_peft.formats.counterpart import UNSAID, Counterpart, for_methods
 from lightning_peft.formats.pieces import joined
 from lightning_peft.operations.shards import resharded
-from lightning_peft.storage.fingerprint import describe_base
+from lightning_peft.storage.fingerprint import describe_base, identity
 from lightning_peft.storage.parts import parts_of
 from lightning_peft.storage.state import adapter_parameters_and_whole, adapter_state
 from lightning_peft.structure.inner_models import is_lightning_module
@@ -28,6 +30,9 @@ from lightning_peft.tensors.sharding import map_tensors, whole
 
 BESIDE_FILE = "trained_whole.safetensors"
 """What is trained whole and belongs to no adapted model, and what has changed of the base without being trained."""
+
+FILES = (CONFIG_FILE, TENSOR_FILE, MARKER, BESIDE_FILE)
+"""What is read of a directory, and of those in it."""
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> None:
@@ -55,6 +60,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str | 
     state = map_tensors(adapter_state(view), whole)
     with atomic_directory(path) as directory:
         write_adapters(directory, view, state, names=[name])
+        write_manifest(directory, about(view))
+
+
+def about(model: ModelView, checkpoint: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Return what a manifest says of a directory: its place in a run, methods and bases."""
+    methods = {
+        prefix: {name: [method.name for method in methods] for name, methods in registry.methods.items()}
+        for prefix, _, registry in registries(model)
+    }
+    bases = {prefix: identity(model, prefix) for prefix in methods}
+    return {"step": checkpoint.get("global_step"), "epoch": checkpoint.get("epoch"), "methods": methods, "base": bases}
 
 
 def write_adapters(

@@ -18,11 +18,13 @@ from lightning_peft.callbacks.last import WritesDirectories
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError, listed
 from lightning_peft.files.leftovers import Claim, clean
+from lightning_peft.files.manifest import write_manifest
 from lightning_peft.files.writing import atomic_directory, atomic_file, os_errors, remove
 from lightning_peft.formats.distributed import split_values
 from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage import plain
-from lightning_peft.storage.readable import objects, reading
+from lightning_peft.storage.readable import check_sums, objects, reading
+from lightning_peft.storage.saving import about
 from lightning_peft.strategy.leaving import Leaving
 from lightning_peft.tensors.sharding import map_tensors, whole
 
@@ -104,6 +106,7 @@ class Checkpoints(WritesDirectories, Leaving):
         if files.is_directory(checkpoint_path):
             return files.read_directory(checkpoint_path, weights_only, sharded=self._saves_shards)
         with reading(checkpoint_path):
+            check_sums(checkpoint_path)
             return plain.with_adapters(super().load_checkpoint(checkpoint_path, weights_only is not False))
 
     @property
@@ -153,16 +156,17 @@ class Checkpoints(WritesDirectories, Leaving):
         if not self._saves_shards or _is_remote(filepath):
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
             return
-        with self._staged(filepath) as directory:
+        with self._staged(filepath, checkpoint) as directory:
             super().save_checkpoint(checkpoint, directory, storage_options=storage_options)
 
     @contextmanager
-    def _staged(self, filepath: Any) -> Iterator[Path]:
-        """Yield where all processes write what then becomes the directory ``filepath``."""
+    def _staged(self, filepath: Any, checkpoint: Mapping[str, Any]) -> Iterator[Path]:
+        """Yield where all processes write of ``checkpoint`` what then becomes the directory ``filepath``."""
         with ExitStack() as stack:
             staging = self._on_rank_zero(lambda: stack.enter_context(atomic_directory(filepath)))
-            yield Path(self.broadcast(staging))  # type: ignore[arg-type]
+            yield (directory := Path(self.broadcast(staging)))  # type: ignore[arg-type]
             self.barrier()
+            self._on_rank_zero(lambda: write_manifest(directory, about(ModelView(self._module), checkpoint)))
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint; plugins that write files know nothing of directories."""

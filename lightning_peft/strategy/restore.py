@@ -23,6 +23,7 @@ from lightning_peft.operations.merge import merge
 from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage.hyper_parameters import eject_from_modules, without_class_paths
 from lightning_peft.storage.plain import is_plain, leaves_plain
+from lightning_peft.storage.readable import check_sums
 
 _load_file = saving.pl_load
 _load_state = saving._load_state
@@ -31,12 +32,25 @@ _TRUSTED = "lightning_peft_trusted"
 """Under it, what read a checkpoint tells what makes the module that ``weights_only=False`` was given."""
 
 
+def _load_checked(path: Any, *args: Any, **kwargs: Any) -> Any:
+    is_path = isinstance(path, str | os.PathLike)
+    try:
+        checkpoint = _load_file(path, *args, **kwargs)
+    except Exception:
+        if is_path:
+            check_sums(path)
+        raise
+    if is_path and files.KEY in checkpoint:
+        check_sums(path)
+    return checkpoint
+
+
 def _load_file_or_directory(path: Any, *args: Any, **kwargs: Any) -> Any:
     weights_only = kwargs.get("weights_only")
     if isinstance(path, str | os.PathLike) and files.is_directory(path):
         checkpoint = files.read_directory(path, weights_only)
     else:
-        checkpoint = _load_file(path, *args, **kwargs)
+        checkpoint = _load_checked(path, *args, **kwargs)
     if files.KEY in checkpoint:
         checkpoint[_TRUSTED] = weights_only is False
         eject_from_modules(checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY))

@@ -10,6 +10,7 @@ import torch
 from families import build, outputs
 from modules import SteppedRegression, assert_same
 from resuming import straight_and_resumed
+from strangers import unsealed
 from torch import nn
 
 from lightning_peft import DoRA, LoRA, PEFTError, inject, load_adapter, merge, save_adapter
@@ -143,7 +144,7 @@ def test_our_files_bring_the_method_back(options: dict[str, Any], tmp_path: Path
     load_adapter(other, tmp_path / "adapter")
     assert torch.equal(outputs(other, inputs), expected)
 
-    (tmp_path / "adapter" / "lightning_peft.json").unlink()
+    (unsealed(tmp_path / "adapter") / "lightning_peft.json").unlink()
     plain = build("llama")[0]
     load_adapter(plain, tmp_path / "adapter")
     assert (outputs(plain, inputs) - expected).abs().max() <= 1e-5
@@ -217,7 +218,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     def written(**change: Any) -> Path:
         save_adapter(ours("llama", "pissa"), tmp_path / "adapter")
         for file, key in (("adapter_config.json", "config"), ("lightning_peft.json", "marker")):
-            place = tmp_path / "adapter" / file
+            place = unsealed(tmp_path / "adapter") / file
             place.write_text(json.dumps({**json.loads(place.read_text()), **change.get(key, {})}))
         return tmp_path / "adapter"
 
@@ -232,7 +233,7 @@ def test_damaged_files(tmp_path: Path) -> None:
 
 def test_a_start_beside_a_rank_that_has_no_half(tmp_path: Path) -> None:
     save_adapter(ours("llama", "kaiming"), tmp_path / "adapter")
-    place = tmp_path / "adapter" / "lightning_peft.json"
+    place = unsealed(tmp_path / "adapter") / "lightning_peft.json"
     place.write_text(json.dumps({**json.loads(place.read_text()), "lightning_peft": {"init": "pissa"}}))
     with pytest.raises(PEFTError, match="the rank 3; an even one was expected"):
         load_adapter(build("llama")[0], tmp_path / "adapter")

@@ -1,10 +1,11 @@
-"""How large is a checkpoint, and does saving it touch the frozen weights?"""
+"""How large is a checkpoint, does saving it touch the frozen weights, and what do the hashes in its manifest cost?"""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import torch
@@ -14,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks import measure, subjects
 from benchmarks.report import MB, Options, Table, answer
-from lightning_peft import LoRA, PEFTStrategy, inject, save_adapter
+from lightning_peft import LoRA, PEFTStrategy, inject, load_adapter, save_adapter
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -97,6 +98,33 @@ def saving_memory(model: nn.Module, path: Path) -> int:
     return measure.peak_bytes(lambda: save_adapter(model, path))
 
 
+def manifests(folder: Path, options: Options) -> Table:
+    """Measure saving an adapter with its manifest against saving it without, and loading it likewise."""
+    table = Table("manifest", "An adapter with its manifest, against one without", ["adapter, MB", "save", "load"])
+    for rank in (64,) if options.quick else (64, 1024):
+        model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8)))
+        inject(model, LoRA(r=rank))
+        sealed, bare = folder / f"sealed {rank}", folder / f"bare {rank}"
+
+        def without(model: nn.Module = model, path: Path = bare) -> None:
+            with patch("lightning_peft.storage.saving.write_manifest"):
+                save_adapter(model, path)
+
+        writing = {
+            "with": lambda model=model, path=sealed: {"s": measure.seconds(lambda: save_adapter(model, path))},
+            "without": lambda run=without: {"s": measure.seconds(run)},
+        }
+        saved = measure.in_turns(writing, 4 * options.rounds)
+        reading = {
+            name: lambda model=model, path=path: {"s": measure.seconds(lambda: load_adapter(model, path))}
+            for name, path in (("with", sealed), ("without", bare))
+        }
+        loaded = measure.in_turns(reading, 4 * options.rounds)
+        size = (sealed / "adapter_model.safetensors").stat().st_size / MB
+        table.rows.append([size, *(measure.ratios(rounds, "with", "without", "s") for rounds in (saved, loaded))])
+    return table
+
+
 def main(options: Options) -> list[Table]:
     """Measure checkpoints."""
     layers = 2 if options.quick else 8
@@ -119,7 +147,8 @@ def main(options: Options) -> list[Table]:
         rounds = measure.in_turns(cases, 4 * options.rounds)
         saving.rows.append(["time", measure.ratios(rounds, "large", "small", "save")])
         saving.rows.append(["memory", (1 + saving_memory(large, path)) / (1 + saving_memory(small, path))])
-    return [sizes, formula, saving]
+        hashes = manifests(Path(folder), options)
+    return [sizes, formula, saving, hashes]
 
 
 if __name__ == "__main__":

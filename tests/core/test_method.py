@@ -14,6 +14,7 @@ import torch
 from families import build, outputs, randomise
 from modules import Regression, SteppedRegression, adapter_state, assert_same, loader, trainer
 from resuming import straight_and_resumed
+from strangers import unsealed
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -342,7 +343,7 @@ def test_a_damaged_directory_of_our_own_is_refused(case: str, tmp_path: Path) ->
     model, _ = build("llama")
     inject(model, ParallelAdapter(bottleneck=3))
     save_adapter(model, tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter_config.json"
+    file = unsealed(tmp_path / "adapter") / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     fresh, _ = build("llama")
     keys = list(fresh.state_dict())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import build, outputs, randomise
 from safetensors.torch import load_file, save_file
+from strangers import unsealed
 from torch import Tensor, nn
 
 from lightning_peft import LoRA, PEFTError, inject, load_adapter, save_adapter
@@ -69,7 +70,7 @@ def naive_outputs(path: Path, *, rank_from_tensors: bool, family: str = "llama")
 
 
 def change(path: Path, **keys: Any) -> None:
-    file = path / "adapter_config.json"
+    file = unsealed(path) / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import build, outputs
 from safetensors.torch import load_file
+from strangers import unsealed
 from torch import Tensor, nn
 
 from lightning_peft import (
@@ -174,7 +175,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     model = grown("llama")
     inject(model, NewTokens(token_indices=[50, 51]))
     save_adapter(model, tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter_config.json"
+    file = unsealed(tmp_path / "adapter") / "adapter_config.json"
     written = file.read_text()
     for wrong in ("[\n    50\n  ]", "null"):
         head, _, tail = written.partition("[\n    50,\n    51\n  ]")

@@ -18,6 +18,7 @@ from modules import (
     trainer,
 )
 from safetensors.torch import load_file
+from strangers import unsealed
 from torch import Tensor
 
 from lightning_peft import BitFit, LoRA, PEFTError, PEFTStrategy, load_adapter, unmerge
@@ -399,7 +400,7 @@ def test_a_directory_without_trainer_state_is_refused(tmp_path: Path) -> None:
 def test_truncated_files_are_refused(tmp_path: Path, file: str) -> None:
     _, run = fit(tmp_path)
     run.save_checkpoint(tmp_path / "d", storage_options=AdapterDirectory())
-    content = (tmp_path / "d" / file).read_bytes()
+    content = (unsealed(tmp_path / "d") / file).read_bytes()
     (tmp_path / "d" / file).write_bytes(content[: len(content) // 2])
     with pytest.raises(PEFTError, match=f"{file} is damaged or truncated"):
         fit(tmp_path, ckpt_path=tmp_path / "d")

@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from modules import Regression, loader, trainer
+from strangers import unsealed
 from torch import nn
 
 from lightning_peft import PEFTError
@@ -64,7 +65,7 @@ def checkpoint(request: pytest.FixtureRequest, saved: Path) -> Callable[..., Pat
     """Writes a checkpoint with the given hyper-parameters."""
 
     def write(key: str = "hyper_parameters", **values: Any) -> Path:
-        file = saved / request.param / "trainer_state.ckpt" if request.param == "directory" else saved / "file"
+        file = saved / "file" if request.param == "file" else unsealed(saved / "directory") / "trainer_state.ckpt"
         content = torch.load(file, weights_only=True)
         for known in ("hyper_parameters", "hparams", "module_arguments", "datamodule_hyper_parameters"):
             content.pop(known, None)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from modules import Regression, loader, trainer
+from strangers import unsealed
 
 from lightning_peft import LoRA, PEFTError
 from lightning_peft.core.method import registered_methods
@@ -127,6 +128,6 @@ def replaced(file: Path) -> None:
 @pytest.mark.parametrize("damage", [cut_off, emptied, replaced])
 def test_a_damaged_file_is_called_so(tmp_path: Path, damage: Callable[[Path], None], directory: bool) -> None:
     save(Regression(), tmp_path / "saved", directory)
-    damage(tmp_path / "saved" / "trainer_state.ckpt" if directory else tmp_path / "saved")
+    damage(unsealed(tmp_path / "saved") / "trainer_state.ckpt" if directory else tmp_path / "saved")
     with pytest.raises(PEFTError, match=r"saved.* is damaged or truncated"):
         trainer(tmp_path, max_epochs=2).fit(Regression(), loader(), ckpt_path=tmp_path / "saved")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import build, outputs, randomise
 from safetensors.torch import load_file, save_file
+from strangers import unsealed
 from torch import nn
 
 from lightning_peft import LayerNormTuning, LoRA, PEFTError, inject, load_adapter, save_adapter
@@ -92,7 +93,7 @@ DAMAGE = {
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damaged_directories_are_refused(case: str, directory: Path) -> None:
     damage, message = DAMAGE[case]
-    damage(directory)
+    damage(unsealed(directory))
     model, inputs = build("llama")
     before, keys = outputs(model, inputs), list(model.state_dict())
     with pytest.raises(PEFTError, match=message):
@@ -107,7 +108,7 @@ def test_a_tensor_that_nothing_explains_is_refused(tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "norms")
     state = load_file(tmp_path / "norms" / TENSORS)
     state["base_model.model.model.norm.ln_tuning_layers.bias"] = torch.zeros(32)
-    save_file(state, tmp_path / "norms" / TENSORS)
+    save_file(state, unsealed(tmp_path / "norms") / TENSORS)
     with pytest.raises(PEFTError, match=r"model\.norm\.ln_tuning_layers\.bias.*does not explain"):
         load_adapter(build("llama")[0], tmp_path / "norms")
 

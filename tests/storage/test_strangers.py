@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from modules import Regression, adapter_state, assert_same, loader, trainer
+from strangers import unsealed
 
 from lightning_peft import LoRA, PEFTError, PEFTStrategy, load_adapter
 from lightning_peft.files.contents import MARKER, read_json, write_json
@@ -46,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def directory(trained: Path, tmp_path: Path) -> Path:
     """A copy of the adapter directory."""
-    return Path(shutil.copytree(trained / "directory", tmp_path / "directory"))
+    return unsealed(Path(shutil.copytree(trained / "directory", tmp_path / "directory")))
 
 
 @pytest.fixture

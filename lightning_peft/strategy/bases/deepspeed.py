@@ -233,7 +233,7 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
             refusals.refuse_full_merged(ModelView(self._module))
         if self.is_global_zero:
             checkpoint = with_state(checkpoint, saved_tensors(ModelView(self._module)))
-        with self._staged(filepath) as directory:
+        with self._staged(filepath, checkpoint) as directory:
             super()._write_checkpoint(checkpoint, str(directory), storage_options)
             if self.is_global_zero:
                 write_layout(directory, self._stage, self.world_size, self._trained.names())
