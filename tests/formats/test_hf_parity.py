@@ -15,6 +15,7 @@ from families import FAMILIES, build, outputs, randomise
 from judges.hf_peft import IA3_TARGETS
 from modules import Llama
 from safetensors.torch import load_file, save_file
+from strangers import unsealed
 from torch import nn
 
 from lightning_peft import (
@@ -300,7 +301,7 @@ def test_a_module_whose_tensors_are_lost_is_missed(name: str, tmp_path: Path) ->
     model, _ = build("llama")
     inject(model, LOST[name])
     save_adapter(model, tmp_path / "a")
-    (tmp_path / "a" / "lightning_peft.json").unlink()
+    (unsealed(tmp_path / "a") / "lightning_peft.json").unlink()
     load_adapter(build("llama")[0], tmp_path / "a")
     file = tmp_path / "a" / "adapter_model.safetensors"
     kept = {key: tensor for key, tensor in load_file(file).items() if "layers.1.self_attn.v_proj" not in key}
@@ -392,7 +393,7 @@ def test_pickles_are_read_as_data(
     model, _ = build("llama")
     inject(model, LoRA(r=2))
     save_adapter(model, tmp_path / "a")
-    spoil(without_safetensors(tmp_path / "a"))
+    spoil(without_safetensors(unsealed(tmp_path / "a")))
     with pytest.raises(PEFTError, match=message):
         load_adapter(build("llama")[0], tmp_path / "a")
     assert "stranger" not in capsys.readouterr().out
