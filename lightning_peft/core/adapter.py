@@ -6,7 +6,7 @@ The host keeps its class, its object, its parameters and their names. This is th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +141,7 @@ class Slot(nn.ModuleDict):
         """Return what the host is to call for its caller."""
         if self.merged is not None:
             return None
-        return cast("Adapter | None", self.stand_ins.chosen(self.running)) if self.stand_ins.any else self.running
+        return self.stand_ins.chosen(self.running) if self.stand_ins.any else self.running
 
     def _run(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         adapter = self._present()

@@ -7,13 +7,15 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from lightning_peft.core.of_thread import OfThread
 from lightning_peft.errors import PEFTError
+
+_Adapter = TypeVar("_Adapter", bound=nn.Module)
 
 
 class StandIns:
@@ -31,7 +33,7 @@ class StandIns:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
-    def chosen(self, running: nn.Module | None) -> nn.Module | None:
+    def chosen(self, running: _Adapter | None) -> _Adapter | None:
         """Return what the caller's context has instead of ``running``, or that.
 
         Raises:
@@ -41,8 +43,7 @@ class StandIns:
             return _looked_up(self, running)
         mine = self._of_thread.value
         # What it is in a thread that a context was handed to ends the program here, or is an error with fullgraph=True.
-        found: nn.Module | None = _looked_up_outside(self, running) if mine is None else mine[0]
-        return found
+        return _looked_up_outside(self, running) if mine is None else mine[0]  # type: ignore[no-any-return]
 
     def enter(self, context: object, own: frozenset[object], adapter: nn.Module | None, alone: bool) -> None:
         """Let ``context``, which lies within the contexts ``own``, have ``adapter`` run.
@@ -76,7 +77,7 @@ class StandIns:
         return self._of_thread.value
 
 
-_Table = Mapping[StandIns, tuple[nn.Module | None, frozenset[object]]]
+_Table = Mapping[StandIns, tuple[Any, frozenset[object]]]
 _TABLE: ContextVar[_Table] = ContextVar("stand_ins", default={})  # noqa: B039
 """By host: the adapter that the calling context has run, and that context with those around it."""
 _ENTRANCE = threading.Lock()
@@ -112,10 +113,11 @@ def stand_in(adapters: Sequence[tuple[StandIns, nn.Module | None]], *, alone: bo
                 stand_ins.leave(context, of_thread)
 
 
-def _looked_up(stand_ins: StandIns, running: nn.Module | None) -> nn.Module | None:
+def _looked_up(stand_ins: StandIns, running: _Adapter | None) -> _Adapter | None:
     table = _TABLE.get() or _of_backward()
     if stand_ins in table:
-        return table[stand_ins][0]
+        found: _Adapter | None = table[stand_ins][0]
+        return found
     if stand_ins.alone is not None:
         raise PEFTError(
             "The model was called while another thread or task is within disable(model), which has written to it: "
@@ -149,4 +151,8 @@ def _of_backward() -> _Table:
 
 def _in_event_loop() -> bool:
     """Whether tasks may take turns in this thread."""
-    return asyncio._get_running_loop() is not None
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
