@@ -306,6 +306,21 @@ def test_a_run_that_broke_is_resumed_from_where_it_broke(tmp_path: Path) -> None
     assert_same(resumed.state_dict(), straight.state_dict())
 
 
+def test_a_checkpoint_that_is_asked_for_before_the_run_begins(tmp_path: Path) -> None:
+    """It has what the run begins with: the adapters are injected for it, and are there when the run does begin."""
+    module, run = Regression(), trainer(tmp_path)
+    run.strategy.connect(module)
+    run.save_checkpoint(tmp_path / "before.ckpt")
+    checkpoint = torch.load(tmp_path / "before.ckpt", weights_only=True)
+    assert checkpoint["state_dict"].keys() == NAMES
+    assert_same(checkpoint["state_dict"], adapter_state(module))
+    run.fit(module, loader(), loader())
+    straight, _ = fit(tmp_path)
+    assert_same(dict(module.state_dict()), dict(straight.state_dict()))
+    loaded = Regression.load_from_checkpoint(tmp_path / "before.ckpt")
+    assert_same(adapter_state(loaded), checkpoint["state_dict"])
+
+
 # --- strictness ---------------------------------------------------------------------------------------------------
 
 A = "net.0.peft.default.lora_A"
