@@ -83,8 +83,10 @@ def apply(checkpoint: Mapping[str, Any], model: ModelView, strict: bool = True) 
     source = "The checkpoint"
     saved = checkpoint_metadata(checkpoint)
     state = {clean_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
-    check_metadata(model, saved, source, state)
-    if trains_everything(model) and not _is_in_pieces(model):
+    whole = trains_everything(model) and not _is_in_pieces(model)
+    # The base counts where it is not in the file, and of everything nothing is to be elsewhere.
+    check_metadata(model, saved, source, held={*state, *(model.tensors if whole else ())})
+    if whole:
         _apply_everything(state, model, source, strict)
         return
     names = adapter_parameters_and_whole(model).keys()

@@ -137,6 +137,20 @@ def test_strictness_about_layers_is_torchs_where_everything_is_trained(
         read.load_from_checkpoint(tmp_path / "one.ckpt", strict=True)
 
 
+@pytest.mark.parametrize("strategy", ["auto", STRATEGIES["full fine-tuning"]])
+def test_a_file_that_lacks_everything(tmp_path: Path, strategy: Any) -> None:
+    """It is said of it that it has no parameters, not that it is of another base."""
+    run = trainer(tmp_path, strategy if strategy == "auto" else strategy())
+    run.fit(Drawn(), loader())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    torch.save({**checkpoint, "state_dict": {}}, tmp_path / "two.ckpt")
+    with pytest.warns(UserWarning, match="contains no parameters"):
+        Drawn.load_from_checkpoint(tmp_path / "two.ckpt", strict=False)
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\)"):
+        Drawn.load_from_checkpoint(tmp_path / "two.ckpt", strict=True)
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_load_state_dict_of_the_modules_own_is_called_where_everything_is_trained(
     tmp_path: Path, strict: bool
