@@ -22,18 +22,6 @@ class NotFiniteError(PEFTError):
 class StateError(PEFTError, RuntimeError):
     """A state does not have a module's tensors. What catches torch's own error for that catches this one too."""
 
-    def __init__(self, start: str, missing: Sequence[str], extra: Sequence[str], end: str = "") -> None:
-        named = {"Missing": missing, "Unexpected": extra}
-        # In torch's words, by which people look for what they mean.
-        keys = [
-            f"{what} key(s) in state_dict: {listed(map(_quoted, names))}." for what, names in named.items() if names
-        ]
-        super().__init__(" ".join(filter(None, (start, *keys, end))))
-
-
-def _quoted(name: str) -> str:
-    return f'"{name}"'
-
 
 def listed(names: Iterable[str]) -> str:
     """Return the first few of ``names`` for a message, and how many more there are."""

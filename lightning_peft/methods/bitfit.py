@@ -96,7 +96,7 @@ class BitFit(PEFTMethod):
         modules = model.modules
         if self.target_modules is None:
             apart = frozen_apart(model)
-            return {name: module for name, module in modules.items() if name not in apart.left | apart.copies}
+            return {name: module for name, module in modules.items() if name not in apart.left | apart.copies.keys()}
         patterns = as_list(self.target_modules)
         require_matches(patterns, modules, "target_modules")
         names = set().union(*(match_names(pattern, modules) for pattern in patterns))

@@ -38,7 +38,7 @@ class LayerNormTuning(PEFTMethod):
             )
         if self.target_modules is None:
             apart = frozen_apart(model)
-            norms = {name: norm for name, norm in norms.items() if name not in apart.left | apart.copies}
+            norms = {name: norm for name, norm in norms.items() if name not in apart.left | apart.copies.keys()}
         else:
             patterns = as_list(self.target_modules)
             require_matches(patterns, norms, "target_modules")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import CHILD, Adapter
@@ -92,12 +93,23 @@ def _made(model: ModelView, method: PEFTMethod, hosts: Mapping[str, nn.Module], 
     return made
 
 
+@torch.no_grad()
 def _keep_copies_frozen(model: ModelView, adapters: Mapping[str, Adapter]) -> None:
-    """Freeze the adapters of frozen copies, such as a teacher of its student, but for what they share with others."""
-    copies = {host: adapter for host, adapter in adapters.items() if host in frozen_apart(model).copies}
+    """Freeze the adapters of frozen copies, such as a teacher of its student, but for what they share with others.
+
+    They start from the values that they have beside the original: the average of two that have nothing in common would
+    be neither's.
+    """
+    originals = frozen_apart(model).copies
+    copies = {host: adapter for host, adapter in adapters.items() if host in originals}
     trained = {id(p) for host, adapter in adapters.items() if host not in copies for p in adapter.parameters()}
-    for parameter in (p for adapter in copies.values() for p in adapter.parameters() if id(p) not in trained):
-        parameter.requires_grad_(False)
+    for host, adapter in copies.items():
+        own = {name: tensor for name, tensor in adapter.state_dict(keep_vars=True).items() if id(tensor) not in trained}
+        theirs = adapters[originals[host]].state_dict() if originals[host] in adapters else {}
+        for name, tensor in own.items():
+            tensor.requires_grad_(False)
+            if name in theirs and theirs[name].shape == tensor.shape:
+                tensor.copy_(theirs[name])
     if copies:
         model.remark(
             f"The adapters of {listed(map(repr, copies))} stay frozen: these modules are frozen copies of others."

@@ -74,8 +74,8 @@ def apply(checkpoint: Mapping[str, Any], model: ModelView, strict: bool = True) 
     Args:
         checkpoint: As it was read.
         model: The model.
-        strict: Whether frozen weights, if the checkpoint has them, are to be exactly those of ``model``; also what is
-            trained, if that is everything.
+        strict: Whether frozen weights, if the checkpoint has them, are to be exactly those of ``model``; where
+            everything is trained, the whole state.
 
     Raises:
         PEFTError: It holds no adapters, other ones, or those of another base model.
@@ -83,13 +83,13 @@ def apply(checkpoint: Mapping[str, Any], model: ModelView, strict: bool = True) 
     source = "The checkpoint"
     saved = checkpoint_metadata(checkpoint)
     state = {clean_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
-    check_metadata(model, saved, source, state)
-    trained = adapter_parameters_and_whole(model)
-    names = trained.keys()
-    if not strict and trains_everything(model):
-        # As of any other module: what the checkpoint lacks stays as it is, what it has beyond is left out.
-        known = {n: t for n, t in state.items() if n in names or _in_base(model, n)}
-        state = {**{n: t.detach() for n, t in trained.items()}, **known}
+    whole = trains_everything(model) and not _is_in_pieces(model)
+    # The base counts where it is not in the file, and of everything nothing is to be elsewhere.
+    check_metadata(model, saved, source, held={*state, *(model.tensors if whole else ())})
+    if whole:
+        _apply_everything(state, model, source, strict)
+        return
+    names = adapter_parameters_and_whole(model).keys()
     # What has changed of the base, all of it in a full checkpoint, and what on_load_checkpoint has put in.
     base = {n: t for n, t in state.items() if n not in names and (saved.get("full") or _in_base(model, n))}
     load_adapter_state_dict(model, {n: tensor for n, tensor in state.items() if n not in base}, source)
@@ -102,10 +102,15 @@ def apply(checkpoint: Mapping[str, Any], model: ModelView, strict: bool = True) 
     if base or saved.get("full"):
         missing, extra = _apply_base(base, model, source)
         if strict and saved.get("full") and (missing or extra):
-            raise StateError(f"{source} does not fit the base model.", missing, extra)
+            raise PEFTError(f"{source} does not fit the base model. Missing: {missing[:5]}. Superfluous: {extra[:5]}.")
     for prefix, _, registry in required(model):
         registry.moved = set(saved["injections"].get(prefix, {}).get("moved", ()))
     note_moved(model, unknown)
+
+
+def holds_everything(checkpoint: Mapping[str, Any], model: ModelView) -> bool:
+    """Whether ``checkpoint`` is to have every weight of ``model``, frozen ones too."""
+    return bool(checkpoint_metadata(checkpoint).get("full")) or trains_everything(model)
 
 
 def _in_base(model: ModelView, name: str) -> bool:
@@ -115,9 +120,22 @@ def _in_base(model: ModelView, name: str) -> bool:
     return module is not None and (leaf in module._parameters or leaf in module._buffers or leaf in own_state(module))
 
 
+def _is_in_pieces(model: ModelView) -> bool:
+    return any(in_pieces(module) for _, module in model.walked)
+
+
+def _apply_everything(state: Mapping[str, Tensor], model: ModelView, source: str, strict: bool) -> None:
+    """Load ``state`` as Lightning does, by the model's own ``load_state_dict``."""
+    names_of_torch = {clean_name(name): name for name in model.module.state_dict()}
+    try:
+        model.module.load_state_dict({names_of_torch.get(n, n): tensor for n, tensor in state.items()}, strict=strict)
+    except RuntimeError as error:
+        raise StateError(f"{source} does not fit this {model.kind}: {error}") from error
+
+
 def _apply_base(base: Mapping[str, Tensor], model: ModelView, source: str) -> tuple[list[str], list[str]]:
     """Load ``base`` into the base part of ``model``; return what that has beyond it, and what it has beyond that."""
-    if any(in_pieces(module) for _, module in model.walked):
+    if _is_in_pieces(model):
         fill(model.module, base, source)
         return [], []
     names = adapter_parameters_and_whole(model).keys()

@@ -15,7 +15,7 @@ from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.refusals import refuse_merged
 from lightning_peft.core.registry import changed, required, trained_whole
 from lightning_peft.core.view import ModelView
-from lightning_peft.errors import PEFTError, StateError
+from lightning_peft.errors import PEFTError, listed
 from lightning_peft.operations.shards import resharded
 from lightning_peft.storage.fingerprint import describe_base, refuse_other_base
 from lightning_peft.tensors.sharding import from_kept_part, full_shape, in_zero_pieces, replace, whole
@@ -98,15 +98,15 @@ def check_tensors(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], so
     Raises:
         PEFTError: It does not; the message names the tensors.
     """
-    missing, extra = ([name for name in a if name not in b] for a, b in ((targets, state), (state, targets)))
+    missing, extra = sorted(targets.keys() - state.keys()), sorted(state.keys() - targets.keys())
     if missing or extra:
         near = difflib.get_close_matches(missing[0], extra, n=1) if missing else []
-        raise StateError(
-            f"{source} does not fit this model's adapters.",
-            missing,
-            extra,
-            (f"Is {near[0]!r} meant for {missing[0]!r}? " if near else "")
-            + "Use the method and the targets that it was written with.",
+        raise PEFTError(
+            f"{source} does not fit this model's adapters."
+            + (f" Missing: {listed(missing)}." if missing else "")
+            + (f" Superfluous: {listed(extra)}." if extra else "")
+            + (f" Is {near[0]!r} meant for {missing[0]!r}?" if near else "")
+            + " Use the method and the targets that it was written with."
         )
     for name, target in targets.items():
         if state[name].shape != full_shape(target):

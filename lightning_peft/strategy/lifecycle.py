@@ -221,6 +221,8 @@ class Lifecycle(Checkpoints):
         """Return adapter state, or everything with ``checkpoint="full"``; a merge is not seen in either."""
         if self._is_plain:
             return super().lightning_module_state_dict()
+        if not self._is_set_up:
+            self.inject()  # a checkpoint is asked for before the run begins: it has what the run begins with
         self._take_stock()
         if not self._full_checkpoints:
             return self._adapter_state()

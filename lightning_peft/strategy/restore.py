@@ -15,10 +15,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core import saving
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_peft.core.adapter import CHILD
+from lightning_peft.core.adapter import CHILD, clean_name
 from lightning_peft.core.registry import registries
 from lightning_peft.core.view import ModelView
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, listed
 from lightning_peft.operations.merge import merge
 from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage.hyper_parameters import eject_from_modules, without_class_paths
@@ -110,10 +110,24 @@ def _load_state_with_adapters(cls: Any, checkpoint: dict[str, Any], strict: bool
     model = _load_state(cls, given, strict=strict, **kwargs)
     assert isinstance(model, LightningModule)
     files.inject_from(given, model)
-    files.apply(given, ModelView(model), model.strict_loading if strict is None else strict)
+    strict = model.strict_loading if strict is None else strict
+    files.apply(given, ModelView(model), strict)
+    if not strict and files.holds_everything(given, ModelView(model)):
+        _warn_of_keys(model, given["state_dict"])
     if leaves_plain(checkpoint):
         merge(model, unload=True)
     return model
+
+
+def _warn_of_keys(module: LightningModule, state_dict: Mapping[str, Any]) -> None:
+    """Say what of a whole state was left out, and what had none, as Lightning does."""
+    own, given = ({clean_name(name): None for name in state} for state in (module.state_dict(), state_dict))
+    for where, names in (
+        ("in the module but not in the checkpoint", [name for name in own if name not in given]),
+        ("in the checkpoint but not in the module", [name for name in given if name not in own]),
+    ):
+        if names:
+            rank_zero_warn(f"Found keys that are {where}: {listed(names)}.")
 
 
 def install() -> None:

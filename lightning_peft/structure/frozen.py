@@ -5,7 +5,7 @@ But many freeze a backbone by hand before they adapt it, and have at most a head
 the two apart: what is not frozen is a network beside the others if it has at least a tenth of their weights.
 
 A frozen copy of what is trained, such as a teacher that follows its student, is adapted like that, with adapters that
-stay frozen too: code that goes over the parameters of both finds the same ones in both.
+start equal and stay frozen: code that goes over the parameters of both finds the same ones in both.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Frozen:
     """The outermost modules of which everything is frozen."""
     left: set[str] = field(default_factory=set)
     """They and what is in them, but for copies."""
-    copies: set[str] = field(default_factory=set)
-    """Those that are copies of what is trained, and what is in them."""
+    copies: dict[str, str] = field(default_factory=dict)
+    """Those that are copies of what is trained, and what is in them, each with what it is a copy of."""
 
 
 @once
@@ -49,9 +49,9 @@ def frozen_apart(model: ModelView) -> Frozen:
     free = {module for name in rest for module in _around(name)}
     still = {module for name in frozen for module in _around(name)} - free
     roots = tuple(n for n in model.modules if n in still and n.rpartition(".")[0] not in still)
-    copied = [root for root in roots if _is_copy(model, root, free)]
-    copies = {name for name in model.modules if _is_inside(name, copied)}
-    left = {name for name in model.modules if _is_inside(name, roots)} - copies
+    originals = {root: name for root in roots if (name := _original(model, root, free)) is not None}
+    copies = {n: to + n[len(root) :] for root, to in originals.items() for n in model.modules if _is_inside(n, [root])}
+    left = {name for name in model.modules if _is_inside(name, roots)} - copies.keys()
     return Frozen(roots, left, copies)
 
 
@@ -86,8 +86,8 @@ def _is_inside(name: str, roots: Iterable[str]) -> bool:
     return any(f"{name}.".startswith(f"{root}.") for root in roots)
 
 
-def _is_copy(model: ModelView, root: str, free: Iterable[str]) -> bool:
-    """Whether another module, of which something is trained, is of the same class and has the same parameters.
+def _original(model: ModelView, root: str, free: Iterable[str]) -> str | None:
+    """Return another module, of which something is trained, that is of the same class and has the same parameters.
 
     The blocks of a list are no copies of each other, and single layers only with the same values.
     """
@@ -100,8 +100,8 @@ def _is_copy(model: ModelView, root: str, free: Iterable[str]) -> bool:
         if {n: full_shape(p) for n, p in own.items()} != {n: full_shape(p) for n, p in theirs.items()}:
             continue
         if module._modules or all(not p.is_meta and torch.equal(whole(p), whole(theirs[n])) for n, p in own.items()):
-            return True
-    return False
+            return name
+    return None
 
 
 def _list_around(model: ModelView, name: str) -> str | None:

@@ -90,7 +90,7 @@ def test_a_base_that_lacks_in_a_full_file_is_an_error(tmp_path: Path) -> None:
     checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
     del checkpoint["state_dict"]["net.2.bias"]
     torch.save(checkpoint, tmp_path / "two.ckpt")
-    with pytest.raises(PEFTError, match=r'does not fit the base model\. Missing key\(s\).*: "net\.2\.bias"\.'):
+    with pytest.raises(PEFTError, match=r"does not fit the base model\. Missing: \['net\.2\.bias'\]"):
         Drawn.load_from_checkpoint(tmp_path / "two.ckpt")
 
 
@@ -128,8 +128,45 @@ def test_strictness_about_layers_is_torchs_where_everything_is_trained(
     module = written()
     saver = ModelCheckpoint(tmp_path, filename="one")
     trainer(tmp_path, strategy if strategy == "auto" else strategy(), callbacks=[saver]).fit(module, loader())
-    lenient = read.load_from_checkpoint(tmp_path / "one.ckpt", strict=False)
+    where = "in the module but not in the ch|in the model state dict but" if read is Longer else "in the checkpoint"
+    with pytest.warns(UserWarning, match=rf"Found keys that are .*({where}).*more\.weight.*more\.bias"):
+        lenient = read.load_from_checkpoint(tmp_path / "one.ckpt", strict=False)
     torch.testing.assert_close(lenient(inputs()), module(inputs()), rtol=0, atol=0)
     keys = r'(Missing|Unexpected) key\(s\) in state_dict: "more\.weight", "more\.bias"'
     with pytest.raises(RuntimeError, match=keys):
         read.load_from_checkpoint(tmp_path / "one.ckpt", strict=True)
+
+
+@pytest.mark.parametrize("strategy", ["auto", STRATEGIES["full fine-tuning"]])
+def test_a_file_that_lacks_everything(tmp_path: Path, strategy: Any) -> None:
+    """It is said of it that it has no parameters, not that it is of another base."""
+    run = trainer(tmp_path, strategy if strategy == "auto" else strategy())
+    run.fit(Drawn(), loader())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    torch.save({**checkpoint, "state_dict": {}}, tmp_path / "two.ckpt")
+    with pytest.warns(UserWarning, match="contains no parameters"):
+        Drawn.load_from_checkpoint(tmp_path / "two.ckpt", strict=False)
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\)"):
+        Drawn.load_from_checkpoint(tmp_path / "two.ckpt", strict=True)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_load_state_dict_of_the_modules_own_is_called_where_everything_is_trained(
+    tmp_path: Path, strict: bool
+) -> None:
+    """As without a strategy of ours, and with what the module says of strictness."""
+    run = trainer(tmp_path, PEFTStrategy(FullFinetuning()))
+    run.fit(Drawn(), loader())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    called = []
+
+    class Own(Drawn):
+        def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+            called.append(strict)
+            return super().load_state_dict(state_dict, strict, assign)
+
+    module = Own()
+    module.strict_loading = strict
+    trainer(tmp_path, PEFTStrategy(FullFinetuning())).test(module, loader(), ckpt_path=tmp_path / "one.ckpt")
+    assert called == [strict]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch.accelerators import Accelerator, XLAAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from lightning.pytorch.trainer.connectors import accelerator_connector
 
 from lightning_peft.errors import PEFTError
 from lightning_peft.strategy.bases.names import strategy_from_name
@@ -36,4 +36,4 @@ def choose_strategy(
         return strategy_from_name("ddp")
     if len(devices) == 1:
         return SingleDeviceStrategy(device=devices[0])
-    return strategy_from_name("ddp_fork" if _IS_INTERACTIVE else "ddp")
+    return strategy_from_name("ddp_fork" if accelerator_connector._IS_INTERACTIVE else "ddp")
