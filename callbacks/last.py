@@ -1,13 +1,16 @@
-"""Which checkpoint ``ckpt_path="last"`` means, and links to it, in runs with ``PEFTStrategy``.
+"""Which checkpoint ``ckpt_path="last"`` means, links to it, and what is kept when a run with ``PEFTStrategy`` diverges.
 
-Lightning offers no public place for either, and a kill at the wrong moment leaves its last checkpoint a link to
-nothing, or cut off. So two methods of ``ModelCheckpoint`` are wrapped, here and nowhere else.
+Lightning offers no public place for any of it: a kill at the wrong moment leaves its last checkpoint a link to nothing,
+or cut off, and a diverged run writes over good ones. So methods of ``ModelCheckpoint`` are wrapped, here and nowhere
+else.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import NotFiniteError, PEFTError
 from lightning_peft.files.leftovers import clean
 from lightning_peft.files.writing import replace_link
 from lightning_peft.storage.readable import TRAINER_STATE, is_whole
 
 _find_last = ModelCheckpoint._find_last_checkpoints
 _link = ModelCheckpoint._link_checkpoint
+_SAVES = ("_save_topk_checkpoint", "_save_last_checkpoint", "on_exception")
 
 
 class WritesDirectories:
@@ -67,8 +71,29 @@ def _newest_first(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=lambda path: (path.stat() if path.exists() else path.lstat()).st_mtime, reverse=True)
 
 
+def _keeping(save: Callable[..., None]) -> Callable[..., None]:
+    """Return ``save`` such that it leaves everything as it is if the run has diverged."""
+
+    @wraps(save)
+    def save_if_finite(self: ModelCheckpoint, trainer: pl.Trainer, *args: Any) -> None:
+        before = copy.deepcopy(self.state_dict())
+        try:
+            save(self, trainer, *args)
+        except NotFiniteError as error:
+            # Lightning has noted the new checkpoint in place of one that it would have removed.
+            vars(self).update(before)
+            rank_zero_warn(str(error))
+
+    return save_if_finite
+
+
 def install() -> None:
-    """Make ``ModelCheckpoint`` find a whole checkpoint, and replace links at once, in runs with ``PEFTStrategy``."""
+    """Make ``ModelCheckpoint`` find a whole checkpoint, keep good ones, and replace links at once.
+
+    All of it in runs with ``PEFTStrategy``.
+    """
     stock: Any = ModelCheckpoint
+    for name in _SAVES:
+        setattr(stock, name, _keeping(getattr(stock, name)))
     stock._find_last_checkpoints = _find_last_whole
     stock._link_checkpoint = staticmethod(_link_whole)

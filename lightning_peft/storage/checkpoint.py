@@ -68,6 +68,20 @@ def finish(checkpoint: dict[str, Any], model: ModelView, full: bool) -> None:
         checkpoint["state_dict"] = {name: state[name] for name in saved_tensors(model)}
 
 
+def trained(checkpoint: Mapping[str, Any], model: ModelView) -> dict[str, Tensor]:
+    """Return by name the tensors of ``checkpoint`` that training makes: what is trained, and optimizers' states of it.
+
+    Of those that have the size of a parameter: a single number may be infinite before the first step.
+    """
+    state = {clean_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
+    found = {name: state[name] for name in adapter_parameters_and_whole(model)}
+    for saved in checkpoint.get("optimizer_states", ()):
+        for name, entry in saved.get("state", {}).items():
+            values = {key: v for key, v in entry.items() if isinstance(v, Tensor)} if isinstance(entry, Mapping) else {}
+            found.update({f"{key} of {name}": value for key, value in values.items() if value.dim()})
+    return found
+
+
 def apply(checkpoint: Mapping[str, Any], model: ModelView, strict: bool = True) -> None:
     """Load the model part of a checkpoint into ``model``, which has the same adapters and is not merged.
 

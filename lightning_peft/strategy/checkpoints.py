@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_peft.callbacks.last import WritesDirectories
 from lightning_peft.core.view import ModelView
-from lightning_peft.errors import PEFTError, listed
+from lightning_peft.errors import NotFiniteError, PEFTError, listed
 from lightning_peft.files.leftovers import Claim, clean
 from lightning_peft.files.manifest import write_manifest
 from lightning_peft.files.writing import atomic_directory, atomic_file, os_errors, remove
@@ -26,6 +26,7 @@ from lightning_peft.storage import plain
 from lightning_peft.storage.readable import check_sums, objects, reading
 from lightning_peft.storage.saving import about
 from lightning_peft.strategy.leaving import Leaving
+from lightning_peft.tensors.finite import not_finite
 from lightning_peft.tensors.sharding import map_tensors, whole
 
 T = TypeVar("T")
@@ -104,10 +105,13 @@ class Checkpoints(WritesDirectories, Leaving):
         Pickles in it are run with ``weights_only=False`` alone, wherever the checkpoint comes from.
         """
         if files.is_directory(checkpoint_path):
-            return files.read_directory(checkpoint_path, weights_only, sharded=self._saves_shards)
-        with reading(checkpoint_path):
-            check_sums(checkpoint_path)
-            return plain.with_adapters(super().load_checkpoint(checkpoint_path, weights_only is not False))
+            checkpoint = files.read_directory(checkpoint_path, weights_only, sharded=self._saves_shards)
+        else:
+            with reading(checkpoint_path):
+                check_sums(checkpoint_path)
+                checkpoint = super().load_checkpoint(checkpoint_path, weights_only is not False)
+        self._note_saved(checkpoint_path, checkpoint)
+        return plain.with_adapters(checkpoint)
 
     @property
     def _saves_shards(self) -> bool:
@@ -122,6 +126,7 @@ class Checkpoints(WritesDirectories, Leaving):
                 plain.refuse_directory()
             return self._write_checkpoint(checkpoint, filepath, storage_options)
         files.finish(checkpoint, view, self._full_checkpoints)
+        self._refuse_not_finite(checkpoint, view)
         _warn_of_objects(checkpoint)
         if self._unloads:
             plain.leave_plain(checkpoint, view, self._full_checkpoints and not directory)
@@ -133,6 +138,25 @@ class Checkpoints(WritesDirectories, Leaving):
             self._write_checkpoint(checkpoint, filepath, storage_options)
         else:
             self._on_rank_zero(lambda: files.write_directory(checkpoint, filepath, view))
+        self._note_saved(filepath, checkpoint)
+
+    def _note_saved(self, path: Any, checkpoint: Mapping[str, Any] | None = None) -> None:
+        """Note that what is at ``path`` now is ``checkpoint``, or that nothing is there any more."""
+        resumable = checkpoint is not None and "optimizer_states" in checkpoint
+        self._saved = [*(known for known in self._saved if known != str(path)), *([str(path)] if resumable else [])]
+
+    def _refuse_not_finite(self, checkpoint: Mapping[str, Any], view: ModelView) -> None:
+        """Check that a run can go on from ``checkpoint``, before it takes the place of one from which it can.
+
+        Raises:
+            NotFiniteError: What is trained of it, or an optimizer's state, holds NaN or infinity on some process.
+        """
+        found = not_finite(files.trained(checkpoint, view))
+        if self.reduce(torch.tensor(float(bool(found)), device=self.root_device), reduce_op="sum"):
+            raise NotFiniteError(
+                f"{found[0] if found else 'A tensor on another process'} holds NaN or infinity: the run has diverged. "
+                "No run could go on from such a checkpoint, so it was not written, and earlier ones stay."
+            )
 
     def _on_rank_zero(self, write: Callable[[], T]) -> T | None:
         """Call ``write`` there and return what it does; where it fails, every process does, and none waits for it.
@@ -170,6 +194,7 @@ class Checkpoints(WritesDirectories, Leaving):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint; plugins that write files know nothing of directories."""
+        self._note_saved(filepath)
         if _is_remote(filepath) or not (os.path.isdir(filepath) or os.path.islink(filepath)):
             super().remove_checkpoint(filepath)
         elif self.is_global_zero:

@@ -64,6 +64,9 @@ class Leaving(Inventory):
                 "active one."
             )
             return
+        if self._diverged:
+            rank_zero_warn(f"The adapters stay unmerged: the run has diverged. {self._diverged}.")
+            return
         try:
             report = merge(self._module, unload=self._unloads)
         except NotFiniteError as error:

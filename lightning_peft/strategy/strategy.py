@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import suppress
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import Strategy
@@ -25,6 +25,7 @@ from lightning_peft.strategy.bases.names import base_names, strategy_from_name
 from lightning_peft.strategy.bases.spawn import PEFTMultiProcessingLauncher
 from lightning_peft.strategy.leaving import UNLOAD
 from lightning_peft.strategy.lifecycle import Lifecycle
+from lightning_peft.strategy.optimizers.finite import OnNonfinite
 from lightning_peft.targets.patterns import as_list
 
 _OF_METHODS = {
@@ -64,6 +65,9 @@ class PEFTStrategy(_Checked):
             not given, what the module names in an attribute ``train_also``, as the ready task with a new head does.
         train_mode: Put transformers models, which arrive in eval mode, into train mode when fit starts: in eval mode
             their dropout is off and gradient checkpointing does nothing.
+        on_nonfinite: What becomes of a step whose loss or gradients hold NaN or infinity, which no optimizer takes.
+            ``"stop"`` ends the run, ``"skip"`` leaves the step out, ``"restore"`` goes back to the adapters and the
+            optimizer's state of the last checkpoint. Ten such steps in a row end the run in any case.
         base_weights: A directory of safetensors that ``save_pretrained`` wrote, for a model that was built without
             weights (``trainer.init_module(empty_init=True)`` in ``configure_model``): they are loaded at ``setup``, one
             tensor at a time and by each process its own part.
@@ -83,6 +87,7 @@ class PEFTStrategy(_Checked):
         checkpoint: Literal["adapter", "full"] = "adapter",
         train_also: list[str] | str | None = None,
         train_mode: bool = True,
+        on_nonfinite: OnNonfinite = "stop",
         base_weights: str | None = None,
     ) -> None:
         let_in(PEFTStrategy)
@@ -101,6 +106,9 @@ class PEFTStrategy(_Checked):
             raise PEFTError(f"checkpoint={checkpoint!r} was given; it is 'adapter' or 'full'.")
         if merge_on_train_end not in (True, False, UNLOAD):
             raise PEFTError(f"merge_on_train_end={merge_on_train_end!r} was given; it is True, False or '{UNLOAD}'.")
+        if on_nonfinite not in get_args(OnNonfinite):
+            raise PEFTError(f"on_nonfinite={on_nonfinite!r} was given; it is 'stop', 'skip' or 'restore'.")
+        self._on_nonfinite = on_nonfinite
         self._full_checkpoints = checkpoint == "full"
         self._merge_on_train_end = merge_on_train_end
         self._train_also = None if train_also is None else as_list(train_also)

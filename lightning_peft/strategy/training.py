@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -18,6 +16,7 @@ from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.strategy import refusals
+from lightning_peft.strategy.optimizers.finite import FiniteSteps
 from lightning_peft.strategy.optimizers.optim import (
     held_parameters,
     restrict_to_trainable,
@@ -33,15 +32,13 @@ from lightning_peft.strategy.optimizers.schedule import (
 )
 
 
-class Training(Strategy):
+class Training(FiniteSteps):
     """Optimizers of adapters: their param groups, their steps and their state. ``super()`` is the base strategy."""
 
     methods: tuple[PEFTMethod, ...]
     _total_steps: int | None = None
     _stepped: set[int]
     """The optimizers that have stepped in this run, by id."""
-    _held: Mapping[int, str] = MappingProxyType({})
-    """The names of the module's parameters that optimizers held at ``setup``, by id."""
     _slots: Sequence[Slot]
     """Those of the modules that were adapted when the run began."""
     _ran: set[str]

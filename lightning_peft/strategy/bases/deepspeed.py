@@ -33,6 +33,7 @@ from lightning_peft.strategy import refusals
 from lightning_peft.strategy.bases.plain import PlainState
 from lightning_peft.strategy.bases.zero import ZeroState, refuse_leaves
 from lightning_peft.strategy.lifecycle import Lifecycle
+from lightning_peft.strategy.optimizers.finite import STOP
 from lightning_peft.strategy.optimizers.schedule import changes_gradients
 from lightning_peft.tensors.sharding import gathered, kept_part, whole
 
@@ -44,6 +45,7 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
 
     _has_whole_weights = False
     _leaves_frozen = False
+    _shows_gradients = False
     config: dict[str, Any]
     _engine: Any = None
     """DeepSpeed's engine of this run, or of the last one."""
@@ -63,6 +65,11 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
             raise PEFTError(
                 "checkpoint='full' was given on ZeRO-3, where every process holds a piece of the frozen weights, which "
                 "do not change. Use checkpoint='adapter', or stage 2."
+            )
+        if self._on_nonfinite != STOP:
+            raise PEFTError(
+                f"on_nonfinite={self._on_nonfinite!r} was given on DeepSpeed, which has the gradients of a step in "
+                "buffers of its own, where they cannot be left out. Use on_nonfinite='stop', or another base."
             )
         if changes_gradients(self.methods):
             raise PEFTError(
