@@ -49,7 +49,7 @@ def frozen_apart(model: ModelView) -> Frozen:
     free = {module for name in rest for module in _around(name)}
     still = {module for name in frozen for module in _around(name)} - free
     roots = tuple(n for n in model.modules if n in still and n.rpartition(".")[0] not in still)
-    originals = {root: name for root in roots if (name := _original(model, root, free)) is not None}
+    originals = {root: original for root in roots if (original := _original(model, root, free)) is not None}
     copies = {n: to + n[len(root) :] for root, to in originals.items() for n in model.modules if _is_inside(n, [root])}
     left = {name for name in model.modules if _is_inside(name, roots)} - copies.keys()
     return Frozen(roots, left, copies)

@@ -78,8 +78,11 @@ class FiniteSteps(Strategy):
             return None
         tensors = {"the loss": loss} if isinstance(loss, Tensor) else {}
         if self._shows_gradients and not self._scales():
-            with_gradient = [p for p in held_parameters([optimizer]) if p.grad is not None]
-            tensors.update({f"the gradient of {self._held.get(id(p), id(p))!r}": p.grad for p in with_gradient})
+            gradients = ((id(p), p.grad) for p in held_parameters([optimizer]))
+            named = {
+                f"the gradient of {self._held.get(key, key)!r}": grad for key, grad in gradients if grad is not None
+            }
+            tensors.update(named)
         suspect = is_suspect(tensors.values()).to(self.root_device, torch.float32)
         if not self.reduce(suspect, reduce_op="sum"):
             return None
