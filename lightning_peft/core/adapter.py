@@ -117,25 +117,34 @@ class Slot(nn.ModuleDict):
     """The adapter that runs, but for contexts that have something else run."""
     of_state: tuple[RemovableHandle, ...] = ()
     """The hooks by which :mod:`lightning_peft.operations.by_hand` watches states of the host being made and loaded."""
+    _handle: RemovableHandle | None
+    _handle_before: RemovableHandle | None
+    _handles_replace: tuple[RemovableHandle, ...]
 
-    def __init__(self, host: nn.Module, root: str) -> None:
+    def __init__(self, root: str) -> None:
         super().__init__()
         self.root = root
         """Name of the class of the module into which the adapters were injected."""
         self.active = ""
         self.run(None)
-        self.stand_ins = StandIns()
+        self.stand_ins, self._turn = StandIns(), Turn()
+        self._handle, self._handle_before, self._handles_replace = None, None, ()
         self.merged: dict[str, Any] | None = None
         """While merged: what :mod:`lightning_peft.operations.merge` needs to restore the weights."""
-        self.hook(host)
 
     def hook(self, host: nn.Module) -> None:
-        """Have ``host`` call the active adapter."""
+        """Have ``host`` call the active adapter, before it runs too, or read what that replaces, if that is wanted."""
         # First of all hooks: beside a layer that tensor parallelism has split, the next one gathers the output.
-        self._handle = host.register_forward_hook(self._run, with_kwargs=True, prepend=True)
-        self._handle_before: RemovableHandle | None = None
-        self._handles_replace: list[RemovableHandle] = []
-        self._turn = Turn()
+        if self._handle is None:
+            self._handle = host.register_forward_hook(self._run, with_kwargs=True, prepend=True)
+        adapters = [adapter for adapter in self.values() if isinstance(adapter, Adapter)]
+        if self._handle_before is None and any(type(adapter).before is not Adapter.before for adapter in adapters):
+            self._handle_before = host.register_forward_pre_hook(self._run_before, with_kwargs=True)
+        if not self._handles_replace and any(adapter.replaces for adapter in adapters):
+            # One at a time: what is registered when an interrupt comes is known, and can be removed.
+            self._handles_replace = (host.register_forward_pre_hook(self._replace),)
+            # Also if the host fails, or stops early as in recomputing for activation checkpointing.
+            self._handles_replace += (host.register_forward_hook(self._put_back, always_call=True),)
 
     def _present(self) -> Adapter | None:
         """Return what the host is to call for its caller."""
@@ -150,21 +159,6 @@ class Slot(nn.ModuleDict):
     def _run_before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         adapter = self._present()
         return None if adapter is None else adapter.before(base, args, kwargs)
-
-    def hook_before(self, host: nn.Module) -> None:
-        """Let adapters that define it change what ``host`` is called with."""
-        defined = any(type(adapter).before is not Adapter.before for adapter in self.values())  # type: ignore[attr-defined]
-        if defined and self._handle_before is None:
-            self._handle_before = host.register_forward_pre_hook(self._run_before, with_kwargs=True)
-
-    def hook_replace(self, host: nn.Module) -> None:
-        """Let adapters that name weights of ``host`` replace them while it runs."""
-        if any(adapter.replaces for adapter in self.values()) and not self._handles_replace:  # type: ignore[union-attr]
-            self._handles_replace = [
-                host.register_forward_pre_hook(self._replace),
-                # Also if the host fails, or stops early as in recomputing for activation checkpointing.
-                host.register_forward_hook(self._put_back, always_call=True),
-            ]
 
     def _replace(self, base: nn.Module, args: tuple[Any, ...]) -> None:
         adapter = self._present()
@@ -210,11 +204,10 @@ class Slot(nn.ModuleDict):
 
     def remove_hook(self) -> None:
         """Take the forward hooks off the host."""
-        self._handle.remove()
-        if self._handle_before is not None:
-            self._handle_before.remove()
-        for handle in self._handles_replace:
-            handle.remove()
+        for handle in (self._handle, self._handle_before, *self._handles_replace):
+            if handle is not None:
+                handle.remove()
+        self._handle, self._handle_before, self._handles_replace = None, None, ()
 
     def remove_hooks_of_state(self) -> None:
         """Take :attr:`of_state` off the host."""
@@ -227,20 +220,26 @@ def attach(host: nn.Module, name: str, adapter: Adapter, active: str, root: str)
     """Hang ``adapter`` on ``host``, a part of a ``root``, under ``name``, and have the one called ``active`` run."""
     slot = host._modules.get(CHILD)
     if not isinstance(slot, Slot):
-        slot = Slot(host, root)
+        # First of all it is where it can be found, and taken off again.
+        slot = Slot(root)
         host.add_module(CHILD, slot)
     slot[name] = adapter
     # A model in eval mode stays in it: dropout and what else depends on the mode follow the host.
     slot.train(host.training)
-    slot.hook_before(host)
-    slot.hook_replace(host)
+    slot.hook(host)
     slot.activate(active)
 
 
-def detach(host: nn.Module) -> None:
-    """Take every adapter off ``host``."""
+def detach(host: nn.Module, name: str | None = None) -> None:
+    """Take every adapter off ``host``, or the one called ``name`` and what no other needs."""
     slot = host._modules[CHILD]
     assert isinstance(slot, Slot)
+    slot._modules.pop(name, None)  # type: ignore[arg-type]
+    if name is not None and len(slot):
+        slot.remove_hook()
+        slot.hook(host)
+        slot.activate(slot.active)
+        return
     slot.remove_hook()
     slot.remove_hooks_of_state()
     delattr(host, CHILD)
@@ -251,8 +250,6 @@ def restore_hooks(slots: Iterable[tuple[str, nn.Module, Slot]]) -> None:
     for _, host, slot in slots:
         slot.remove_hook()
         slot.hook(host)
-        slot.hook_before(host)
-        slot.hook_replace(host)
 
 
 def clean_name(name: str) -> str:

@@ -214,4 +214,4 @@ def keep(model: nn.Module, registry: Registry) -> None:
 
 def drop(model: nn.Module) -> None:
     """Forget the registry of ``model``."""
-    object.__delattr__(model, _ATTRIBUTE)
+    model.__dict__.pop(_ATTRIBUTE, None)

@@ -36,10 +36,9 @@ def watch(root: nn.Module, registry: Registry, hosts: Iterable[nn.Module]) -> No
         slot = host._modules[CHILD]
         assert isinstance(slot, Slot)
         slot.remove_hooks_of_state()
-        slot.of_state = (
-            host.register_load_state_dict_pre_hook(_before_loading_host),
-            slot.register_state_dict_post_hook(_after_saving),  # type: ignore[no-untyped-call]
-        )
+        # One at a time: what is registered when an interrupt comes is known, and can be removed.
+        slot.of_state = (host.register_load_state_dict_pre_hook(_before_loading_host),)
+        slot.of_state += (slot.register_state_dict_post_hook(_after_saving),)  # type: ignore[no-untyped-call]
 
 
 def unwatch(registry: Registry) -> None:
@@ -160,15 +159,18 @@ def _into_merged(host: nn.Module, slot: Slot, state: State, prefix: str) -> None
         if isinstance(value, Tensor) and value.shape == tensor.shape:
             write(tensor, whole(value))
     host_name = clean_name(prefix.rstrip("."))
+    tied = merged["tied"]
+
+    def note(again: dict[str, Any]) -> None:
+        # In place: hosts of one weight share it.
+        merged.clear()
+        merged.update(again, tied=tied)
+
     try:
-        _, again = fold_into(host_name, host, adapter, {id(own[name]) for name in untied}, keep=True)
+        fold_into(host_name, host, adapter, {id(own[name]) for name in untied}, True, note)
     except NotFiniteError:
         slot.merged = None  # what was loaded is there, beside the weight
         raise
-    # In place: hosts of one weight share it.
-    tied = merged["tied"]
-    merged.clear()
-    merged.update(again, tied=tied)
     state.update({prefix + name: host.get_parameter(name).detach() for name in _changed(host, slot)})
 
 

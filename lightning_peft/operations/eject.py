@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
 from lightning_peft.core.adapter import detach
 from lightning_peft.core.refusals import refuse_stand_in
 from lightning_peft.core.registry import registries, required, restore_changed, trained_whole
+from lightning_peft.core.to_the_end import to_the_end
 from lightning_peft.core.view import ModelView
 from lightning_peft.operations.inject import remove
 from lightning_peft.operations.merge import restore_weights
@@ -27,17 +30,24 @@ def eject(model: nn.Module) -> None:
     view = resharded(model)
     roots = required(view)
     refuse_stand_in(view, "eject")
-    restore_weights(view)
-    for _, tensor, value in trained_whole(view):
-        assign(tensor, value)
-    if unknown := restore_changed(view):
+    unknown: list[str] = []
+    to_the_end(partial(_take_out, view, [prefix for prefix, _, _ in roots], unknown))
+    if unknown:
         warnings.warn(
             f"{len(unknown)} frozen tensors of the base were written to, and no copies of them were kept, so they stay "
             f"as they are: {', '.join(unknown[:3])}. Load the base model again.",
             stacklevel=2,
         )
-    for prefix, _, registry in roots:
-        remove(view.part(prefix), registry)
+
+
+def _take_out(model: ModelView, roots: Sequence[str], unknown: list[str]) -> None:
+    """Give everything its old value, and detach all adapters; ``unknown`` gets the names of what has no old value."""
+    restore_weights(model)
+    for _, tensor, value in trained_whole(model):
+        assign(tensor, value)
+    unknown[:] = restore_changed(model)
+    for prefix in roots:
+        remove(model.part(prefix))
 
 
 def eject_unpickled(module: nn.Module) -> None:

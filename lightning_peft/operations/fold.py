@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.to_the_end import to_the_end
 from lightning_peft.errors import NotFiniteError, PEFTError
 from lightning_peft.operations.shards import gathered
 from lightning_peft.tensors.sharding import in_flat_pieces, kept_part, whole, write
@@ -30,8 +31,9 @@ def fold_into(
     adapter: Adapter,
     shared: Collection[int],
     keep: bool,
-) -> tuple[float, dict[str, Any]]:
-    """Merge one host.
+    note: Callable[[dict[str, Any]], None],
+) -> float:
+    """Merge one host: all is computed before anything is written, and what is being written is written to the end.
 
     Args:
         name: The adapted module's name, for messages.
@@ -39,36 +41,44 @@ def fold_into(
         adapter: Its adapter.
         shared: Ids of parameters that belong to other modules too: ``host`` gets new ones in their place.
         keep: Whether to keep what :func:`restore` needs; without, a weight needs no more memory than its change.
+        note: Is told what :func:`restore` needs, before a weight changes: each process keeps what it holds.
 
     Returns:
-        What rounding took, relative to the change, and what :func:`restore` needs: each process keeps what it holds.
+        What rounding took, relative to the change.
 
     Raises:
         NotFiniteError: The new weights would hold NaN or infinity. ``host`` is as it was.
     """
     weights = {name: host.get_parameter(name) for name in weight_names(adapter)}
+    own = [key for key, weight in weights.items() if id(weight) in shared]
     bias = host._parameters.get("bias")
     old_bias = None if bias is None else kept_part(bias).to("cpu", copy=True)
     backup: dict[str, Any] = {
-        key: weight if id(weight) in shared else kept_part(weight).to("cpu", copy=True) if keep else None
+        key: weight if key in own else kept_part(weight).to("cpu", copy=True) if keep else None
         for key, weight in weights.items()
     }
     with gathered(*_owners(host, adapter)):
         whole_bias = None if bias is None else whole(bias)
         before = {key: whole(weight_of(host) if key == "weight" else host.get_parameter(key)) for key in weights}
         stored, new_bias, loss = _folded(name, host, _whole_adapter(adapter), before, whole_bias)
-        for key, weight in weights.items():
-            if id(weight) in shared:
-                _set(host, key, nn.Parameter(stored[key].contiguous(), requires_grad=False))
-            else:
-                write(weight, stored[key])
+        new = {key: nn.Parameter(stored[key].contiguous(), requires_grad=False) for key in own}
         if whole_bias is None and new_bias is not None:
-            host.bias = nn.Parameter(new_bias.to(weights["weight"]), requires_grad=False)
+            new["bias"] = nn.Parameter(new_bias.to(weights["weight"]), requires_grad=False)
             backup["added_bias"] = True
         elif bias is not None and new_bias is not None and new_bias is not whole_bias:
+            weights["bias"], stored["bias"] = bias, new_bias
             backup["bias"] = old_bias
-            write(bias, new_bias)
-    return loss, backup
+
+        def put() -> None:
+            note(backup)
+            for key, weight in weights.items():
+                if key not in new:
+                    write(weight, stored[key])
+            for key, parameter in new.items():
+                _set(host, key, parameter)
+
+        to_the_end(put)
+    return loss
 
 
 def merged_values(host: nn.Module, adapter: Adapter, values: Mapping[str, Tensor], name: str = "") -> dict[str, Tensor]:
@@ -112,7 +122,7 @@ def restore(host: nn.Module, backup: dict[str, Any]) -> None:
         if old is None:
             raise PEFTError(
                 "merge(model, unload=True) was interrupted: it keeps no copies, so the weights that it has changed "
-                "cannot be restored. Load the base model again."
+                "cannot be restored. Call it again to finish it, or load the base model again."
             )
         if isinstance(old, nn.Parameter):
             _set(host, name, old)

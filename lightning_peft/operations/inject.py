@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from lightning_peft.core.adapter import CHILD, Slot, attach, clean_name, detach
 from lightning_peft.core.method import PEFTMethod, methods_of
 from lightning_peft.core.refusals import refuse_foreign_adapters, refuse_lazy, refuse_merged, refuse_stand_in
 from lightning_peft.core.registry import Registry, drop, keep, own_registry, refuse_part, registries, required
+from lightning_peft.core.to_the_end import to_the_end
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.by_hand import unwatch, watch
@@ -100,15 +102,36 @@ def prepare_injection(
 
 
 def inject_prepared(model: ModelView, prepared: Prepared, name: str) -> list[str]:
-    """Freeze ``model``, attach what was prepared for it, and return what :func:`inject` returns."""
-    registry = own_registry(model.module) or freeze(model, name, prepared.whole, prepared.chosen)
-    registry.methods[name] = prepared.methods
-    registry.hosts[name] = prepared.hosts
-    for host, adapter in prepared.adapters.items():
-        attach(prepared.modules[host], name, adapter, registry.active, model.kind)
-    watch(model.module, registry, {**{name: host for name, host, _ in model.slots}, **prepared.modules}.values())
-    _forget_compiled()
+    """Freeze ``model``, attach what was prepared for it, and return what :func:`inject` returns.
+
+    If it is interrupted, the model is as it was before.
+    """
+    present = own_registry(model.module)
+    try:
+        registry = present or freeze(model, name, prepared.whole, prepared.chosen)
+        registry.methods[name] = prepared.methods
+        registry.hosts[name] = prepared.hosts
+        for host, adapter in prepared.adapters.items():
+            attach(prepared.modules[host], name, adapter, registry.active, model.kind)
+        watch(model.module, registry, {**{name: host for name, host, _ in model.slots}, **prepared.modules}.values())
+        _forget_compiled()
+    except BaseException:
+        to_the_end(partial(_take_back, model, prepared, name, present))
+        raise
     return [*prepared.hosts, *registry.chosen]
+
+
+def _take_back(model: ModelView, prepared: Prepared, name: str, present: Registry | None) -> None:
+    """Undo an injection that was interrupted, of a further adapter if there was a registry ``present``."""
+    for host in prepared.modules.values():
+        if CHILD in host._modules:
+            detach(host, name)
+    if present is None:
+        thaw(model)
+        return
+    present.methods.pop(name, None)
+    present.hosts.pop(name, None)
+    watch(model.module, present, [host for _, host, _ in model.slots])
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -128,21 +151,30 @@ def set_adapter(model: nn.Module, name: str) -> None:
         raise PEFTError(f"There is no adapter {name!r}. Adapters: {', '.join(known)}.")
     refuse_merged(view, "switch adapters")
     refuse_stand_in(view, "switch adapters")
-    for prefix, _, registry in found:
-        if name not in registry.methods:
-            continue
+    to_the_end(partial(_activate, view, [(p, registry) for p, _, registry in found if name in registry.methods], name))
+
+
+def _activate(model: ModelView, roots: Sequence[tuple[str, Registry]], name: str) -> None:
+    for prefix, registry in roots:
         registry.active = name
-        for _, _, slot in view.part(prefix).slots:
+        for _, _, slot in model.part(prefix).slots:
             slot.activate(name)
 
 
-def remove(root: ModelView, registry: Registry) -> None:
+def remove(root: ModelView) -> None:
     """Detach the adapters of ``root``, give its parameters their old ``requires_grad``, forget the registry."""
-    unwatch(registry)
     for _, host, slot in root.slots:
         # A part's adapters go with what is around it, before the part is asked.
         if host._modules.get(CHILD) is slot:
             detach(host)
+    thaw(root)
+
+
+def thaw(root: ModelView) -> None:
+    """Undo :func:`freeze`, however far it came."""
+    if (registry := own_registry(root.module)) is None:
+        return
+    unwatch(registry)
     for parameter_name, parameter in root.parameters.items():
         parameter.requires_grad_(registry.requires_grad.get(parameter_name, parameter.requires_grad))
         parameter.grad = None
@@ -163,15 +195,16 @@ def freeze(model: ModelView, name: str, whole: Sequence[str], chosen: Sequence[s
         requires_grad={n: p.requires_grad for n, p in parameters.items()},
         frozen=frozen_apart(model).roots,
     )
+    registry.whole = {n: host_copy(t) for n, t in changing_tensors(model, chosen, whole).items()}
+    buffers = {n: buffer for n, buffer in model.buffers.items() if id(buffer) not in inside}
+    registry.buffers = {n: host_copy(buffer) for n, buffer in buffers.items() if n not in registry.whole}
+    # What it takes to go back is kept before anything changes.
+    keep(model.module, registry)
     for parameter in parameters.values():
         parameter.requires_grad_(False)
         parameter.grad = None
     for parameter_name in {*chosen, *parameter_names(model, whole)}:
         parameters[parameter_name].requires_grad_(True)
-    registry.whole = {n: host_copy(t) for n, t in changing_tensors(model, chosen, whole).items()}
-    buffers = {n: buffer for n, buffer in model.buffers.items() if id(buffer) not in inside}
-    registry.buffers = {n: host_copy(buffer) for n, buffer in buffers.items() if n not in registry.whole}
-    keep(model.module, registry)
     return registry
 
 
@@ -179,7 +212,7 @@ def _check_state(model: ModelView, registry: Registry | None, name: str, whole: 
     if not _NAME.fullmatch(name):
         raise PEFTError(f"The adapter name {name!r} was given; letters, digits, '_' and '-' make a name.")
     # What holds adapters by name has attributes of its own, and what wrappers are called is left out of names.
-    if hasattr(Slot(nn.Identity(), ""), name) or not clean_name(name):
+    if hasattr(Slot(""), name) or not clean_name(name):
         raise PEFTError(f"The adapter name {name!r} was given, which means something else here. Choose another name.")
     if registry is not None and name in registry.methods:
         raise PEFTError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 
 from lightning_peft.core.adapter import Adapter, Slot
 from lightning_peft.core.refusals import refuse_stand_in
-from lightning_peft.core.registry import note_unloaded, required
+from lightning_peft.core.registry import Registry, note_unloaded, required
+from lightning_peft.core.to_the_end import to_the_end
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import NotFiniteError, PEFTError
 from lightning_peft.operations.fold import check_fold, fold_into, restore, weight_names
@@ -64,7 +66,8 @@ def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
 
     Raises:
         PEFTError: There are no adapters; one holds NaN or infinity, or merged would make a weight hold it; ``unload``
-            and one cannot be merged; or a weight that would have to be untied is in pieces. No weight has changed.
+            and one cannot be merged; or a weight that would have to be untied is in pieces. No weight has changed; nor
+            has one if the merge is interrupted, but with ``unload``, where the next call finishes what was begun.
     """
     view = resharded(model)
     roots = required(view)
@@ -85,13 +88,13 @@ def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
             check_fold(name, host, adapter)
     try:
         losses = _fold_all(view, new, keep=not unload)
-    except NotFiniteError:
-        _restore([(host, slot) for _, host, slot, _ in new])
+    except BaseException:
+        # For good, what is merged stays so: each host is merged or not, and the next call goes on.
+        if not unload:
+            to_the_end(partial(_restore, [(host, slot) for _, host, slot, _ in new]))
         raise
     if unload:
-        for prefix, root, registry in roots:
-            remove(view.part(prefix), registry)
-            note_unloaded(root)
+        to_the_end(partial(_remove, view, roots))
     worst = max(losses, key=lambda name: losses[name], default="")
     mean = sum(losses.values()) / len(losses) if losses else 0.0
     return MergeReport(len(todo), mean, losses.get(worst, 0.0), worst, kept)
@@ -112,7 +115,7 @@ def unmerge(model: nn.Module) -> None:
 @torch.no_grad()
 def restore_weights(model: ModelView) -> None:
     """Give every merged weight its old values back, if there are some."""
-    _restore([(host, slot) for _, host, slot in model.slots])
+    to_the_end(partial(_restore, [(host, slot) for _, host, slot in model.slots]))
 
 
 def _restore(hosts: Iterable[tuple[nn.Module, Slot]]) -> None:
@@ -123,6 +126,12 @@ def _restore(hosts: Iterable[tuple[nn.Module, Slot]]) -> None:
         for config in slot.merged["tied"]:
             config.tie_word_embeddings = True
         slot.merged = None
+
+
+def _remove(view: ModelView, roots: Sequence[tuple[str, nn.Module, Registry]]) -> None:
+    for prefix, root, _ in roots:
+        note_unloaded(root)
+        remove(view.part(prefix))
 
 
 def is_merged(model: nn.Module) -> bool:
@@ -174,10 +183,18 @@ def _fold_all(model: ModelView, hosts: Sequence[_Host], keep: bool) -> dict[str,
             slot.merged = written[id(weights[0])]
             continue
         untied = set() if adapter.follows_ties else shared & {id(weight) for weight in weights}
-        losses[name], slot.merged = fold_into(name, host, adapter, untied, keep=keep)
-        slot.merged["tied"] = _declare_untied(model) if untied else []
+        note = partial(_note, slot, _tied_configs(model) if untied else [])
+        losses[name] = fold_into(name, host, adapter, untied, keep, note)
+        assert slot.merged is not None
         written[id(weights[0])] = slot.merged
     return losses
+
+
+def _note(slot: Slot, tied: list[Any], backup: dict[str, Any]) -> None:
+    """Note that the adapter of ``slot`` is being merged, and tell the configurations ``tied`` that weights are not."""
+    slot.merged = {**backup, "tied": tied}
+    for config in tied:
+        config.tie_word_embeddings = False
 
 
 def can_merge(host: nn.Module, adapter: Adapter) -> bool:
@@ -221,14 +238,11 @@ def _refuse_non_finite(hosts: Sequence[_Host]) -> None:
                 )
 
 
-def _declare_untied(model: ModelView) -> list[Any]:
-    """Tell transformers models that head and embedding are no longer one, or saving would keep only one of them."""
-    configs: list[Any] = [
+def _tied_configs(model: ModelView) -> list[Any]:
+    """Return what says of transformers models that head and embedding are one: saving would keep only one of them."""
+    return [
         config
         for name in transformers_models(model)
         for _, part in model.part(name).walked
         if getattr(config := cast(Any, part.__dict__.get("config")), "tie_word_embeddings", False) is True
     ]
-    for config in configs:
-        config.tie_word_embeddings = False
-    return configs

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
 from lightning_peft.core.registry import registries
+from lightning_peft.core.to_the_end import to_the_end
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.by_hand import watch
-from lightning_peft.operations.inject import freeze
+from lightning_peft.operations.inject import freeze, thaw
 from lightning_peft.operations.prepare import whole_names
 
 
@@ -39,6 +41,10 @@ def freeze_rest(model: nn.Module, train_also: Sequence[str] = ()) -> list[str]:
                     f"train_also to inject({prefix}, ...), or leave the injection to the strategy."
                 )
     trainable = [name for name, parameter in view.parameters.items() if parameter.requires_grad]
-    registry = freeze(view, parts[0][2].active, whole, ())
-    watch(view.module, registry, ())
+    try:
+        registry = freeze(view, parts[0][2].active, whole, ())
+        watch(view.module, registry, ())
+    except BaseException:
+        to_the_end(partial(thaw, view))
+        raise
     return [name for name in trainable if name in registry.requires_grad and name not in registry.whole]

@@ -7,8 +7,9 @@ quantised while it is read. What it computes is seen by running it on another we
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
+from lightning_peft.core.to_the_end import to_the_end
 from lightning_peft.tensors.shadow import shadow, unshadow
 from lightning_peft.tensors.sharding import full_shape, in_zero_pieces
 from lightning_peft.tensors.weights import (
@@ -179,6 +181,11 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
                 part._buffers.update({name: None if b is None else b.clone() for name, b in part._buffers.items()})
             yield
         finally:
-            for part, own in kept.items():
-                part.__dict__.clear()
-                part.__dict__.update(own)
+            to_the_end(partial(_put_back, kept))
+
+
+def _put_back(kept: Mapping[nn.Module, dict[str, Any]]) -> None:
+    for part, own in kept.items():
+        part.__dict__.update(own)
+        for name in part.__dict__.keys() - own.keys():
+            del part.__dict__[name]
