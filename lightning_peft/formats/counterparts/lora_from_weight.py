@@ -88,7 +88,7 @@ class UnconvertedLoRAInHF(LoRAInHF):
         if init not in ("pissa", "olora"):
             raise PEFTError(
                 f"{source} was trained from init_lora_weights={init!r}, whose start HF PEFT draws at random and this "
-                "file does not hold: no reader can tell what was trained. Where it was trained, write it as plain LoRA by "
+                "file does not hold: no reader can tell what was trained. Write it as plain LoRA there, by "
                 "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
             )
         plain = super().read(root, {**config, "init_lora_weights": True}, shapes, source)
