@@ -20,8 +20,8 @@ class Part:
     """Name of that model in the whole."""
     adapter: str
     methods: tuple[PEFTMethod, ...]
-    hosts: list[str] = field(default_factory=list)
-    """The adapted modules."""
+    hosts: dict[str, int] = field(default_factory=dict)
+    """The adapted modules, with the position of the method."""
     chosen: list[str] = field(default_factory=list)
     """The base's parameters that the methods train."""
     train_also: list[str] = field(default_factory=list)
@@ -42,6 +42,8 @@ class Content:
     """Name in the model, relative to its root and without the adapter's name, by name in the file."""
     copies: Mapping[str, str]
     """Copies of base parameters, which HF PEFT writes for adapted embeddings: names as in ``names``."""
+    unused: frozenset[str] = frozenset()
+    """Names in the file of tensors that nothing reads."""
 
 
 def with_adapter(name: str, adapter: str) -> str:

@@ -159,12 +159,9 @@ class Counterpart(ABC):
         return found
 
 
-def for_methods(methods: Iterable[PEFTMethod]) -> Counterpart | None:
-    """Return the counterpart of ``methods``, if HF PEFT has one: never for several methods together."""
-    given = list(methods)
-    if len(given) != 1:
-        return None
-    return next((c for c in _COUNTERPARTS if c.method is type(given[0]) and c.writes(given[0])), None)
+def for_method(method: PEFTMethod) -> Counterpart | None:
+    """Return the counterpart of ``method``, if HF PEFT has one."""
+    return next((c for c in _COUNTERPARTS if c.method is type(method) and c.writes(method)), None)
 
 
 def for_config(config: Mapping[str, Any], source: str) -> Counterpart:

@@ -8,12 +8,13 @@ from typing import Any, cast
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats import counterparts as _counterparts  # noqa: F401 (importing it registers them)
+from lightning_peft.formats import additions as _additions  # noqa: F401 (importing them registers what is in them)
+from lightning_peft.formats import counterparts as _counterparts  # noqa: F401
+from lightning_peft.formats.addition import Addition, Form, Used, additions_to
 from lightning_peft.formats.content import Content, Part
-from lightning_peft.formats.counterpart import PREFIX, Counterpart, for_config
+from lightning_peft.formats.counterpart import PREFIX, for_config
 from lightning_peft.structure.plain import is_weighted
 from lightning_peft.targets.patterns import ALL_LINEAR, fullmatch
 
@@ -25,26 +26,33 @@ _HEADS = {
 """Modules that HF PEFT trains whole for a task; its configurations name them from release 0.9 on."""
 
 
-def config_of(root: ModelView, part: Part, counterpart: Counterpart) -> dict[str, Any]:
+def config_of(root: ModelView, part: Part, form: Form) -> dict[str, Any]:
     """Return ``adapter_config.json`` for the adapters of ``part`` on modules of ``root``."""
     name_or_path = getattr(getattr(root.module, "config", None), "_name_or_path", None)
-    method = _method_of(root, part)
+    used = _used(root, part)
+    main = used[form.main]
     return {
-        "peft_type": counterpart.peft_type,
+        "peft_type": form.counterpart.peft_type,
         "task_type": _task_type(root),
         "base_model_name_or_path": name_or_path or None,
         "inference_mode": True,
         "modules_to_save": part.train_also or None,
-        **counterpart.config(root, method, part.hosts, part.chosen),
+        **form.counterpart.config(root, main.method, main.hosts, part.chosen),
+        **{
+            addition.key: addition.value(root, main, [used[i] for i in at], part.chosen)
+            for addition, at in form.added.items()
+        },
     }
 
 
-def tensor_names(root: ModelView, part: Part, counterpart: Counterpart) -> dict[str, str]:
+def tensor_names(root: ModelView, part: Part, form: Form) -> dict[str, str]:
     """Return the name in the model, without the adapter's, by the name in the file."""
-    return {
-        **counterpart.names(root, _method_of(root, part), part.hosts, part.chosen),
-        **{f"{PREFIX}{parameter}": parameter for parameter in part.whole},
-    }
+    used = _used(root, part)
+    main = used[form.main]
+    names = form.counterpart.names(root, main.method, main.hosts, part.chosen)
+    for addition, at in form.added.items():
+        names |= addition.names(root, main, [used[i] for i in at], part.chosen)
+    return {**names, **{f"{PREFIX}{parameter}": parameter for parameter in part.whole}}
 
 
 def read_content(
@@ -60,22 +68,39 @@ def read_content(
     for name in shapes:
         if not (name.startswith(PREFIX) or counterpart.owns(name)):
             raise PEFTError(f"{source}: the tensor {name!r} does not start with {PREFIX!r}; it is no HF PEFT file.")
-    method = counterpart.read(root, config, shapes, source)
+    # Of modules trained whole there is a frozen original, of which HF PEFT writes the bias if biases are trained, and
+    # then their own bias twice.
+    unused = frozenset(name for name in shapes if ".original_module." in name or ".modules_to_save." in name)
+    shapes = {name: shape for name, shape in shapes.items() if name not in unused}
+    main = Used(method := counterpart.read(root, config, shapes, source), list(method.select(root)))
     rest = [name for name in shapes if not counterpart.owns(name)]
+    added: dict[Addition, list[Used]] = {}
+    for addition in additions_to(counterpart):
+        of_it = [n for n in rest if addition.owns(config, n) and not _in_listed(n.removeprefix(PREFIX), config)]
+        read = addition.read(root, config, of_it, shapes, source)
+        added[addition] = [Used(other, list(other.select(root))) for other in read]
+        rest = [name for name in rest if name not in of_it]
     train_also, copies = _whole(root, config, rest, source)
     whole = {name: name.removeprefix(PREFIX) for name in rest if name not in copies}
-    chosen = [name for name in method.trained(root) if name not in whole.values()]
-    hosts = list(method.select(root))
-    _refuse_lost(root, config, {*hosts, *train_also}, source)
-    again = {name: first for name, first in counterpart.repeats(root, method, hosts).items() if name in shapes}
-    names = {**again, **counterpart.names(root, method, hosts, chosen), **whole}
-    return Content((method,), train_also, names, copies)
+    methods = (method, *(used.method for others in added.values() for used in others))
+    chosen = [name for each in methods for name in each.trained(root) if name not in whole.values()]
+    again = {n: first for n, first in counterpart.repeats(root, method, main.hosts).items() if n in shapes}
+    names = {**again, **counterpart.names(root, method, main.hosts, chosen), **whole}
+    for addition, others in added.items():
+        names |= addition.names(root, main, others, chosen) if others else {}
+    _refuse_lost(root, config, {*main.hosts, *train_also}, source)
+    return Content(methods, train_also, names, copies, unused)
 
 
-def _method_of(root: ModelView, part: Part) -> PEFTMethod:
-    """Return the method with names that are relative to ``root``, as those of the file are."""
+def _used(root: ModelView, part: Part) -> list[Used]:
+    """Return the methods with names that are relative to ``root``, as those of the file are."""
     slots_of = {name: slot for name, _, slot in root.slots}
-    return part.methods[0].within({host: cast(Adapter, slots_of[host][part.adapter]) for host in part.hosts})
+    found = []
+    for position, method in enumerate(part.methods):
+        hosts = [host for host, owner in part.hosts.items() if owner == position]
+        own = method.within({host: cast(Adapter, slots_of[host][part.adapter]) for host in hosts})
+        found.append(Used(own, hosts))
+    return found
 
 
 def _task_type(root: ModelView) -> str | None:
@@ -119,14 +144,11 @@ def _whole(
     """Return the modules trained whole, from ``modules_to_save`` and the tensors, and the copies of base parameters."""
     if not rest:
         return (), {}
-    implied = _HEADS.get(str(config.get("task_type")), ())
-    listed = [*map(str, config.get("modules_to_save") or ()), *implied]
     wanted, copies = set(), {}
     for in_file in rest:
         name = in_file.removeprefix(PREFIX)
         base = name.replace(".base_layer.", ".")
-        module = name.rpartition(".")[0]
-        if any(part.endswith(ending) for part in _ancestors(module) for ending in listed):
+        if _in_listed(name, config):
             wanted.add(name)
         elif root.parameter(base) is not None:
             copies[in_file] = base
@@ -135,11 +157,21 @@ def _whole(
     found = [
         name
         for name, module in root.modules.items()
-        if any(name.endswith(ending) for ending in listed)
+        if any(name.endswith(ending) for ending in _listed(config))
         and (keys := {f"{name}.{key}" for key, _ in module.named_parameters()})
         and keys <= wanted
     ]
     return tuple(found), copies
+
+
+def _listed(config: Mapping[str, Any]) -> list[str]:
+    """Return endings of names of modules trained whole."""
+    return [*map(str, config.get("modules_to_save") or ()), *_HEADS.get(str(config.get("task_type")), ())]
+
+
+def _in_listed(parameter: str, config: Mapping[str, Any]) -> bool:
+    listed = _listed(config)
+    return any(part.endswith(ending) for part in _ancestors(parameter.rpartition(".")[0]) for ending in listed)
 
 
 def _ancestors(name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""This package's own format, for methods that HF PEFT has not, and for several methods together.
+"""This package's own format, for methods that HF PEFT has not, alone or together.
 
 The files are called as in HF PEFT's format, which refuses the ``peft_type``. Tensors are called as in the model,
 without the adapter's name.

@@ -105,6 +105,7 @@ class DoRA(LoRA):
         loraplus_lr_ratio: The learning rate of B is multiplied by this (LoRA+).
         freeze_A: Train B and the magnitudes alone (LoRA-FA).
         init: How A is drawn, as for :class:`LoRA`. B is zero.
+        lora_bias: Only :class:`LoRA` has one.
         fused_parts: Only :class:`LoRA` adapts parts of a layer.
     """
 

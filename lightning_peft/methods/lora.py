@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank.conv import ConvLoRAAdapter
 from lightning_peft.adapters.low_rank.embedding import EmbeddingLoRAAdapter
-from lightning_peft.adapters.low_rank.linear import LoRAAdapter
+from lightning_peft.adapters.low_rank.linear import BiasedLoRAAdapter, LoRAAdapter
 from lightning_peft.adapters.low_rank.making import Maker, ranks_and_scales, share_inputs
 from lightning_peft.adapters.low_rank.own_weights import attention_weights, own_weights
 from lightning_peft.adapters.low_rank.principal import PrincipalAdapter, is_principal
@@ -52,6 +52,7 @@ class LoRA(PEFTMethod):
         init: How A is drawn: ``kaiming`` as in the paper's code, or ``gaussian`` as in its text. B is zero. Or where A
             and B start in the weight: ``pissa``, at its largest singular values (``pissa_niter_16``: found faster, by
             as many iterations), or ``olora``, at its QR decomposition.
+        lora_bias: Give B a bias: W0 x + s · (B A x + b). Linear layers alone are adapted then.
         fused_parts: Of layers that compute query, key and value in one, adapt these parts alone, each with an A of its
             own: some of ``q``, ``k``, ``v``, as the paper's GPT-2 code does.
     """
@@ -80,6 +81,7 @@ class LoRA(PEFTMethod):
     loraplus_lr_ratio: float = 1.0
     freeze_A: bool = False
     init: str = "kaiming"
+    lora_bias: bool = False
     fused_parts: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -102,6 +104,12 @@ class LoRA(PEFTMethod):
         from_weight = ", 'pissa', 'pissa_niter_N' or 'olora'" if self.kinds is LoRA.kinds else ""
         if self.init not in ("kaiming", "gaussian") and not (from_weight and is_principal(str(self.init))):
             raise PEFTError(f"{me}: init={self.init!r} was given; it is 'kaiming', 'gaussian'{from_weight}.")
+
+        if self.lora_bias and (self.kinds is not LoRA.kinds or is_principal(self.init) or self.fused_parts):
+            raise PEFTError(
+                f"{me}: lora_bias=True was given; that goes with LoRA on whole layers, which starts at zero. Leave it "
+                "out, or train the layers' own biases beside it: [..., BitFit()]."
+            )
 
     def _check_parts(self) -> None:
         if self.fused_parts is None:
@@ -161,7 +169,7 @@ class LoRA(PEFTMethod):
 
     def targets_of(self, model: ModelView, hosts: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
         """Return those of :meth:`targets` that are ``hosts``; patterns are left alone where all terms stand beside."""
-        if all(any(kind.serves(module) for kind in self._kinds) for module in hosts.values()):
+        if all(any(kind.serves(module) for kind in self.adapter_kinds) for module in hosts.values()):
             return {host: {} for host in hosts}
         targets = self.targets(model)
         return {host: targets[host] for host in hosts}
@@ -232,7 +240,7 @@ class LoRA(PEFTMethod):
     def _maker(self, seed: int) -> Maker:
         return Maker(
             method=type(self).__name__,
-            kinds=self._kinds,
+            kinds=self.adapter_kinds,
             rank=lambda name: self.rank_and_alpha(name)[0],
             scale=lambda name, r: self._scale(r, self.rank_and_alpha(name)[1]),
             named=self._named,
@@ -251,12 +259,15 @@ class LoRA(PEFTMethod):
 
     def _adaptable(self, module: nn.Module) -> bool:
         changed = self._changes_weights and isinstance(module, nn.MultiheadAttention)
-        return changed or any(kind.serves(module) for kind in self._kinds)
+        return changed or any(kind.serves(module) for kind in self.adapter_kinds)
 
     @property
-    def _kinds(self) -> tuple[type[LoRAAdapter], ...]:
+    def adapter_kinds(self) -> tuple[type[LoRAAdapter], ...]:
+        """Those of :attr:`kinds` that are made, or what takes their place."""
+        if self.lora_bias:
+            return (BiasedLoRAAdapter,)
         return (PrincipalAdapter,) if is_principal(self.init) else self.kinds
 
     @property
     def _changes_weights(self) -> bool:
-        return self.changes_weights and not is_principal(self.init)
+        return self.changes_weights and not is_principal(self.init) and not self.lora_bias

@@ -144,8 +144,7 @@ def refuse_ties(model: ModelView) -> None:
     shared = model.shared
     for name, host, slot in model.slots:
         adapter = slot.active_adapter
-        # Nothing is merged that would add a parameter to a sharded module.
-        if adapter is None or adapter.adds_bias or adapter.follows_ties or not can_merge(host, adapter):
+        if adapter is None or adapter.follows_ties or not can_merge(host, adapter):
             continue
         if any(id(weight) in shared for weight in weights_of(host, adapter)):
             raise PEFTError(

@@ -104,7 +104,7 @@ class _Load:
             refuse_other_base(model, base if isinstance(base, dict) else {}, source, prefix)
         lead = f"{prefix}." if prefix else ""
         _refuse_changed_base(root, {name: stored.pop(key) for key, name in content.copies.items()}, source)
-        if extra := sorted(stored.keys() - {whole_of(key) for key in content.names}):
+        if extra := sorted(stored.keys() - {whole_of(key) for key in content.names} - content.unused):
             raise PEFTError(f"{source} holds {extra[0]!r}, which its configuration does not explain. It is damaged.")
         tensors = {
             f"{lead}{with_adapter(in_model, name)}": take(stored, key)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.registry import Registry, registries
 from lightning_peft.core.view import ModelView
+from lightning_peft.formats.addition import form_of
 from lightning_peft.formats.content import Part
-from lightning_peft.formats.counterpart import for_methods
 from lightning_peft.structure.inner_models import InnerModels
 
 
@@ -19,13 +20,17 @@ def parts_of(model: ModelView, names: Iterable[str] | None) -> tuple[list[Part],
         for adapter in registry.methods if names is None else [n for n in names if n in registry.methods]:
             listed = _full_names(registry_prefix, registry, adapter)
             methods = registry.methods[adapter]
-            own = for_methods(methods) is None or _has_bare(model, inner, listed)
+            position_of = {f"{registry_prefix}.{h}".strip("."): i for h, i in registry.hosts[adapter].items()}
+            own = _is_own(methods, position_of, inner, listed) or _has_bare(model, inner, listed)
             # HF PEFT reads one transformers model at a time; the own format has room for what is around it.
             common = _common_prefix(inner.transformers, registry_prefix, listed) if own else None
             for what, name in [(what, name) for what, full_names in listed.items() for name in full_names]:
                 prefix = inner.around(name) if common is None else common
                 part = parts.setdefault((prefix, adapter), Part(prefix, adapter, methods, own_format=own))
-                getattr(part, what).append(_relative(name, prefix))
+                if what == "hosts":
+                    part.hosts[_relative(name, prefix)] = position_of[name]
+                else:
+                    getattr(part, what).append(_relative(name, prefix))
     kept = [part for part in parts.values() if part.hosts or part.chosen]
     beside = [part for part in parts.values() if not (part.hosts or part.chosen)]
     rest = [
@@ -35,6 +40,20 @@ def parts_of(model: ModelView, names: Iterable[str] | None) -> tuple[list[Part],
         if not registry.methods
     ]
     return kept, [*(f"{part.prefix}.{name}".strip(".") for part in beside for name in part.whole), *rest]
+
+
+def _is_own(
+    methods: tuple[PEFTMethod, ...],
+    position_of: Mapping[str, int],
+    inner: InnerModels,
+    listed: Mapping[str, list[str]],
+) -> bool:
+    """Whether HF PEFT's format has no room for ``methods``: they stand beside one of them, in one model with it."""
+    form = form_of(methods)
+    if form is None or not form.added:
+        return form is None
+    around = {inner.around(host) for host, position in position_of.items() if position == form.main}
+    return any(inner.around(name) not in around for name in (*position_of, *listed["chosen"]))
 
 
 def _has_bare(model: ModelView, inner: InnerModels, listed: Mapping[str, list[str]]) -> bool:

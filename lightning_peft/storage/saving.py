@@ -18,8 +18,9 @@ from lightning_peft.files.contents import MARKER, write_json, write_tensors
 from lightning_peft.files.manifest import write_manifest
 from lightning_peft.files.writing import atomic_directory
 from lightning_peft.formats import hf, own
+from lightning_peft.formats.addition import Form, form_of
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, Part, with_adapter
-from lightning_peft.formats.counterpart import UNSAID, Counterpart, for_methods
+from lightning_peft.formats.counterpart import UNSAID
 from lightning_peft.formats.pieces import joined
 from lightning_peft.operations.shards import resharded
 from lightning_peft.storage.fingerprint import describe_base, identity
@@ -38,10 +39,11 @@ FILES = (CONFIG_FILE, TENSOR_FILE, MARKER, BESIDE_FILE)
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> None:
     """Write an adapter as a directory, in HF PEFT's format if HF PEFT has the method.
 
-    ``PeftModel.from_pretrained(base, path)`` reads that. Other methods, and several methods together, are written in a
-    format of this package's own, which HF PEFT refuses. A LightningModule that holds one model gives that model's
-    adapter; one that holds several gives a subdirectory for each. If a model is in pieces on several processes, each of
-    them has to call this, with one path or a path of its own.
+    ``PeftModel.from_pretrained(base, path)`` reads that. Other methods, and several methods together but for LoRA with
+    :class:`BitFit` and :class:`NewTokens`, are written in a format of this package's own, which HF PEFT
+    refuses. A LightningModule that holds one model gives that model's adapter; one that holds several gives a
+    subdirectory for each. If a model is in pieces on several processes, each of them has to call this, with one path or
+    a path of its own.
 
     Args:
         model: A model with adapters, merged or not.
@@ -111,33 +113,33 @@ def _write_part(directory: Path, model: ModelView, part: Part, state: Mapping[st
 
     Left out are those of which the file has another form: a run does not go on from them.
     """
-    root, counterpart = model.part(part.prefix), _counterpart(part)
+    root, form = model.part(part.prefix), _form(part)
     names, config = _names_and_config(root, part, state)
     directory.mkdir(parents=True, exist_ok=True)
     lead = f"{part.prefix}." if part.prefix else ""
-    adapters = {} if counterpart is None else adapters_of(model, lead, part.adapter)
+    adapters = {} if form is None else adapters_of(model, lead, part.adapter)
     tensors = {in_file: converted(adapters, in_model, state[in_model]) for in_file, in_model in names.items()}
     write_tensors(directory / TENSOR_FILE, joined(tensors))
     write_json(directory / CONFIG_FILE, config)
     marker = {"version": 1, "prefix": part.prefix, "base": describe_base(model, part.prefix)}
-    if counterpart is not None and (unsaid := counterpart.unsaid(part.methods[0])):
+    if form is not None and (unsaid := form.counterpart.unsaid(part.methods[form.main])):
         marker[UNSAID] = unsaid
     write_json(directory / MARKER, {**marker, "lightning": is_lightning_module(root.module)})
     return {in_file: in_model for in_file, in_model in names.items() if tensors[in_file] is state[in_model]}
 
 
-def _counterpart(part: Part) -> Counterpart | None:
-    return None if part.own_format else for_methods(part.methods)
+def _form(part: Part) -> Form | None:
+    return None if part.own_format else form_of(part.methods)
 
 
 def _names_and_config(root: ModelView, part: Part, state: Iterable[str]) -> tuple[dict[str, str], dict[str, Any]]:
     """Return what a part is in a file: the tensors' names in the model by their names there, and the configuration."""
-    lead, counterpart = f"{part.prefix}." if part.prefix else "", _counterpart(part)
-    if counterpart is None:
+    lead, form = f"{part.prefix}." if part.prefix else "", _form(part)
+    if form is None:
         relative = [name.removeprefix(lead) for name in state if name.startswith(lead)]
         names, config = own.tensor_names(part, relative), own.config_of(root, part)
     else:
-        names, config = hf.tensor_names(root, part, counterpart), hf.config_of(root, part, counterpart)
+        names, config = hf.tensor_names(root, part, form), hf.config_of(root, part, form)
     return {in_file: lead + with_adapter(in_root, part.adapter) for in_file, in_root in names.items()}, config
 
 

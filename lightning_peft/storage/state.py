@@ -181,7 +181,10 @@ def refuse_other_methods(
     Raises:
         PEFTError: They are not.
     """
-    theirs, ours = (" + ".join(names) for names in ([str(s.get("method")) for s in saved], [m.name for m in methods]))
+    saved_names, present = [str(config.get("method")) for config in saved], [method.name for method in methods]
+    if names_only:  # then the tensors' names tell whose they are, in whatever order the methods were given
+        saved_names, present = sorted(saved_names), sorted(present)
+    theirs, ours = " + ".join(saved_names), " + ".join(present)
     if theirs != ours:
         raise PEFTError(
             f"{source} was written with method {theirs!r}; this model has {ours!r}. Use the method that it was written "

@@ -5,7 +5,7 @@ from all_methods import OURS
 from families import ALL_FAMILIES
 
 from judges import hf_peft, report
-from lightning_peft.formats.counterpart import for_methods
+from lightning_peft.formats.counterpart import for_method
 
 
 @pytest.mark.parametrize("name", ["lora", "ia3", "layer_norm_tuning"])
@@ -18,7 +18,7 @@ def test_float64_is_that_of_peft(name: str) -> None:
 
 def test_every_method_that_peft_has_is_judged_by_it() -> None:
     judged = {type(method) for cases in hf_peft.of_peft().values() for _, method in cases}
-    assert judged == {cls for cls in OURS.values() if for_methods([cls()])}
+    assert judged == {cls for cls in OURS.values() if for_method(cls())}
 
 
 def test_the_matrix_has_every_cell() -> None:

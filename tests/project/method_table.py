@@ -12,7 +12,7 @@ from docstring_parser import parse
 
 import lightning_peft.storage.loading  # noqa: F401 (registers what is known of HF PEFT's format)
 from lightning_peft.core.method import PEFTMethod, registered_methods
-from lightning_peft.formats.counterpart import for_methods
+from lightning_peft.formats.counterpart import for_method
 
 ROOT = Path(__file__).resolve().parents[2]
 README, METHODS = ROOT / "README.md", ROOT / "examples" / "docs" / "methods.md"
@@ -24,7 +24,7 @@ def row(method: type[PEFTMethod]) -> str:
     """Give name, paper (from the head of the method's file), and what the class says of itself."""
     arxiv = re.search(r"arXiv:(\d{4}\.\d{4,5})", inspect.getmodule(method).__doc__ or "")
     paper = f"[{arxiv[1]}](https://arxiv.org/abs/{arxiv[1]})" if arxiv else "none"
-    counterpart = for_methods([method()])
+    counterpart = for_method(method())
     cells = [
         f"`{method.__name__}`",
         paper,

@@ -121,3 +121,38 @@ class LoRAAdapter(Adapter):
     def extra_repr(self) -> str:
         """Show what parameters do not."""
         return f"scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+class BiasedLoRAAdapter(LoRAAdapter):
+    """h = W0 x + scale · (B A x + b); b ``[out]``, zero at the start."""
+
+    adds_bias = True
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {**LoRAAdapter.axes, "lora_B_bias": ("out",)}
+
+    def __init__(self, host: nn.Module, *args: Any) -> None:
+        super().__init__(host, *args)
+        shape = self.shapes(host, 1)["lora_B_bias"]
+        self.lora_B_bias = nn.Parameter(torch.zeros(shape, **tensor_options(host)))
+
+    @staticmethod
+    def shapes(host: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A, B and the bias."""
+        shapes = LoRAAdapter.shapes(host, r)
+        return {**shapes, "lora_B_bias": shapes["lora_B"][:1]}
+
+    def reset_parameters(self) -> None:
+        """Draw A, and set B and the bias to zero."""
+        super().reset_parameters()
+        if "lora_B_bias" in self._parameters:  # not yet while the matrices are made
+            nn.init.zeros_(self.lora_B_bias)
+
+    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Add the low-rank term and the bias to ``output`` ``[..., out]``."""
+        changed = super().forward(base, args, kwargs, output)
+        return torch.add(changed, self.lora_B_bias.to(changed.dtype), alpha=self.scale)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return W0 + scale · B A, and the layer's bias with scale · b in it."""
+        weight, bias = super().fold(weight, bias)
+        own = self.scale * self.lora_B_bias.detach().to(weight.dtype)
+        return weight, own if bias is None else bias + own

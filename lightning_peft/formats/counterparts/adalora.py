@@ -47,8 +47,6 @@ class AdaLoRAInHF(Counterpart):
     def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the AdaLoRA, with the ranks that are left."""
         require_numbers(config, (*_SAME, "lora_alpha"), source)
-        if config.get("bias", "none") != "none":
-            raise PEFTError(f"{source} uses bias={config['bias']!r}, which is not plain AdaLoRA and cannot be read.")
         hosts = self.hosts(root, shapes, source)
         ranks = {host: _rank(host, config, shapes, source) for host in hosts}
         return AdaLoRA(

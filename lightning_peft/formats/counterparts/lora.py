@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import regex
@@ -25,20 +26,26 @@ from lightning_peft.targets.patterns import as_list, fullmatch
 from lightning_peft.tensors.weights import is_conv1d
 
 _LINEAR = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
+_BIAS = {"lora_B.bias": "lora_B_bias"}
 _EMBEDDING = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
 
 # Keys that change what the tensors mean, with the values that leave them plain LoRA.
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     **dict.fromkeys(
         (
-            *("lora_bias", "layer_replication", "trainable_token_indices"),
-            *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config"),
+            *("layer_replication", "use_qalora"),
+            *("use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config"),
             *("monteclora_config", "megatron_config"),
         ),
         (False, None, {}, []),
     ),
+}
+# Keys of biases and rows of embeddings, which servers do not take, likewise.
+_ALONE: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "lora_bias": (False, None),
+    "trainable_token_indices": (None, {}, []),
 }
 
 
@@ -61,7 +68,7 @@ class LoRAInHF(Counterpart):
 
     method: ClassVar[type[LoRA]] = LoRA
     peft_type = "LORA"
-    parameters: ClassVar[Mapping[str, str]] = {**ENDINGS, **_EMBEDDING}
+    parameters: ClassVar[Mapping[str, str]] = {**ENDINGS, **_EMBEDDING, **_BIAS}
 
     def writes(self, method: PEFTMethod) -> bool:
         """Whether ``method`` starts from zero."""
@@ -69,11 +76,14 @@ class LoRAInHF(Counterpart):
 
     def reads(self, config: Mapping[str, Any]) -> bool:
         """Tell LoRA and DoRA apart."""
-        return bool(config.get("use_dora", False)) == self.use_dora and UNSAID not in config
+        plain = self.use_dora or not is_principal(str(config.get("init_lora_weights")))
+        return bool(config.get("use_dora", False)) == self.use_dora and UNSAID not in config and plain
 
     def parameters_of(self, module: nn.Module, method: Any) -> Mapping[str, str]:
         """Return other names for embeddings."""
-        return _EMBEDDING if isinstance(module, nn.Embedding) else _LINEAR
+        if isinstance(module, nn.Embedding):
+            return _EMBEDDING
+        return _LINEAR | _BIAS if method is not None and method.lora_bias else _LINEAR
 
     def names(self, root: ModelView, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
         """Return the name in the model of every tensor, by its name in the file."""
@@ -110,6 +120,7 @@ class LoRAInHF(Counterpart):
             "use_rslora": method.use_rslora,
             "use_dora": self.use_dora,
             "bias": "none",
+            "lora_bias": method.lora_bias,
             "fan_in_fan_out": bool(whole) and all(is_conv1d(modules[host]) for host in whole),
             "init_lora_weights": "gaussian" if method.init == "gaussian" else True,
         }
@@ -117,17 +128,19 @@ class LoRAInHF(Counterpart):
     def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the LoRA; refuse what is not plain."""
         _refuse_unknown(config, source)
-        targets = self._targets(root, config, shapes, source)
+        said = self.method(lora_bias=bool(config.get("lora_bias", False)))
+        targets = self._targets(root, said, config, shapes, source)
         modules, ranks, alphas = root.modules, {}, {}
         for host, weights in targets.items():
             for name in dict.fromkeys(weights.values() or [host]):
                 ranks[name] = _pattern(config, "rank_pattern", "r", name, source)
                 alphas[name] = _pattern(config, "alpha_pattern", "lora_alpha", name, source)
-            self._check_shapes(host, modules[host], weights, ranks, shapes, source)
+            self._check_shapes(said, host, modules[host], weights, ranks, shapes, source)
         whole = [name for name in ranks if name in modules]
         inside = parameter_targets(ranks.keys() - set(whole), root)
         among = targets_from(whole, root) if whole else []
-        return self.method(
+        return replace(
+            said,
             r=config["r"],
             alpha=config["lora_alpha"],
             dropout=0.0 if any(targets.values()) else config.get("lora_dropout", 0.0),
@@ -141,7 +154,7 @@ class LoRAInHF(Counterpart):
         return tensors_of(module, weights) if weights else self.parameters_of(module, method)
 
     def _targets(
-        self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str
+        self, root: ModelView, said: LoRA, config: Mapping[str, Any], shapes: Shapes, source: str
     ) -> dict[str, dict[str, str]]:
         """Return the adapted modules, each with those of its weights that are changed where they are read."""
         found = self.grouped(shapes, source)
@@ -151,11 +164,11 @@ class LoRAInHF(Counterpart):
         for host, endings in found.items():
             module = modules[host]
             targets[host] = weights_in(host, module, listed) if self.method.changes_weights else {}
-            if not targets[host] and not any(kind.serves(module) for kind in self.method.kinds):
+            if not targets[host] and not any(kind.serves(module) for kind in said.adapter_kinds):
                 raise PEFTError(
                     f"{source} adapts {host!r}, which is a {type(module).__name__} here. Load its own base model."
                 )
-            if endings != set(expected := self._tensors_of(module, None, targets[host])):
+            if endings != set(expected := self._tensors_of(module, said, targets[host])):
                 raise PEFTError(
                     f"{source}: {host!r} has {', '.join(sorted(endings))} alone; {', '.join(expected)} were expected. "
                     "It is damaged."
@@ -164,6 +177,7 @@ class LoRAInHF(Counterpart):
 
     def _check_shapes(
         self,
+        said: LoRA,
         host: str,
         module: nn.Module,
         weights: Mapping[str, str],
@@ -171,14 +185,14 @@ class LoRAInHF(Counterpart):
         shapes: Shapes,
         source: str,
     ) -> None:
-        for suffix, parameter in self._tensors_of(module, None, weights).items():
+        for suffix, parameter in self._tensors_of(module, said, weights).items():
             if weights:
                 weight = next(w for w in weights if parameter.startswith(f"factors.{key_of(w)}."))
                 r = ranks[weights[weight]]
                 expected: tuple[int, ...] = factor_shapes(module, weight, r)[parameter.endswith("B")]
             else:
                 r = ranks[host]
-                expected = next(kind for kind in self.method.kinds if kind.serves(module)).shapes(module, r)[parameter]
+                expected = next(kind for kind in said.adapter_kinds if kind.serves(module)).shapes(module, r)[parameter]
             given = shapes.get(f"{PREFIX}{host}.{suffix}")
             if given != expected:
                 raise PEFTError(
@@ -201,9 +215,9 @@ def read_low_rank(
     reader = LoRAInHF()
     if config.get("peft_type") != reader.peft_type:
         raise PEFTError(f"{source} is an adapter of type {config.get('peft_type')!r}; {reader.peft_type} can be read.")
-    if not reader.reads(config):
+    if config.get("use_dora"):
         raise PEFTError(f"{source} uses use_dora={config['use_dora']!r}, which is not plain LoRA.")
-    _refuse_unknown(config, source)
+    _refuse_unknown(config, source, _PLAIN | _ALONE)
     grouped = reader.grouped(shapes, source)
     found = {}
     for host, kinds in sorted(grouped.items()):
@@ -232,9 +246,11 @@ def _only_here(name: str) -> str:
     return f"^{regex.escape(name)}"
 
 
-def _refuse_unknown(config: Mapping[str, Any], source: str) -> None:
+def _refuse_unknown(
+    config: Mapping[str, Any], source: str, values: Mapping[str, tuple[Any, ...]] = MappingProxyType(_PLAIN)
+) -> None:
     require_numbers(config, ("r", "lora_alpha"), source)
-    for key, plain in _PLAIN.items():
+    for key, plain in values.items():
         if key in config and config[key] not in plain:
             raise PEFTError(f"{source} uses {key}={config[key]!r}, which is not plain LoRA and cannot be read.")
 

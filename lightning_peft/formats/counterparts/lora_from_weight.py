@@ -68,6 +68,34 @@ class LoRAFromWeightInHF(LoRAInHF):
         return found
 
 
+class UnconvertedLoRAInHF(LoRAInHF):
+    """``LORA`` as HF PEFT leaves it if it is not given the start: it works the start out of the base again."""
+
+    method = LoRA
+
+    def writes(self, method: PEFTMethod) -> bool:
+        """Never: other readers of LoRA would take the start for a part of the change."""
+        return False
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        """Whether a configuration names such a start, and does not come from here."""
+        named = is_principal(str(config.get("init_lora_weights")))
+        return named and not config.get("use_dora") and UNSAID not in config
+
+    def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
+        """Return the LoRA, whose adapters find the start in the weights of ``root``."""
+        init = str(config["init_lora_weights"])
+        if init not in ("pissa", "olora"):
+            raise PEFTError(
+                f"{source} was trained from init_lora_weights={init!r}, whose start HF PEFT draws at random and this "
+                "file does not hold: no reader can tell what was trained. Write it as plain LoRA there, by "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+            )
+        plain = super().read(root, {**config, "init_lora_weights": True}, shapes, source)
+        assert isinstance(plain, LoRA)
+        return replace(plain, init=init)
+
+
 def _said(config: Mapping[str, Any]) -> Any:
     unsaid = config.get(UNSAID)
     return unsaid.get("init") if isinstance(unsaid, Mapping) else None

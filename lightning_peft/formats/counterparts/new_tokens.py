@@ -27,7 +27,7 @@ class NewTokensInHF(Counterpart):
 
     def config(self, root: ModelView, method: NewTokens, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
         """Return the tokens, counted from the first row, and the embeddings."""
-        first = _first(root, hosts)
+        first = first_of_each(root, hosts)
         tokens, *others = [method.tokens(name, embedding) for name, embedding in first.items()]
         if any(other != tokens for other in others):
             raise PEFTError(
@@ -47,20 +47,22 @@ class NewTokensInHF(Counterpart):
                     f"{source}: the rows of {host!r} have the shape {list(shape)}; one for each of the configuration's "
                     f"token_indices={tokens!r} was expected. It is damaged."
                 )
-        return NewTokens(token_indices=list(tokens or ()), target_modules=targets_from(_first(root, hosts), root))
+        return NewTokens(
+            token_indices=list(tokens or ()), target_modules=targets_from(first_of_each(root, hosts), root)
+        )
 
     def names(self, root: ModelView, method: NewTokens, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
         """Return the names of the rows, which are those of the first module that has them."""
-        return {f"{PREFIX}{host}.{_ROWS}": f"{host}.{CHILD}.rows.{_ROWS}" for host in _first(root, hosts)}
+        return {f"{PREFIX}{host}.{_ROWS}": f"{host}.{CHILD}.rows.{_ROWS}" for host in first_of_each(root, hosts)}
 
     def repeats(self, root: ModelView, method: NewTokens, hosts: Iterable[str]) -> dict[str, str]:
         """Return the rows of what shares a weight, a tied head's."""
         hosts, modules = list(hosts), root.modules
-        first = {id(module.weight): name for name, module in _first(root, hosts).items()}
+        first = {id(module.weight): name for name, module in first_of_each(root, hosts).items()}
         return {f"{PREFIX}{host}.{_ROWS}": f"{first[id(modules[host].weight)]}.{CHILD}.rows.{_ROWS}" for host in hosts}
 
 
-def _first(root: ModelView, hosts: Iterable[str]) -> dict[str, Any]:
+def first_of_each(root: ModelView, hosts: Iterable[str]) -> dict[str, Any]:
     """Return the first module of each weight."""
     chosen = set(hosts)
     first: dict[int, tuple[str, nn.Module]] = {}
