@@ -31,7 +31,6 @@ from modules import (
 )
 from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
-from torch.utils.checkpoint import checkpoint
 
 from lightning_peft import LoRA, PEFTError, PEFTStrategy, inject, merge, unmerge
 from lightning_peft.operations.merge import is_merged
@@ -564,7 +563,7 @@ class UnderNoGrad(Regression):
 
 class Reentrant(Regression):
     def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(super().forward, x, use_reentrant=True)
+        return torch_checkpoint.checkpoint(super().forward, x, use_reentrant=True)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
