@@ -555,6 +555,34 @@ def test_adapters_that_all_get_no_gradient_are_named(tmp_path: Path) -> None:
         trainer(tmp_path, strategy).fit(Probe(), loader())
 
 
+class UnderNoGrad(Regression):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().forward(x)
+
+
+class Reentrant(Regression):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch_checkpoint.checkpoint(super().forward, x, use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("kind", [UnderNoGrad, Reentrant])
+@pytest.mark.parametrize("manual", [False, True])
+def test_a_loss_that_depends_on_no_adapter_is_an_error_of_ours(
+    tmp_path: Path, kind: type[Regression], manual: bool
+) -> None:
+    class Probe(kind):  # type: ignore[valid-type, misc]
+        automatic_optimization = not manual
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return self.manual_backward(loss) if manual else loss
+
+    with pytest.raises(PEFTError, match=r"The loss depends on no adapter.*use_reentrant"):
+        trainer(tmp_path).fit(Probe(), loader())
+
+
 def test_a_step_that_is_skipped_is_no_word(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     class Skipping(Regression):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
