@@ -38,6 +38,7 @@ class Model(L.LightningModule):
         super().__init__()
         self.net = torch.nn.Linear(16, 16)
         torch.nn.init.eye_(self.net.weight)  # the same base each time
+        torch.nn.init.zeros_(self.net.bias)
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         return self.net(batch).pow(2).mean()
