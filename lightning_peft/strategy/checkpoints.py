@@ -25,11 +25,13 @@ from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage import plain
 from lightning_peft.storage.readable import check_sums, objects, reading
 from lightning_peft.storage.saving import about
-from lightning_peft.strategy.leaving import Leaving
+from lightning_peft.strategy.continuing import Continuing
 from lightning_peft.tensors.finite import not_finite
 from lightning_peft.tensors.sharding import map_tensors, whole
 
 T = TypeVar("T")
+
+_GENERATORS = "generators"
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -51,7 +53,7 @@ class WholeFiles(TorchCheckpointIO):
             remove(path)
 
 
-class Checkpoints(WritesDirectories, Leaving):
+class Checkpoints(WritesDirectories, Continuing):
     """Reads and writes a run's checkpoints; ``super()`` is the base strategy."""
 
     _claims: Sequence[Claim] = ()
@@ -111,6 +113,7 @@ class Checkpoints(WritesDirectories, Leaving):
                 check_sums(checkpoint_path)
                 checkpoint = super().load_checkpoint(checkpoint_path, weights_only is not False)
         self._note_saved(checkpoint_path, checkpoint)
+        self._continue_from(checkpoint.get(files.KEY, {}).get(_GENERATORS))
         return plain.with_adapters(checkpoint)
 
     @property
@@ -127,6 +130,7 @@ class Checkpoints(WritesDirectories, Leaving):
             return self._write_checkpoint(checkpoint, filepath, storage_options)
         files.finish(checkpoint, view, self._full_checkpoints)
         self._refuse_not_finite(checkpoint, view)
+        checkpoint[files.KEY][_GENERATORS] = self._note_generators()
         _warn_of_objects(checkpoint)
         if self._unloads:
             plain.leave_plain(checkpoint, view, self._full_checkpoints and not directory)

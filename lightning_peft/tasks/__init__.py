@@ -1,6 +1,6 @@
 """Ready LightningModules and DataModules, so that a config alone can run.
 
-Imports core, structure and adapters.virtual_tokens.
+Imports tensors, core, structure and adapters.virtual_tokens.
 """
 
 from lightning_peft.tasks.causal_lm import CausalLM

@@ -6,8 +6,13 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
+
+from lightning_peft.tensors.randomness import generator_states, set_generator_states
+
+_CPU = torch.device("cpu")
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -26,7 +31,14 @@ class ResumableLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the epoch's batches, the first time after `load_state_dict` without those that are done."""
         self._taken, self._start = self._start, 0
-        for batch in islice(super().__iter__(), self._taken, None):
+        here = generator_states(_CPU)
+        batches = super().__iter__()
+        for _ in islice(batches, self._taken):
+            pass
+        if self._taken:
+            # What it takes to get there was drawn before the checkpoint was written.
+            set_generator_states(here, _CPU)
+        for batch in batches:
             self._taken += 1
             yield batch
 

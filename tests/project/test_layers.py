@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "strategy.optimizers strategy.bases",
     "strategy.optimizers": "tensors core operations storage",
     "strategy.bases": "tensors core operations formats storage strategy strategy.optimizers",
-    "tasks": "core structure adapters.virtual_tokens",
+    "tasks": "tensors core structure adapters.virtual_tokens",
     "cli": "core operations files formats storage planning callbacks strategy strategy.bases tasks",
 }
 KNOW_LIGHTNING = {"callbacks", "strategy", "strategy.bases", "strategy.optimizers", "tasks", "cli"}

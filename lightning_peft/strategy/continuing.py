@@ -1,0 +1,60 @@
+"""A resumed run draws the random numbers that the run would have drawn next which wrote the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.distributed import all_gather_object
+
+from lightning_peft.strategy.leaving import Leaving
+from lightning_peft.tensors.randomness import generator_states, set_generator_states
+
+_STATES, _EPOCH_ENDED = "states", "epoch_ended"
+
+
+class Continuing(Leaving):
+    """Saves the states of random generators with a checkpoint, and puts generators back into them on resume."""
+
+    _generators: Mapping[str, Any] | None = None
+    """What the checkpoint says of them from which this run is about to go on."""
+
+    def _note_generators(self) -> dict[str, Any]:
+        """Return what a checkpoint is to hold of the generators of all processes."""
+        trainer = self._module.trainer
+        states = [generator_states(self.root_device)] * trainer.world_size
+        if trainer.world_size > 1:
+            all_gather_object(states, states[0])
+        return {_STATES: states, _EPOCH_ENDED: trainer.is_last_batch}
+
+    def _continue_from(self, saved: Mapping[str, Any] | None) -> None:
+        """Go on from what :meth:`_note_generators` returned, if training is about to begin and as many processes do."""
+        trainer = self._module.trainer
+        if saved is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if (written := len(saved[_STATES])) == trainer.world_size:
+            self._generators = saved
+        else:
+            rank_zero_warn(
+                f"The checkpoint was written by {written} processes, and this run has {trainer.world_size}: random "
+                "numbers (dropout, shuffling) are not those that would have come next."
+            )
+
+    def on_train_start(self) -> None:
+        """Put the generators back: nothing is drawn between this and the next step but what that step draws."""
+        super().on_train_start()
+        saved, self._generators = self._generators, None
+        if saved is None:
+            return
+        trainer, loop = self._module.trainer, self._module.trainer.fit_loop
+        set_generator_states(saved[_STATES][trainer.global_rank], self.root_device)
+        if saved[_EPOCH_ENDED] and (not loop.epoch_loop.restarting or loop.epoch_loop.restarted_on_train_batch_end):
+            # Lightning has begun to iterate over the next epoch, with what a new process draws and samplers of another
+            # epoch. In all other cases it ends the last epoch first, and will begin when that has been done.
+            assert loop._combined_loader is not None
+            for loader in loop._combined_loader.flattened:
+                _set_sampler_epoch(loader, trainer.current_epoch)
+            iter(loop._data_fetcher)  # type: ignore[arg-type]
