@@ -38,6 +38,10 @@ class Counterpart(ABC):
     """HF PEFT's name of the method."""
     parameters: ClassVar[Mapping[str, str]] = {}
     """What follows the module's name in the file, with the name of that parameter in the adapter."""
+    keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys of its configurations that are read, or change nothing that an adapter computes, beside the common ones."""
+    plain: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Keys of options that the method has not here, with the values that leave it the method."""
     _endings: ClassVar[tuple[str, ...]] = ()
     """The same with a dot in front."""
 
@@ -183,15 +187,6 @@ def require_numbers(config: Mapping[str, Any], keys: Iterable[str], source: str)
     for key in keys:
         if not isinstance(config.get(key), int | float):
             raise PEFTError(f"{source}: its configuration has {key}={config.get(key)!r}; a number was expected.")
-
-
-def refuse_keys(config: Mapping[str, Any], keys: Iterable[str], method: type[PEFTMethod], source: str) -> None:
-    """Raise :class:`PEFTError` if a configuration uses one of ``keys``, which ``method`` has not here."""
-    for key in keys:
-        if config.get(key):
-            raise PEFTError(
-                f"{source} uses {key}={config[key]!r}, which {method.__name__} has not here: it cannot be read."
-            )
 
 
 def targets_for_hf(hosts: Iterable[str], root: ModelView) -> list[str] | str:

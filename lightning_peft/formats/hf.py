@@ -14,7 +14,8 @@ from lightning_peft.formats import additions as _additions  # noqa: F401 (import
 from lightning_peft.formats import counterparts as _counterparts  # noqa: F401
 from lightning_peft.formats.addition import Addition, Form, Used, additions_to
 from lightning_peft.formats.content import Content, Part
-from lightning_peft.formats.counterpart import PREFIX, for_config
+from lightning_peft.formats.counterpart import PREFIX, UNSAID, for_config
+from lightning_peft.formats.keys import refuse_values, warn_of_unknown
 from lightning_peft.structure.plain import is_weighted
 from lightning_peft.targets.patterns import ALL_LINEAR, fullmatch
 
@@ -65,6 +66,8 @@ def read_content(
             tensors contradict each other.
     """
     counterpart = for_config(config, source)
+    refuse_values(config, counterpart.plain, counterpart.method.__name__, source)
+    warn_of_unknown(config, {*counterpart.keys, *counterpart.plain, UNSAID}, source)
     for name in shapes:
         if not (name.startswith(PREFIX) or counterpart.owns(name)):
             raise PEFTError(f"{source}: the tensor {name!r} does not start with {PREFIX!r}; it is no HF PEFT file.")

@@ -13,10 +13,16 @@ from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, require_numbers, targets_for_hf
+from lightning_peft.formats.counterparts.lora import KEYS, PLAIN
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.targets.naming import exceptions, only_here, targets_from
 from lightning_peft.tensors.weights import is_conv1d
 
+_OF_LORA: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), (False, None)),
+    **dict.fromkeys(("trainable_token_indices", "target_parameters", "alpha_pattern"), (None, {}, [])),
+}
+"""Options of LoRA that AdaLoRA has not here, with the values that change nothing."""
 _SAME = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
 
 
@@ -25,6 +31,8 @@ class AdaLoRAInHF(Counterpart):
 
     method = AdaLoRA
     peft_type = "ADALORA"
+    keys = (KEYS - _OF_LORA.keys()) | {*_SAME, "total_step", "init_lora_weights"}
+    plain: ClassVar[Mapping[str, tuple[Any, ...]]] = {**PLAIN, **_OF_LORA, "init_lora_weights": (True, False)}
     parameters: ClassVar[Mapping[str, str]] = {part: part for part in ("lora_A", "lora_B", "lora_E")}
 
     def config(self, root: ModelView, method: AdaLoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:

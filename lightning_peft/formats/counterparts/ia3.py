@@ -19,6 +19,7 @@ class IA3InHF(Counterpart):
 
     method = IA3
     peft_type = "IA3"
+    keys = frozenset({"feedforward_modules", "init_ia3_weights"})
     parameters: ClassVar[Mapping[str, str]] = {"ia3_l": "ia3_l"}
 
     def config(self, root: ModelView, method: IA3, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
-from lightning_peft.formats.counterpart import Counterpart, Shapes, refuse_keys, require_numbers, targets_for_hf
+from lightning_peft.formats.counterpart import Counterpart, Shapes, require_numbers, targets_for_hf
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.targets.naming import targets_from
 
@@ -17,6 +17,8 @@ class LoHaInHF(Counterpart):
 
     method = LoHa
     peft_type = "LOHA"
+    keys = frozenset({"r", "alpha", "rank_dropout", "module_dropout", "use_effective_conv2d"})
+    plain: ClassVar[Mapping[str, tuple[Any, ...]]] = {"rank_pattern": ({}, None), "alpha_pattern": ({}, None)}
     parameters: ClassVar[Mapping[str, str]] = {
         name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     }
@@ -28,7 +30,6 @@ class LoHaInHF(Counterpart):
     def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the LoHa; other ranks or alphas for some modules are refused."""
         require_numbers(config, ("r", "alpha"), source)
-        refuse_keys(config, ("rank_pattern", "alpha_pattern"), LoHa, source)
         return LoHa(
             r=config["r"],
             alpha=config["alpha"],

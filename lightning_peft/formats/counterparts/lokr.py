@@ -11,7 +11,7 @@ from torch import nn
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats.counterpart import Counterpart, Shapes, refuse_keys, require_numbers, targets_for_hf
+from lightning_peft.formats.counterpart import Counterpart, Shapes, require_numbers, targets_for_hf
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.targets.naming import targets_from
 from lightning_peft.tensors.weights import is_linear
@@ -22,6 +22,19 @@ class LoKrInHF(Counterpart):
 
     method = LoKr
     peft_type = "LOKR"
+    keys = frozenset(
+        {
+            "r",
+            "alpha",
+            "rank_dropout",
+            "module_dropout",
+            "use_effective_conv2d",
+            "decompose_both",
+            "decompose_factor",
+            "rank_dropout_scale",
+        }
+    )
+    plain: ClassVar[Mapping[str, tuple[Any, ...]]] = {"rank_pattern": ({}, None), "alpha_pattern": ({}, None)}
     parameters: ClassVar[Mapping[str, str]] = {
         f"{factor}{half}": f"{factor}{half}" for factor in ("lokr_w1", "lokr_w2") for half in ("", "_a", "_b")
     }
@@ -43,7 +56,6 @@ class LoKrInHF(Counterpart):
     def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the LoKr; other ranks or alphas for some modules are refused."""
         require_numbers(config, ("r", "alpha"), source)
-        refuse_keys(config, ("rank_pattern", "alpha_pattern"), LoKr, source)
         both = config.get("decompose_both", False)
         if not isinstance(both, bool):
             raise PEFTError(f"{source}: its configuration has decompose_both={both!r}; true or false was expected.")

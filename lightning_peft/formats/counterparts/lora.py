@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import regex
@@ -19,6 +18,7 @@ from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import PREFIX, UNSAID, Counterpart, Shapes, require_numbers, targets_for_hf
+from lightning_peft.formats.keys import refuse_values
 from lightning_peft.formats.own_weights import ENDINGS, parameter_targets, tensors_of, weights_in
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.targets.naming import exceptions, only_here, targets_from
@@ -29,9 +29,17 @@ _LINEAR = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
 _BIAS = {"lora_B.bias": "lora_B_bias"}
 _EMBEDDING = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
 
-# Keys that change what the tensors mean, with the values that leave them plain LoRA.
-_PLAIN: dict[str, tuple[Any, ...]] = {
+KEYS = frozenset(
+    {
+        *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias"),
+        *("bias", "trainable_token_indices", "target_parameters", "ensure_weight_tying"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "megatron_core"),
+        "merge_weights",
+    }
+)
+PLAIN: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    "enable_lora": (None,),
     **dict.fromkeys(
         (
             *("layer_replication", "use_qalora"),
@@ -68,6 +76,8 @@ class LoRAInHF(Counterpart):
 
     method: ClassVar[type[LoRA]] = LoRA
     peft_type = "LORA"
+    keys = KEYS
+    plain: ClassVar[Mapping[str, tuple[Any, ...]]] = PLAIN
     parameters: ClassVar[Mapping[str, str]] = {**ENDINGS, **_EMBEDDING, **_BIAS}
 
     def writes(self, method: PEFTMethod) -> bool:
@@ -127,7 +137,7 @@ class LoRAInHF(Counterpart):
 
     def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the LoRA; refuse what is not plain."""
-        _refuse_unknown(config, source)
+        require_numbers(config, ("r", "lora_alpha"), source)
         said = self.method(lora_bias=bool(config.get("lora_bias", False)))
         targets = self._targets(root, said, config, shapes, source)
         modules, ranks, alphas = root.modules, {}, {}
@@ -217,7 +227,8 @@ def read_low_rank(
         raise PEFTError(f"{source} is an adapter of type {config.get('peft_type')!r}; {reader.peft_type} can be read.")
     if config.get("use_dora"):
         raise PEFTError(f"{source} uses use_dora={config['use_dora']!r}, which is not plain LoRA.")
-    _refuse_unknown(config, source, _PLAIN | _ALONE)
+    refuse_values(config, PLAIN | _ALONE, "a LoRA for servers", source)
+    require_numbers(config, ("r", "lora_alpha"), source)
     grouped = reader.grouped(shapes, source)
     found = {}
     for host, kinds in sorted(grouped.items()):
@@ -244,15 +255,6 @@ def read_low_rank(
 def _only_here(name: str) -> str:
     """Return a pattern as HF PEFT reads it for the module ``name`` and none whose name ends in it."""
     return f"^{regex.escape(name)}"
-
-
-def _refuse_unknown(
-    config: Mapping[str, Any], source: str, values: Mapping[str, tuple[Any, ...]] = MappingProxyType(_PLAIN)
-) -> None:
-    require_numbers(config, ("r", "lora_alpha"), source)
-    for key, plain in values.items():
-        if key in config and config[key] not in plain:
-            raise PEFTError(f"{source} uses {key}={config[key]!r}, which is not plain LoRA and cannot be read.")
 
 
 def _pattern(config: Mapping[str, Any], patterns: str, default: str, host: str, source: str) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_peft.adapters.low_rank.principal import is_principal
 from lightning_peft.core.adapter import CHILD
@@ -17,7 +17,7 @@ from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import PREFIX, UNSAID, Shapes
-from lightning_peft.formats.counterparts.lora import LoRAInHF
+from lightning_peft.formats.counterparts.lora import KEYS, PLAIN, LoRAInHF
 from lightning_peft.formats.pieces import piece
 from lightning_peft.methods.lora import LoRA
 
@@ -72,6 +72,8 @@ class UnconvertedLoRAInHF(LoRAInHF):
     """``LORA`` as HF PEFT leaves it if it is not given the start: it works the start out of the base again."""
 
     method = LoRA
+    keys = KEYS | {"init_lora_weights"}
+    plain: ClassVar[Mapping[str, tuple[Any, ...]]] = {k: v for k, v in PLAIN.items() if k != "init_lora_weights"}
 
     def writes(self, method: PEFTMethod) -> bool:
         """Never: other readers of LoRA would take the start for a part of the change."""

@@ -23,6 +23,7 @@ class NewTokensInHF(Counterpart):
 
     method = NewTokens
     peft_type = "TRAINABLE_TOKENS"
+    keys = frozenset({"token_indices"})
     parameters: ClassVar[Mapping[str, str]] = {_ROWS: f"rows.{_ROWS}"}
 
     def config(self, root: ModelView, method: NewTokens, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.formats.counterpart import Counterpart, Shapes
-from lightning_peft.formats.counterparts.prompt_learning import common_config, tokens_in
+from lightning_peft.formats.counterparts.prompt_learning import KEYS, common_config, tokens_in
 from lightning_peft.methods.prefix_tuning import PrefixTuning, key_value_heads
 
 
@@ -19,6 +19,7 @@ class PrefixTuningInHF(Counterpart):
 
     method = PrefixTuning
     peft_type = "PREFIX_TUNING"
+    keys = KEYS | {"encoder_hidden_size", "prefix_projection"}
     parameters: ClassVar[Mapping[str, str]] = {"prompt_embeddings": "prefixes.prompt_embeddings"}
 
     def config(

@@ -10,6 +10,8 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import Shapes
 
 TENSOR = "prompt_embeddings"
+KEYS = frozenset({"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"})
+"""Of the configurations of both."""
 
 
 def common_config(decoder: Decoder, tokens: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.formats.counterpart import Counterpart, Shapes
-from lightning_peft.formats.counterparts.prompt_learning import common_config, tokens_in
+from lightning_peft.formats.counterparts.prompt_learning import KEYS, common_config, tokens_in
 from lightning_peft.methods.prompt_tuning import PromptTuning
 
 
@@ -19,6 +19,7 @@ class PromptTuningInHF(Counterpart):
 
     method = PromptTuning
     peft_type = "PROMPT_TUNING"
+    keys = KEYS | {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}
     parameters: ClassVar[Mapping[str, str]] = {"prompt_embeddings": "prompt_embeddings"}
 
     def writes(self, method: PEFTMethod) -> bool:

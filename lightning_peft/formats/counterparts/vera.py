@@ -22,6 +22,8 @@ class VeRAInHF(Counterpart):
 
     method = VeRA
     peft_type = "VERA"
+    keys = frozenset({"r", "projection_prng_key", "save_projection", "vera_dropout", "d_initial"})
+    plain: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none",)}
     parameters: ClassVar[Mapping[str, str]] = {
         "vera_lambda_b": "vera_lambda_b",
         "vera_lambda_d": "vera_lambda_d",
@@ -60,8 +62,6 @@ class VeRAInHF(Counterpart):
         for what, value in (("r", r), ("projection_prng_key", key)):
             if not isinstance(value, int):
                 raise PEFTError(f"{source}: its configuration has {what}={value!r}; a whole number was expected.")
-        if config.get("bias", "none") != "none":
-            raise PEFTError(f"{source} uses bias={config['bias']!r}, which is not plain VeRA and cannot be read.")
         if config.get("save_projection", True) and not _SHARED.keys() <= shapes.keys():
             raise PEFTError(f"{source} lacks the projections that its configuration speaks of. It is damaged.")
         return VeRA(
