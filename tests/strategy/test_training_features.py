@@ -51,7 +51,6 @@ def assert_near(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], b
 
 
 @pytest.mark.parametrize("feature", EXACT)
-@pytest.mark.xfail(reason="names under FSDP with activation checkpointing", strict=False)
 def test_gradients_and_training_are_those_of_one_plain_process(out: Path, single: Path, feature: str) -> None:
     judge = feature if feature == "clipping" else "plain"
     for rank in range(len(list(out.glob("plain-?.pt")))):
