@@ -208,6 +208,8 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
             self._engine.load_checkpoint(
                 str(self._resumed), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
             )
+            # Stages 1 and 2 would go on with the limit of the run that wrote it.
+            self._engine.optimizer.clip_grad = self._engine.gradient_clipping()
             return
         saved = checkpoint["optimizer_states"]
         if len(saved) != 1:

@@ -34,8 +34,8 @@ class OnShards(Lifecycle):
         Lightning refuses to clip by norm under FSDP1, where it would see parts of gradients. Ours are whole.
         """
         plugin = self.precision_plugin
-        plugin.clip_grad_by_norm = clip_by_norm  # type: ignore[method-assign]
-        plugin.clip_grad_by_value = clip_by_value  # type: ignore[method-assign]
+        plugin.clip_grad_by_norm = clip_by_norm  # type: ignore[method-assign, assignment]
+        plugin.clip_grad_by_value = clip_by_value  # type: ignore[method-assign, assignment]
         super().setup(trainer)
 
     @contextmanager
@@ -58,7 +58,7 @@ class OnShards(Lifecycle):
                     average_gradients(parameters, group)
             return call_hooks(loss, module)
 
-        plugin.post_backward = average_first  # type: ignore[method-assign]
+        plugin.post_backward = average_first  # type: ignore[method-assign, assignment]
         try:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
         finally:
