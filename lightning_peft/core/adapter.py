@@ -44,6 +44,8 @@ class Adapter(nn.Module):
     """Whether all modules with the host's weight have such an adapter, of the same effect: merging keeps the tie."""
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
     """Which dimension of a parameter runs over the host's ``"in"`` or ``"out"`` features, for hosts that are split."""
+    of_heads: ClassVar[bool] = False
+    """Whether it has a part for each head of attention, its host."""
     replaces: tuple[str, ...] = ()
     """Names, in the host, of weights that it reads itself instead of calling a module: see :meth:`replace`."""
 

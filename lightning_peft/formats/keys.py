@@ -16,7 +16,7 @@ COMMON = frozenset(
     }
 )
 """Keys of every method: where adapters are the names of the tensors say, and what trained them is no matter."""
-OFF = (None, False, 0, "", {}, [])
+OFF: tuple[Any, ...] = (None, False, 0, "", {}, [])
 """Values of a key of which nothing is asked for."""
 
 

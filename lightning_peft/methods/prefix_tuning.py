@@ -90,6 +90,7 @@ class Prefix(Adapter):
     """On an attention block: K <- [P_k; K], V <- [P_v; V]."""
 
     by_row = False
+    of_heads = True
 
     def __init__(self, prefixes: Prefixes, layer: int, heads: int) -> None:
         super().__init__()

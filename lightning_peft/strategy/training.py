@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.callbacks.summary import PEFTSummary
@@ -17,6 +17,7 @@ from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.strategy import refusals
+from lightning_peft.strategy.optimizers.averages import refuse_diverging, refuse_unaveraged
 from lightning_peft.strategy.optimizers.finite import FiniteSteps
 from lightning_peft.strategy.optimizers.optim import (
     held_parameters,
@@ -59,6 +60,7 @@ class Training(FiniteSteps):
 
     def _restrict(self, optimizers: list[Optimizer], schedulers: list[Any]) -> None:
         """Restrict ``optimizers`` to what is trained, and know its names from then on."""
+        refuse_diverging(optimizers)
         restrict_to_trainable(optimizers, schedulers, self._module)
         names = {id(parameter): clean_name(name) for name, parameter in self._module.named_parameters()}
         self._held = {id(p): names[id(p)] for p in held_parameters(optimizers) if id(p) in names}
@@ -101,15 +103,17 @@ class Training(FiniteSteps):
         """Step; after the first one, name the adapters that got no gradient.
 
         Raises:
-            PEFTError: The module has switched to an adapter that no optimizer holds.
+            PEFTError: The module has switched to an adapter that no optimizer holds, or gradients were not averaged.
         """
-        skipped = False
+        skipped, manual = False, not self._module.automatic_optimization
 
         def closure_and_more() -> Any:
             nonlocal skipped
             result = closure()
             # What `training_step` returned; in manual optimization the gradients are there already.
-            skipped = result is None and self._module.automatic_optimization
+            skipped = result is None and not manual
+            if manual and id(optimizer) not in self._stepped:
+                self._refuse_unaveraged(optimizer)
             if changes_gradients(self.methods):
                 scaler = getattr(self.precision_plugin, "scaler", None)
                 before_step(self._module, 1.0 if scaler is None else scaler.get_scale())
@@ -124,6 +128,15 @@ class Training(FiniteSteps):
             # Lightning counts this step when it has returned.
             after_step(self._module, self._module.trainer.global_step + 1, self._total_steps)
         return output
+
+    def _replicated(self) -> list[tuple[list[nn.Parameter], Any]]:
+        """Return trained parameters that several processes have whole, with the process group of each list of them."""
+        return []
+
+    def _refuse_unaveraged(self, optimizer: Optimizer) -> None:
+        held = {id(p) for p in held_parameters([optimizer])}
+        for parameters, group in self._replicated():
+            refuse_unaveraged([p for p in parameters if id(p) in held], group)
 
     def _check_running(self) -> None:
         """Check that an adapter that did not run in the last step, and does now, is trained."""

@@ -101,6 +101,14 @@ def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
     return context
 
 
+def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Return ``tensors`` in lists that torch's kernels for many tensors take: whole ones, or in pieces on one mesh."""
+    kinds: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    return list(kinds.values())
+
+
 def local_slices(tensor: Tensor) -> tuple[slice, ...]:
     """Return where the part that this process holds lies in the whole."""
     shape, offset = tuple(tensor.shape), (0,) * tensor.dim()

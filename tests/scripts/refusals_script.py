@@ -11,34 +11,8 @@ from distributed_script import BASES, Recorded, finish, fsdp1
 from modules import loader, trainer
 from torch import nn
 
-from lightning_peft import (
-    IA3,
-    BitFit,
-    Compacter,
-    DoRA,
-    LoHa,
-    LoRA,
-    ParallelAdapter,
-    PEFTError,
-    PEFTMethod,
-    PEFTStrategy,
-    SeriesAdapter,
-    VeRA,
-)
+from lightning_peft import LoRA, PEFTError, PEFTMethod, PEFTStrategy
 from lightning_peft.callbacks import AdapterCheckpoint
-
-BOTH: dict[str, Any] = {"target_modules": ["net.0", "net.2"]}
-# What cannot be split beside layers that tensor parallelism has split, with a parameter that says so.
-UNSPLIT: dict[str, tuple[PEFTMethod, str]] = {
-    "dora": (DoRA(r=2), "lora_magnitude_vector"),
-    "vera": (VeRA(r=2), "vera_lambda_d"),
-    "loha": (LoHa(r=2), "hada_w1_a"),
-    "ia3": (IA3(**BOTH), "ia3_l"),
-    "compacter": (Compacter(bottleneck=4, train_norms=False, **BOTH), "down_s"),
-    "series": (SeriesAdapter(bottleneck=4, train_norms=False, **BOTH), "down"),
-    "parallel": (ParallelAdapter(bottleneck=4, **BOTH), "down"),
-    "biases": (BitFit(create_missing=True), "bias"),
-}
 
 
 class Differing(Recorded):
@@ -56,13 +30,6 @@ class Tied(Recorded):
         net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
         net[1].weight = net[0].weight
         return net
-
-
-class WithoutBias(BASES["tensor"][1]):  # type: ignore[misc]
-    """Split by tensor parallelism, of layers without biases."""
-
-    def build(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False))
 
 
 def fit(out: Path, base: Any, method: PEFTMethod, module: Recorded, resume: Path | None = None) -> None:
@@ -90,8 +57,6 @@ def main() -> None:
         last = out / "saved" / "last"
         refused(f"rank-{name}", make(), LoRA(r=3), kind(out, "rank"), last)
         refused(f"targets-{name}", make(), LoRA(r=2, target_modules=["net.0"]), kind(out, "targets"), last)
-    for name, (method, _) in UNSPLIT.items():
-        refused(f"split-{name}", BASES["tensor"][0](), method, WithoutBias(out, "split"))
     rank = torch.distributed.get_rank()
     (out / f"messages-{rank}.json").write_text(json.dumps(messages))
     finish()

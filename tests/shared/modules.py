@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_peft import LoRA, PEFTStrategy
 from lightning_peft.adapters.low_rank import products
+from lightning_peft.core.adapter import clean_name
 
 # What tests train is small; it is to go the way of what is large, on one process and on several.
 products._MANY_ON_CPU = 0
@@ -170,12 +171,7 @@ def base_state(module: nn.Module) -> dict[str, Tensor]:
 def adapter_state(module: nn.Module) -> dict[str, Tensor]:
     """Copies of the adapters' parameters and buffers, whole, also while they are merged."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    wrappers = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-    found = {
-        ".".join(part for part in name.split(".") if part not in wrappers): tensor.detach()
-        for name, tensor in tensors
-        if ".peft." in name
-    }
+    found = {clean_name(name): t.detach() for name, t in tensors if ".peft." in name}
     return {n: t.full_tensor() if isinstance(t, DTensor) else t.clone() for n, t in found.items()}
 
 

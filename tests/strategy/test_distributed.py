@@ -213,13 +213,6 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
         ("differing", "1 processes have other adapters than rank 0"),
         ("tied", "'net.0' is adapted and shares its weight with another module"),
         *((f"rank-{base}", r"r=2 \(here 3\)") for base in ("ddp", "fsdp", "fsdp2")),
-        *(
-            (
-                f"split-{name}",
-                rf"does not say how '{parameter}' is split beside .* tensor parallelism .*Use LoRA there, or",
-            )
-            for name, (_, parameter) in refusals_script.UNSPLIT.items()
-        ),
         *((f"targets-{base}", r"Superfluous: net\.2\.peft") for base in ("ddp", "fsdp", "fsdp2")),
     ],
 )

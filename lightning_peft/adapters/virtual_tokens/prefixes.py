@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from lightning_peft.adapters.virtual_tokens.initial_tokens import start
+from lightning_peft.adapters.virtual_tokens.virtual_tokens import refuse_pieces
 from lightning_peft.errors import PEFTError
 from lightning_peft.tensors.seeding import fill
-from lightning_peft.tensors.sharding import in_zero_pieces
 
 
 class Prefixes(nn.Module):
@@ -93,7 +93,8 @@ class ProjectedPrefixes(Prefixes):
         Raises:
             PEFTError: The MLP is in shards. Some state is read by one process alone, which could not put it together.
         """
-        if isinstance(self.up, DTensor) or in_zero_pieces(self.up):
+        refuse_pieces("PrefixTuning", self.up)
+        if isinstance(self.up, DTensor):
             raise PEFTError(
                 "PrefixTuning: the MLP of prefix_projection=True is in shards, and cannot be folded into a prefix. "
                 "Leave self.trainer.strategy.inject() out of configure_model, so that it stays whole on every process."

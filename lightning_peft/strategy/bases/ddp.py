@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -13,6 +15,9 @@ from lightning_peft.strategy.lifecycle import Lifecycle
 
 class OnDDP(Lifecycle, DDPStrategy):
     """What ``PEFTStrategy`` does differently on ``DDPStrategy``."""
+
+    def _replicated(self) -> list[tuple[list[nn.Parameter], Any]]:
+        return [([p for p in self._module.parameters() if p.requires_grad], None)]
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         """Wrap the model; with several adapters, DDP is to look which of them took part in a step."""

@@ -33,6 +33,7 @@ from lightning_peft.strategy import refusals
 from lightning_peft.strategy.bases.plain import PlainState
 from lightning_peft.strategy.bases.zero import ZeroState, refuse_leaves
 from lightning_peft.strategy.lifecycle import Lifecycle
+from lightning_peft.strategy.optimizers.averages import BY_HAND
 from lightning_peft.strategy.optimizers.finite import STOP
 from lightning_peft.strategy.optimizers.schedule import changes_gradients
 from lightning_peft.tensors.sharding import gathered, kept_part, whole
@@ -52,6 +53,8 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
     _trained: ZeroState | None = None
     """What the engine's optimizer holds, if it has one."""
     _resumed: Path | None = None
+    _went_back = False
+    """Whether this run has differentiated a loss by way of this strategy."""
 
     @property
     def _stage(self) -> int:
@@ -80,6 +83,7 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
             # Its hooks would gather and drop parameters a second time.
             self._engine.destroy()
         self._engine = self._trained = None
+        self._went_back = False
         self.optimizers, self.lr_scheduler_configs = [], []
         super().setup(trainer)
 
@@ -149,6 +153,15 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
             watch(root, registry, [host for _, host, _ in view.part(prefix).slots])
         self._set_adapters(values)
 
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Note it: what differentiates by itself leaves the engine nothing to step by."""
+        self._went_back = True
+        super().pre_backward(closure_loss)
+
+    def _refuse_unaveraged(self, optimizer: Optimizer) -> None:
+        if not self._went_back:
+            raise PEFTError(f"DeepSpeed's engine has no gradients to step by. {BY_HAND}")
+
     @property
     def _dtype(self) -> torch.dtype:
         enabled = [dtype for key, dtype in _HALVES.items() if (self.config.get(key) or {}).get("enabled")]
@@ -202,6 +215,8 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
             self._engine.load_checkpoint(
                 str(self._resumed), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
             )
+            # Stages 1 and 2 would go on with the limit of the run that wrote it.
+            self._engine.optimizer.clip_grad = self._engine.gradient_clipping()
             return
         saved = checkpoint["optimizer_states"]
         if len(saved) != 1:

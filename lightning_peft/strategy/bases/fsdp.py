@@ -12,7 +12,6 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
@@ -71,9 +70,6 @@ class OnFSDP(OnShards, PlainState, FSDPStrategy):
             materialise(slot, self.root_device)
         for parameter in self._left_out():
             parameter.data = parameter.data if parameter.is_meta else parameter.data.to(self.root_device)
-        # Lightning refuses to clip by norm, since under FSDP each process would see a part of it. Ours are whole.
-        plugin = self.precision_plugin
-        plugin.clip_grad_by_norm = Precision.clip_grad_by_norm.__get__(plugin)  # type: ignore[method-assign]
 
     def _left_out(self) -> list[nn.Parameter]:
         """Return what FSDP has no part in: adapters, and parameters of the base that are trained."""
@@ -112,7 +108,7 @@ class OnFSDP(OnShards, PlainState, FSDPStrategy):
         return wrapped
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Average the gradients, and give modules their parameters back if nothing is sharded (one process).
+        """Give modules their parameters back if nothing is sharded (one process).
 
         Where backward did not reach, torch would take the tensors that modules read for new parameters.
         """

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -52,11 +52,17 @@ class OnModelParallel(OnShards, PlainState, ModelParallelStrategy):
     def _inject(self) -> None:
         new = not registries(ModelView(self._module))
         super()._inject()
-        for _, host, slot in ModelView(self._module).slots if new else ():
+        for name, host, slot in ModelView(self._module).slots if new else ():
             weight = host._parameters.get("weight")
-            if isinstance(weight, DTensor) and _TENSOR in (weight.device_mesh.mesh_dim_names or ()):
-                for adapter in slot.values():
-                    assert isinstance(adapter, Adapter)
+            for adapter in slot.values():
+                assert isinstance(adapter, Adapter)
+                if adapter.of_heads and any(map(_is_split, host.parameters())):
+                    raise PEFTError(
+                        f"Tensor parallelism has split {name!r}, so that each process has some of its heads. What "
+                        f"{type(adapter).__name__} adds is for all of them. Use LoRA or PromptTuning there, or shard "
+                        "with fully_shard alone."
+                    )
+                if isinstance(weight, DTensor) and _is_split(weight):
                     _split(adapter, host, weight, self.device_mesh[_TENSOR])
 
     def _place_adapters(self) -> None:
@@ -78,6 +84,10 @@ def _is_shared(module: nn.Module) -> bool:
     """Whether adapters of several hosts have a parameter in common."""
     every = [id(parameter) for _, _, slot in ModelView(module).slots for parameter in slot.parameters()]
     return len(every) != len(set(every))
+
+
+def _is_split(parameter: Tensor) -> bool:
+    return isinstance(parameter, DTensor) and _TENSOR in (parameter.device_mesh.mesh_dim_names or ())
 
 
 def _is_split_only(parameter: nn.Parameter) -> bool:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_peft.core.view import ModelView
 from lightning_peft.strategy import refusals
 from lightning_peft.strategy.lifecycle import Lifecycle
-from lightning_peft.tensors.sharding import local_part
+from lightning_peft.strategy.optimizers.averages import average_gradients
+from lightning_peft.strategy.optimizers.kinds import clip_by_norm, clip_by_value, refuse_pieces, stepped_by_kind
 
 
 class OnShards(Lifecycle):
@@ -27,6 +28,16 @@ class OnShards(Lifecycle):
     _has_whole_weights = False
     _sync_blocked = False
 
+    def setup(self, trainer: Any) -> None:
+        """Set up, and clip gradients of what is whole and of what is in pieces together.
+
+        Lightning refuses to clip by norm under FSDP1, where it would see parts of gradients. Ours are whole.
+        """
+        plugin = self.precision_plugin
+        plugin.clip_grad_by_norm = clip_by_norm  # type: ignore[method-assign, assignment]
+        plugin.clip_grad_by_value = clip_by_value  # type: ignore[method-assign, assignment]
+        super().setup(trainer)
+
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Leave gradients unaveraged inside, while they accumulate."""
@@ -36,12 +47,32 @@ class OnShards(Lifecycle):
         finally:
             self._sync_blocked = False
 
-    def post_backward(self, closure_loss: Tensor) -> None:
-        """Average the gradients."""
-        super().post_backward(closure_loss)
-        if not self._sync_blocked:
-            for parameters, group in self._replicated():
-                average_gradients(parameters, group)
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Differentiate, and average the gradients before any hook sees them."""
+        plugin = self.precision_plugin
+        call_hooks = plugin.post_backward
+
+        def average_first(loss: Tensor, module: Any) -> Tensor:
+            if not self._sync_blocked:
+                for parameters, group in self._replicated():
+                    average_gradients(parameters, group)
+            return call_hooks(loss, module)
+
+        plugin.post_backward = average_first  # type: ignore[method-assign, assignment]
+        try:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        finally:
+            del plugin.post_backward
+
+    def _restrict(self, optimizers: list[Optimizer], schedulers: list[Any]) -> None:
+        super()._restrict(optimizers, schedulers)
+        for optimizer in optimizers:
+            refuse_pieces(optimizer)
+
+    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Step parameters that are whole and parameters in pieces each by themselves."""
+        with stepped_by_kind(optimizer):
+            return super().optimizer_step(optimizer, *args, **kwargs)
 
     def _written(self, view: ModelView) -> set[str]:
         """Return the names of frozen weights that have changed; of one in pieces each process sees its own piece."""
@@ -63,27 +94,4 @@ class OnShards(Lifecycle):
         return super().lightning_module_state_dict()
 
     def _replicated(self) -> list[tuple[list[nn.Parameter], Any]]:
-        """Return lists of trained parameters with the process group to average the gradients of each over."""
         return [([p for p in self._module.parameters() if p.requires_grad], None)]
-
-
-def average_gradients(parameters: Sequence[nn.Parameter], group: Any = None) -> None:
-    """Replace each gradient by its mean over the processes of ``group``.
-
-    A process in which a parameter took no part (its gradient is ``None``) counts as zero. Where it took part in none,
-    the gradient stays ``None``.
-    """
-    grads = [local_part(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
-    if not grads or dist.get_world_size(group) == 1:
-        return
-    took_part = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=grads[0].device)
-    dtype = torch.promote_types(max((g.dtype for g in grads), key=lambda d: d.itemsize), torch.float32)
-    flat = torch.cat([*(g.flatten().to(dtype) for g in grads), took_part.to(dtype)])
-    dist.all_reduce(flat, group=group)
-    flat[: -len(grads)] /= dist.get_world_size(group)
-    *means, took_part = flat.split([*(g.numel() for g in grads), len(grads)])
-    for parameter, grad, mean, count in zip(parameters, grads, means, took_part.tolist(), strict=True):
-        if count:
-            grad.copy_(mean.view_as(grad))
-            if parameter.grad is None:
-                parameter.grad = grad
