@@ -1,6 +1,7 @@
-"""The README's table of base strategies: what each serves, made from the matrix that runs every method on all of them.
+"""The pages' table of base strategies: what each serves, made from the matrix that runs every method on all of them.
 
-`PYTHONPATH=tests/shared:tests/scripts python tests/project/base_table.py` writes it between its marks.
+`PYTHONPATH=tests/shared:tests/scripts python tests/project/base_table.py` writes it, and what is refused, between their
+marks.
 """
 
 import re
@@ -10,7 +11,7 @@ from textwrap import wrap
 from base_matrix import ATTACHED, CELLS, REFUSED
 
 WIDTH = 120
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
 PLACE = re.compile(r"(<!-- bases: .*? -->\n)(.*?)(<!-- /bases -->)", flags=re.DOTALL)
 ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "`single_device`, `ddp` and its variants": ("whole on every process", "whole on every process", ("ddp",)),
@@ -40,13 +41,18 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 
 def table() -> str:
-    """Give a row for each base, and below it what is refused and what stays attached, with the reasons."""
+    """Give a row for each base."""
     lines = ["| base | the frozen model | adapters and their optimizer state | serves |", "|---|---|---|---|"]
     for base, (model, adapters, columns) in ROWS.items():
         left_out = [cell for cell in CELLS if any((column, cell) in REFUSED for column in columns)]
         count = "all" if not left_out else f"{len(CELLS) - len(left_out)} of {len(CELLS)}"
         lines.append(f"| {base} | {model} | {adapters} | {count} |")
-    lines += ["", "Refused, with words that say why:", ""]
+    return "\n".join([*lines, ""])
+
+
+def refused() -> str:
+    """Say what is refused and what stays attached, with the reasons."""
+    lines = []
     for base, (_, _, columns) in ROWS.items():
         by_reason: dict[str, dict[str, None]] = {}
         for (column, cell), reason in REFUSED.items():
@@ -65,11 +71,15 @@ def code(cell: str) -> str:
     return re.sub(r"\b[A-Z]\w*[A-Z]\w*(\([^)]*\))?|\bCompacter\b", lambda found: f"`{found[0]}`", cell)
 
 
-def written() -> str:
-    """Return what the README should hold."""
-    before, mark, _, end, after = PLACE.split(README.read_text())
-    return before + mark + table() + end + after
+PAGES = {"README.md": table, "examples/docs/large_models.md": refused}
+
+
+def written(page: str) -> str:
+    """Return what a page should hold."""
+    before, mark, _, end, after = PLACE.split((ROOT / page).read_text())
+    return before + mark + PAGES[page]() + end + after
 
 
 if __name__ == "__main__":
-    README.write_text(written())
+    for page in PAGES:
+        (ROOT / page).write_text(written(page))
