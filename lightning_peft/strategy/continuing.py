@@ -22,9 +22,12 @@ class Continuing(Leaving):
     _generators: Mapping[str, Any] | None = None
     """What the checkpoint says of them from which this run is about to go on."""
 
-    def _note_generators(self) -> dict[str, Any]:
-        """Return what a checkpoint is to hold of the generators of all processes."""
-        trainer = self._module.trainer
+    def _note_generators(self) -> dict[str, Any] | None:
+        """Return what a checkpoint is to hold of the generators of all processes; nothing, before a run has begun."""
+        try:
+            trainer = self._module.trainer
+        except RuntimeError:  # it is attached to none
+            return None
         states = [generator_states(self.root_device)] * trainer.world_size
         if trainer.world_size > 1:
             all_gather_object(states, states[0])
