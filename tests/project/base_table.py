@@ -37,14 +37,17 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "`deepspeed_stage_3`, with offload": ("in shards", "state, gradients and weights cut up", ("stage3",)),
 }
-"""By what the README calls them: the frozen model, adapters and their optimizer state, and columns of the matrix."""
+"""By what the README calls them: the frozen model, adapters and their optimizer state, and columns of the matrix.
+
+What is served in one of several columns is served.
+"""
 
 
 def table() -> str:
     """Give a row for each base."""
     lines = ["| base | the frozen model | adapters and their optimizer state | serves |", "|---|---|---|---|"]
     for base, (model, adapters, columns) in ROWS.items():
-        left_out = [cell for cell in CELLS if any((column, cell) in REFUSED for column in columns)]
+        left_out = [cell for cell in CELLS if all((column, cell) in REFUSED for column in columns)]
         count = "all" if not left_out else f"{len(CELLS) - len(left_out)} of {len(CELLS)}"
         lines.append(f"| {base} | {model} | {adapters} | {count} |")
     return "\n".join([*lines, ""])

@@ -199,10 +199,10 @@ REASONS: dict[str, str] = {
     "DeepSpeed keeps gradients to itself": "reads and changes gradients",
     "ZeRO-3 puts parameters together for calls of modules alone": "ZeRO-3 has the virtual tokens in pieces",
     TOO_LATE: "adapters on them would be trained too late",
-    "the MLP of the prefix is in shards, unless it is injected at `setup`": "in shards, and cannot be folded",
+    "the MLP of the prefix is in shards, unless it is injected after": "in shards, and cannot be folded",
     "a prefix is for all heads": "Tensor parallelism has split .* for all of them",
     SPLIT: "does not say how .* is split beside a layer that tensor parallelism",
-    "it starts from weights that are in shards": "which cannot be computed here: its weights are in shards",
+    "it starts from weights in shards, unless it is injected before": "computed here: its weights are in shards",
     "what is trained is whole on every process": "keeps what is trained whole on every process",
 }
 GRADIENTS, CALLS, _, SHARDS, HEADS, _, START, WHOLE = REASONS

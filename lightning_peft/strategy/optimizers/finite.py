@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -37,7 +37,7 @@ class FiniteSteps(Strategy):
     """Whether gradients are where torch has them."""
     _held: Mapping[int, str] = MappingProxyType({})
     """The names of the module's parameters that optimizers held at ``setup``, by id."""
-    _saved: list[str]
+    _saved: Sequence[str] = ()
     """The checkpoints of this run from which it can go on, the newest last."""
 
     _diverged: str | None = None
