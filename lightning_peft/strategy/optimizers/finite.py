@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -37,7 +37,7 @@ class FiniteSteps(Strategy):
     """Whether gradients are where torch has them."""
     _held: Mapping[int, str] = MappingProxyType({})
     """The names of the module's parameters that optimizers held at ``setup``, by id."""
-    _saved: list[str]
+    _saved: Sequence[str] = ()
     """The checkpoints of this run from which it can go on, the newest last."""
 
     _diverged: str | None = None
@@ -48,7 +48,7 @@ class FiniteSteps(Strategy):
     def connect(self, model: pl.LightningModule) -> None:
         """Attach the module, of which nothing is known yet."""
         super().connect(model)
-        self._saved, self._diverged, self._not_taken = [], None, 0
+        self._saved, self._diverged, self._not_taken = (), None, 0
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Step, if loss and gradients are finite on all processes."""
