@@ -12,8 +12,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_peft.callbacks.ending import listen, save_last
 from lightning_peft.callbacks.last import WritesDirectories
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import NotFiniteError, PEFTError, listed
@@ -90,6 +92,19 @@ class Checkpoints(WritesDirectories, Continuing):
                 f"Another run writes checkpoints to {folder} ({other}). Both go on, and each may replace what the "
                 "other has written. Give every run a dirpath of its own."
             )
+
+    def on_train_start(self) -> None:
+        """Begin training, and listen for signals to end it."""
+        super().on_train_start()
+        if self._module.trainer.world_size == 1:
+            listen()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Leave a checkpoint of the step after which the run was told to end."""
+        super().on_exception(exception)
+        trainer = self._module.trainer
+        if isinstance(exception, SIGTERMException) and trainer.world_size == 1:
+            save_last(trainer)
 
     def teardown(self) -> None:
         """Tear down, and let other runs have the folders."""

@@ -35,8 +35,8 @@ class Continuing(Leaving):
 
     def _continue_from(self, saved: Mapping[str, Any] | None) -> None:
         """Go on from what :meth:`_note_generators` returned, if training is about to begin and as many processes do."""
-        trainer = self._module.trainer
-        if saved is None or trainer.state.fn != TrainerFn.FITTING:
+        trainer = None if self.lightning_module is None else self.lightning_module.trainer
+        if saved is None or trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return
         if (written := len(saved[_STATES])) == trainer.world_size:
             self._generators = saved

@@ -48,7 +48,7 @@ class FiniteSteps(Strategy):
     def connect(self, model: pl.LightningModule) -> None:
         """Attach the module, of which nothing is known yet."""
         super().connect(model)
-        self._saved, self._diverged, self._not_taken = [], None, 0
+        self._saved, self._diverged, self._not_taken = (), None, 0
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Step, if loss and gradients are finite on all processes."""
