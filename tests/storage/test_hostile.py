@@ -52,6 +52,8 @@ CORPUS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "20,000 patterns of ranks": ("two", CONFIG, put("methods", 0, "rank_pattern", value=MANY)),
     "slow patterns": ("two", CONFIG, put("methods", 0, "target_modules", value=SLOW)),
     "a hundred thousand targets": ("series", CONFIG, put("methods", 0, "target_modules", value=["mlp"] * 100_000)),
+    "d_initial of nothing": ("vera", CONFIG, put("d_initial", value=None)),
+    "a dropout of nothing": ("adalora", CONFIG, put("lora_dropout", value=None)),
     "deep lists": ("lora", CONFIG, put("lora_alpha", value=DEEP)),
 }  # fmt: skip
 
