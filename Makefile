@@ -10,7 +10,7 @@ BENCH := $(VENV)/.bench
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart quickstart-fast test test-slow test-gpu bench lint format clean
+.PHONY: help install quickstart quickstart-fast test test-slow fuzz test-gpu bench lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +47,9 @@ test: lint ## Lint, then run the tests
 
 test-slow: $(INSTALLED) ## Run the tests that take minutes
 	$(PYTEST) -m "slow and not gpu"
+
+fuzz: $(INSTALLED) ## Look for files and values that are neither read nor refused (an hour)
+	$(BIN)/python -m pytest -m slow tests/storage/test_fuzz.py -s
 
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

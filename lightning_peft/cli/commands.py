@@ -14,7 +14,6 @@ import transformers
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import (
     MARKER,
-    read_json,
     read_shapes,
     read_tensors,
     write_json,
@@ -23,6 +22,7 @@ from lightning_peft.files.contents import (
 from lightning_peft.files.leftovers import restore_interrupted
 from lightning_peft.files.manifest import check_manifest, write_manifest
 from lightning_peft.files.writing import atomic_directory
+from lightning_peft.formats.configuration import read_config, read_marker
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
 from lightning_peft.formats.serving import serving_copy
 from lightning_peft.operations.merge import merge as merge_adapters
@@ -114,9 +114,9 @@ def export(adapter: str, out: str = "exported", rank: int | None = None, dtype: 
     check_manifest(source, FILES)
     if target.resolve() in (source.resolve(), *source.resolve().parents):
         raise PEFTError(f"out={out!r} would replace the adapter {adapter} itself. Choose another directory.")
-    if (target / MARKER).is_file() and "exported" not in read_json(target / MARKER):
+    if (target / MARKER).is_file() and "exported" not in read_marker(target):
         raise PEFTError(f"out={out!r} is no earlier export, perhaps a checkpoint. Choose another directory.")
-    marker = read_json(source / MARKER) if (source / MARKER).is_file() else {}
+    marker = read_marker(source)
     if "parts" in marker:
         parts = ", ".join(str(source / str(part)) for part in marker["parts"])
         raise PEFTError(f"{adapter} holds adapters for several models: {parts}. Export each of them.")
@@ -124,7 +124,7 @@ def export(adapter: str, out: str = "exported", rank: int | None = None, dtype: 
         raise PEFTError(f"{adapter} has modules trained whole in {beside[0]}, which a server for LoRA does not read.")
     kind = None if dtype is None else getattr(torch, dtype)
     config, tensors = serving_copy(
-        read_json(source / CONFIG_FILE), read_tensors(source / TENSOR_FILE), adapter, rank=rank, dtype=kind
+        read_config(source), read_tensors(source / TENSOR_FILE), adapter, rank=rank, dtype=kind
     )
     with atomic_directory(target) as directory:
         write_tensors(directory / TENSOR_FILE, tensors)
@@ -141,7 +141,7 @@ def _show(title: str, rows: Iterable[_Row]) -> None:
 
 
 def _describe_directory(directory: Path) -> list[_Row]:
-    config, tensors = read_json(directory / CONFIG_FILE), directory / TENSOR_FILE
+    config, tensors = read_config(directory), directory / TENSOR_FILE
     shapes = read_shapes(tensors)
     keys = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
     return [
@@ -207,12 +207,12 @@ def _size(shapes: Iterable[Iterable[int]], file_bytes: int) -> str:
 
 def _recorded_base(directory: Path) -> dict[str, Any]:
     """Return what this package wrote about the base of an adapter; nothing, if another program wrote the adapter."""
-    base = read_json(directory / MARKER).get("base") if (directory / MARKER).is_file() else None
-    return base if isinstance(base, dict) else {}
+    base: dict[str, Any] = read_marker(directory).get("base", {})
+    return base
 
 
 def _base_name(adapter: Path) -> str:
-    name = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
+    name = read_config(adapter).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise PEFTError(f"{adapter} does not name its base model: give it with --model.")
     return name
@@ -223,7 +223,7 @@ def _model_class(adapter: Path) -> Any:
     recorded = getattr(transformers, str(_recorded_base(adapter).get("class")), None)
     if isinstance(recorded, type) and issubclass(recorded, transformers.PreTrainedModel):
         return recorded
-    task = read_json(adapter / CONFIG_FILE).get("task_type")
+    task = read_config(adapter).get("task_type")
     if task in _TASK_CLASSES:
         return _TASK_CLASSES[task]
     raise PEFTError(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.schema import check_values, hints_of
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError, near, refuse_arguments
 
@@ -227,8 +228,9 @@ def method_from_config(config: dict[str, Any]) -> PEFTMethod:
     """
     fields = dict(config)
     name = fields.pop("method", None)
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         raise PEFTError(f"Unknown method {name!r}. Methods: {', '.join(sorted(_METHODS))}.")
+    check_values(fields, hints_of(_METHODS[name]), f"The configuration of method {name!r}")
     try:
         return _METHODS[name](**fields)
     except PEFTError as error:

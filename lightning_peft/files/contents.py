@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from lightning_peft.errors import PEFTError
 MARKER = "lightning_peft.json"
 """The file that makes a directory ours to overwrite."""
 
-_MAX_JSON_BYTES = 16 * 2**20
+_MAX_JSON_BYTES = 8 * 2**20
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -44,12 +45,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise PEFTError(f"{path} has {path.stat().st_size} bytes; {_MAX_JSON_BYTES} is the limit for a configuration.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise PEFTError(f"{path} is not valid JSON: {error}. The file is damaged; take another copy.") from error
     if not isinstance(content, dict):
         raise PEFTError(f"{path} holds a {type(content).__name__}; a JSON object was expected.")
     return content
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, in which no key stands twice: readers would take one value or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return found
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -120,3 +130,8 @@ def _require_file(path: Path) -> None:
         raise PEFTError(
             f"{path} does not exist. An adapter is a directory with adapter_config.json and adapter_model.safetensors."
         )
+    if path.is_symlink():
+        real, directory = path.resolve(), path.parent.resolve()
+        # The hub's cache keeps files beside the snapshots that they are linked in.
+        if not (real.is_relative_to(directory) or real.parent == directory.parent.parent / "blobs"):
+            raise PEFTError(f"{path} is a link to {real}, which lies outside of its directory. It is not read.")

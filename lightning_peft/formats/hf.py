@@ -17,7 +17,7 @@ from lightning_peft.formats.content import Content, Part
 from lightning_peft.formats.counterpart import PREFIX, UNSAID, for_config
 from lightning_peft.formats.keys import refuse_values, warn_of_unknown
 from lightning_peft.structure.plain import is_weighted
-from lightning_peft.targets.patterns import ALL_LINEAR, fullmatch
+from lightning_peft.targets.patterns import ALL_LINEAR, endings, fullmatch
 
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -124,21 +124,23 @@ def _refuse_lost(root: ModelView, config: Mapping[str, Any], present: set[str], 
     if not targets or targets == ALL_LINEAR or config.get("layers_to_transform") is not None:
         return
     excluded = config.get("exclude_modules") or ()
+    targets, excluded = (names if isinstance(names, str) else frozenset(names) for names in (targets, excluded))
     for name, module in root.modules.items():
         if not (is_weighted(module) or isinstance(module, nn.MultiheadAttention)):
             continue
         if _names(targets, name) and not _names(excluded, name) and present.isdisjoint(_ancestors(name)):
             raise PEFTError(
-                f"{source}: its configuration says that {name!r} is adapted (target_modules={targets!r}), but there "
-                "are no tensors for it. It is damaged, or for another base model."
+                f"{source}: its configuration says that {name!r} is adapted (target_modules="
+                f"{config['target_modules']!r}), but there are no tensors for it. It is damaged, or for another base "
+                "model."
             )
 
 
-def _names(patterns: Any, name: str) -> bool:
+def _names(patterns: str | frozenset[str], name: str) -> bool:
     """Whether HF PEFT takes ``patterns`` for naming the module ``name``: a regular expression, or endings of names."""
     if isinstance(patterns, str):
         return fullmatch(patterns, name)
-    return any(name == ending or name.endswith(f".{ending}") for ending in patterns)
+    return any(ending in patterns for ending in endings(name))
 
 
 def _whole(

@@ -14,7 +14,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError, listed
 from lightning_peft.structure.frozen import frozen_apart
 from lightning_peft.structure.plain import is_weighted, nature, obstacle
-from lightning_peft.targets.patterns import as_list, match_names, nothing_matched
+from lightning_peft.targets.patterns import Matcher, as_list, nothing_matched
 from lightning_peft.tensors.weights import is_packed
 
 
@@ -157,8 +157,9 @@ def whole_names(model: ModelView, patterns: Sequence[str]) -> tuple[str, ...]:
     if not patterns:
         return ()
     modules, parameters, names = model.modules, model.parameters, set[str]()
+    of_modules, of_parameters = Matcher(modules), Matcher(parameters)
     for pattern in patterns:
-        found = match_names(pattern, modules) or match_names(pattern, parameters)
+        found = of_modules(pattern) or of_parameters(pattern)
         if not found:
             # Parameters of layers are named by the layer.
             bare = {

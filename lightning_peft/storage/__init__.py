@@ -1,6 +1,6 @@
 """Adapter state in memory, in directories and in checkpoints.
 
-Imports tensors, core, structure, operations, files and formats.
+Imports tensors, core, structure, targets, operations, files and formats.
 """
 
 from lightning_peft.storage.loading import load_adapter

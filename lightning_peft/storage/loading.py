@@ -17,11 +17,12 @@ from lightning_peft.core.refusals import refuse_merged
 from lightning_peft.core.registry import note_moved, registries
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
-from lightning_peft.files.contents import MARKER, inside, read_json, read_tensors
+from lightning_peft.files.contents import inside, read_tensors
 from lightning_peft.files.leftovers import restore_interrupted
 from lightning_peft.files.manifest import check_manifest
 from lightning_peft.formats import hf, own
-from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, with_adapter, without_adapter
+from lightning_peft.formats.configuration import read_config, read_marker
+from lightning_peft.formats.content import TENSOR_FILE, with_adapter, without_adapter
 from lightning_peft.formats.counterpart import UNSAID
 from lightning_peft.formats.pieces import take, whole_of
 from lightning_peft.operations.inject import inject_prepared, prepare_injection
@@ -35,8 +36,13 @@ from lightning_peft.storage.state import (
     refuse_other_methods,
 )
 from lightning_peft.structure.inner_models import is_lightning_module, transformers_models
+from lightning_peft.targets.patterns import patterns_of_a_file
+from lightning_peft.tensors.allowance import Allowance
 from lightning_peft.tensors.seeding import parameters_left_empty
 from lightning_peft.tensors.sharding import assign, replace, whole
+
+_MORE = 2**24
+"""So many elements of adapters may be made besides those that a file has some for: projections that are drawn."""
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> None:
@@ -58,14 +64,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str = 
     directory = Path(path)
     restore_interrupted(directory)
     check_manifest(directory, FILES)
-    marker = read_json(directory / MARKER) if (directory / MARKER).is_file() else {}
+    marker = read_marker(directory)
     if "parts" in marker:
-        places = {str(prefix): directory / str(prefix) for prefix in marker["parts"]}
+        places = {prefix: inside(directory, prefix) for prefix in marker["parts"]}
         if unknown := sorted(places.keys() - view.modules.keys()):
             raise PEFTError(f"{directory} holds an adapter for {unknown[0]!r}; the model has no such part.")
     else:
         places = {_root_of(view, marker): directory}
-    loads = [_Load.prepare(view, prefix, place, name) for prefix, place in places.items()]
+    with patterns_of_a_file():
+        loads = [_Load.prepare(view, prefix, place, name) for prefix, place in places.items()]
     beside = _read_beside(view, directory, marker, next(iter(places)))
     for load in loads:
         load.run()
@@ -89,8 +96,7 @@ class _Load:
     @classmethod
     def prepare(cls, model: ModelView, prefix: str, directory: Path, name: str) -> _Load:
         root = model.part(prefix)
-        config, file = read_json(directory / CONFIG_FILE), directory / TENSOR_FILE
-        marker = read_json(directory / MARKER) if (directory / MARKER).is_file() else {}
+        config, file, marker = read_config(directory), directory / TENSOR_FILE, read_marker(directory)
         config.pop(UNSAID, None)
         config.update({UNSAID: marker[UNSAID]} if UNSAID in marker else {})
         stored, source = read_tensors(file), str(directory)
@@ -100,8 +106,7 @@ class _Load:
         else:
             content = hf.read_content(root, config, shapes, source)
         if marker:
-            base = marker.get("base")
-            refuse_other_base(model, base if isinstance(base, dict) else {}, source, prefix)
+            refuse_other_base(model, marker.get("base", {}), source, prefix)
         lead = f"{prefix}." if prefix else ""
         _refuse_changed_base(root, {name: stored.pop(key) for key, name in content.copies.items()}, source)
         if extra := sorted(stored.keys() - {whole_of(key) for key in content.names} - content.unused):
@@ -119,7 +124,8 @@ class _Load:
             targets = {key: t for key, t in adapter_parameters_and_whole(model).items() if key.startswith(lead)}
             targets = {key: t for key, t in targets.items() if with_adapter(without_adapter(key), name) == key}
         else:
-            with parameters_left_empty():
+            # Files of others have no place for some buffers, and hold zeros where parts of a layer are not adapted.
+            with parameters_left_empty(), Allowance(8 * sum(t.numel() for t in stored.values()) + _MORE, source):
                 prepared = prepare_injection(root, content.methods, name, content.train_also)
             targets = {f"{lead}{key}": t for key, t in prepared_tensors(root, prepared, name).items()}
         # Formats of others have no place for some buffers of adapters, which start anew.

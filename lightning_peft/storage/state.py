@@ -114,10 +114,17 @@ def check_tensors(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], so
                 f"{source}: {name} has shape {list(state[name].shape)}, this model's has {list(full_shape(target))}. "
                 "Use the rank and the base model that it was written with."
             )
+        if state[name].is_floating_point() != target.is_floating_point():
+            raise PEFTError(
+                f"{source}: {name} has the dtype {state[name].dtype}, this model's has {target.dtype}. It is damaged."
+            )
         trained = isinstance(target, nn.Parameter) or CHILD in name.split(".")
         # One pass instead of three: files have hundreds of small tensors.
-        if trained and not math.isfinite(state[name].sum(dtype=torch.float64)):
-            raise PEFTError(f"{source}: {name} holds NaN or infinity. Take an earlier checkpoint.")
+        if trained and not math.isfinite(state[name].to(target.dtype).sum(dtype=torch.float64)):
+            raise PEFTError(
+                f"{source}: {name} holds NaN or infinity, or values that {target.dtype} cannot hold. Take an earlier "
+                "checkpoint."
+            )
 
 
 def metadata(model: ModelView) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from time import thread_time
 from typing import TypeVar
 
 import regex
@@ -16,9 +19,22 @@ PRESETS = (ALL_LINEAR, "attention", "mlp")
 # A pattern may come from a stranger's file. Backtracking is exponential in the worst case, hence the limit.
 _REGEX_SECONDS = 0.5
 _REGEX_LENGTH = 2000
+_FILE_SECONDS = 1.0
+
+_spent: ContextVar[list[float] | None] = ContextVar("spent", default=None)
 
 Names = str | Sequence[str]
 T = TypeVar("T")
+
+
+@contextmanager
+def patterns_of_a_file() -> Iterator[None]:
+    """Within it, all regular expressions together may take a second: they are one file's."""
+    token = _spent.set([0.0])
+    try:
+        yield
+    finally:
+        _spent.reset(token)
 
 
 def as_list(names: Names) -> list[str]:
@@ -52,8 +68,17 @@ def fullmatch(expression: str, name: str) -> bool:
     """
     if len(expression) > _REGEX_LENGTH:
         raise PEFTError(f"A pattern of {len(expression)} characters was given; {_REGEX_LENGTH} is the limit.")
+    spent, began = _spent.get(), thread_time()
     try:
-        return regex.fullmatch(expression, name, timeout=_REGEX_SECONDS) is not None
+        found = regex.fullmatch(expression, name, timeout=_REGEX_SECONDS) is not None
+        if spent is not None:
+            spent[0] += thread_time() - began
+            if spent[0] > _FILE_SECONDS:
+                raise PEFTError(
+                    f"The file's patterns took more than {_FILE_SECONDS} s, the last of them {expression!r}. Write "
+                    "fewer and simpler ones, or list the modules' names."
+                )
+        return found
     except TimeoutError:
         raise PEFTError(
             f"The regular expression {expression!r} took more than {_REGEX_SECONDS} s on {name!r}. "
@@ -63,7 +88,33 @@ def fullmatch(expression: str, name: str) -> bool:
         raise PEFTError(f"The regular expression {expression!r} is malformed: {error}.") from error
 
 
-def match_names(pattern: str, modules: Mapping[str, object]) -> set[str]:
+def endings(name: str) -> Iterator[str]:
+    """Yield ``name``, and what of it begins behind a dot."""
+    yield name
+    while name := name.partition(".")[2]:
+        yield name
+
+
+class Matcher:
+    """Finds what patterns match among ``names``: of plain endings there may be as many as there are names."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = list(names)
+        self._by_ending: dict[str, set[str]] | None = None
+
+    def __call__(self, pattern: str) -> set[str]:
+        """Return the names that ``pattern`` matches, as :func:`matches` has it."""
+        if pattern.startswith("re:") or "*" in pattern:
+            return {name for name in self._names if matches(pattern, name)}
+        if self._by_ending is None:
+            self._by_ending = {}
+            for name in self._names:
+                for ending in endings(name):
+                    self._by_ending.setdefault(ending, set()).add(name)
+        return set(self._by_ending.get(pattern, ()))
+
+
+def match_names(pattern: str, modules: Iterable[str]) -> set[str]:
     """Return the names among ``modules`` that ``pattern`` matches."""
     return {name for name in modules if matches(pattern, name)}
 
@@ -96,8 +147,9 @@ def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
 
 def require_matches(patterns: Iterable[str], names: Mapping[str, object], what: str) -> None:
     """Raise :class:`PEFTError` for the first pattern that matches none of ``names``."""
+    matching = Matcher(names)
     for pattern in patterns:
-        if not match_names(pattern, names):
+        if not matching(pattern):
             raise PEFTError(nothing_matched(pattern, names, names, what=what))
 
 

@@ -12,7 +12,7 @@ from lightning_peft.errors import PEFTError, listed
 from lightning_peft.structure import plain
 from lightning_peft.structure.frozen import REASON, left_frozen
 from lightning_peft.structure.layers import in_layers
-from lightning_peft.targets.patterns import PRESETS, Names, as_list, match_names, matches, nothing_matched
+from lightning_peft.targets.patterns import PRESETS, Matcher, Names, as_list, nothing_matched
 from lightning_peft.targets.presets import in_preset, nothing_in_preset, uncalled_modules
 
 
@@ -63,8 +63,9 @@ def select(
         return nothing_in_preset(model, preset, candidates, refused, written)
 
     named, chosen = _matched(model, targets, modules, candidates, nothing)
+    excluding = Matcher(modules)
     for pattern in as_list(exclude or ()):
-        found = match_names(pattern, modules)
+        found = excluding(pattern)
         if not found:
             raise PEFTError(nothing_matched(pattern, modules, candidates, what="exclude_modules"))
         chosen -= found
@@ -102,14 +103,17 @@ def _matched(
 ) -> tuple[set[str], set[str]]:
     """Return what patterns name, and that with what presets find."""
     named, chosen = set[str](), set[str]()
-    for pattern in as_list(targets):
+    matching, by_alias = (
+        Matcher(candidates),
+        Matcher(alias for alias, name in model.aliases.items() if name in candidates),
+    )
+    for pattern in dict.fromkeys(as_list(targets)):
         if pattern in PRESETS:
             found = in_preset(model, pattern)
             if not found:
                 raise PEFTError(nothing(pattern))
         else:
-            found = match_names(pattern, candidates)
-            found |= {name for alias, name in model.aliases.items() if name in candidates and matches(pattern, alias)}
+            found = matching(pattern) | {model.aliases[alias] for alias in by_alias(pattern)}
             if not found:
                 raise PEFTError(nothing_matched(pattern, modules, candidates))
             named |= found

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "formats": "core structure targets adapters.low_rank files formats.counterparts formats.additions",
     "formats.counterparts": "tensors core targets adapters.low_rank adapters.virtual_tokens methods formats",
     "formats.additions": "core structure targets adapters.low_rank methods formats formats.counterparts",
-    "storage": "tensors core structure operations files formats",
+    "storage": "tensors core structure targets operations files formats",
     "planning": "core structure adapters.virtual_tokens",
     "callbacks": "tensors core files storage",
     "strategy": "tensors core structure targets operations files formats storage callbacks "

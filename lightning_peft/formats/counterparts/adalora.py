@@ -68,9 +68,10 @@ class AdaLoRAInHF(Counterpart):
 
 def _rank(host: str, config: Mapping[str, Any], shapes: Shapes, source: str) -> int:
     """Return how many singular values a file has for ``host``: those that its configuration keeps."""
-    kept = (config.get("rank_pattern") or {}).get(f"{host}.lora_E", [True] * int(config["init_r"]))
+    kept = (config.get("rank_pattern") or {}).get(f"{host}.lora_E")
     found = shapes[f"{PREFIX}{host}.lora_E"]
-    if not isinstance(kept, list) or found != (sum(value is True for value in kept), 1):
+    ranks = config["init_r"] if kept is None else kept.count(True) if isinstance(kept, list) else None
+    if found != (ranks, 1):
         raise PEFTError(
             f"{source}: the singular values of {host!r} have the shape {list(found)}, which init_r and rank_pattern of "
             "its configuration contradict. It is damaged."

@@ -17,6 +17,7 @@ from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.formats.configuration import refuse_many_patterns
 from lightning_peft.formats.counterpart import PREFIX, UNSAID, Counterpart, Shapes, require_numbers, targets_for_hf
 from lightning_peft.formats.keys import refuse_values
 from lightning_peft.formats.own_weights import ENDINGS, parameter_targets, tensors_of, weights_in
@@ -141,6 +142,9 @@ class LoRAInHF(Counterpart):
         said = self.method(lora_bias=bool(config.get("lora_bias", False)))
         targets = self._targets(root, said, config, shapes, source)
         modules, ranks, alphas = root.modules, {}, {}
+        named = {name: None for host, weights in targets.items() for name in weights.values() or [host]}
+        for key in ("rank_pattern", "alpha_pattern"):
+            refuse_many_patterns(config.get(key) or {}, named, source)
         for host, weights in targets.items():
             for name in dict.fromkeys(weights.values() or [host]):
                 ranks[name] = _pattern(config, "rank_pattern", "r", name, source)

@@ -1,0 +1,90 @@
+"""The JSON of an adapter directory, each value checked against the type that it is to have before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.core.schema import check_values
+from lightning_peft.errors import PEFTError
+from lightning_peft.files.contents import MARKER, read_json
+from lightning_peft.formats.content import CONFIG_FILE
+
+_Names = str | list[str] | None
+_Ranks = dict[str, int | list[bool]] | None
+_Switch = bool | None
+
+_OF_CONFIG: Mapping[str, Any] = {
+    **dict.fromkeys(("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern"), _Names),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), list[str] | None),
+    **dict.fromkeys(("peft_type", "task_type", "base_model_name_or_path", "revision"), str | None),
+    **dict.fromkeys(("r", "init_r", "target_r", "tinit", "tfinal", "deltaT"), int),
+    **dict.fromkeys(("num_virtual_tokens", "projection_prng_key", "decompose_factor"), int),
+    **dict.fromkeys(("total_step", "encoder_hidden_size", "num_layers", "token_dim"), int | None),
+    **dict.fromkeys(("lora_alpha", "alpha", "beta1", "beta2", "orth_reg_weight", "d_initial"), float),
+    **dict.fromkeys(("lora_dropout", "vera_dropout", "rank_dropout", "module_dropout"), float),
+    **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "prefix_projection", "decompose_both"), _Switch),
+    **dict.fromkeys(("save_projection", "inference_mode", "use_effective_conv2d"), _Switch),
+    "rank_pattern": _Ranks,
+    "alpha_pattern": dict[str, float] | None,
+    "layers_to_transform": int | list[int] | None,
+    "bias": str | None,
+    # Of this package's own format.
+    "methods": list[dict[str, Any]],
+    "train_also": list[str],
+}
+_OF_MARKER: Mapping[str, Any] = {
+    "version": int,
+    "prefix": str,
+    "parts": list[str],
+    "lightning": bool,
+    "exported": str,
+    "base": dict[str, Any],
+}
+_OF_BASE: Mapping[str, Any] = {
+    "class": str,
+    "name_or_path": str | None,
+    **dict.fromkeys(("samples", "frozen", "others"), dict[str, list[float]]),
+}
+
+_MOST_PATTERNS = 1000
+"""Patterns are tried one after another on the name of every adapted module."""
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read ``adapter_config.json``.
+
+    Raises:
+        PEFTError: It is missing or damaged, or a value has another type than HF PEFT or this package gives it.
+    """
+    config = read_json(directory / CONFIG_FILE)
+    check_values(config, _OF_CONFIG, str(directory / CONFIG_FILE))
+    return config
+
+
+def read_marker(directory: Path) -> dict[str, Any]:
+    """Read what this package says of a directory; nothing, if another program wrote it.
+
+    Raises:
+        PEFTError: It is damaged.
+    """
+    path = directory / MARKER
+    if not path.is_file():
+        return {}
+    marker = read_json(path)
+    check_values(marker, _OF_MARKER, str(path))
+    check_values(marker.get("base", {}), _OF_BASE, f"{path}: the base")
+    return marker
+
+
+def refuse_many_patterns(patterns: Mapping[str, Any], names: Mapping[str, Any], source: str) -> None:
+    """Raise :class:`PEFTError` if more of ``patterns`` are to be tried than can be in reasonable time.
+
+    Those that are one of ``names`` are found at once.
+    """
+    if (number := len(patterns.keys() - names.keys())) > _MOST_PATTERNS:
+        raise PEFTError(
+            f"{source}: its configuration has {number} patterns of modules; {_MOST_PATTERNS} is the limit, besides "
+            "whole names."
+        )
