@@ -1,6 +1,6 @@
 """Callbacks, imported as ``lightning_peft.callbacks``.
 
-Imports tensors, core, files and storage.
+Imports tensors, core, structure, files and storage.
 """
 
 from lightning_peft.callbacks.checkpoint import AdapterCheckpoint

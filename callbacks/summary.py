@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelSummary
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.core.registry import registries
 from lightning_peft.core.view import ModelView
+from lightning_peft.structure.experts import expert_weights
 from lightning_peft.tensors.sharding import full_shape
 
 # What torch's optimizers keep for each element of a parameter, and the options with which they keep one more. Adafactor
@@ -48,7 +50,8 @@ def summary_table(module: pl.LightningModule, optimizers: Iterable[Optimizer], s
     Sizes are for one process: an adapter checkpoint against one of the whole model under the same optimizer.
     """
     lines = [("strategy", strategy)]
-    for prefix, _, registry in registries(ModelView(module)):
+    view = ModelView(module)
+    for prefix, _, registry in registries(view):
         for name, methods in registry.methods.items():
             where = f" in {prefix}" if prefix else ""
             lines.append(("method", f"{' + '.join(type(m).__name__ for m in methods)}, adapter {name!r}{where}"))
@@ -56,9 +59,10 @@ def summary_table(module: pl.LightningModule, optimizers: Iterable[Optimizer], s
                 kinds = sorted({host.rsplit(".", 1)[-1] for host in hosts})
                 unit = "modules" if what == "adapted" else "parameters"
                 lines += [(what, f"{len(hosts)} {unit}: {', '.join(kinds)}")] if hosts else []
+            lines += _experts(view.part(prefix), name)
         if registry.train_also:
             lines.append(("trained whole", ", ".join(registry.train_also)))
-    adapters = {id(p) for p in ModelView(module).adapter_parameters.values()}
+    adapters = {id(p) for p in view.adapter_parameters.values()}
     trained = [p for p in module.parameters() if p.requires_grad]
     total = sum(full_shape(p).numel() for p in module.parameters())
     count = sum(full_shape(p).numel() for p in trained)
@@ -72,6 +76,17 @@ def summary_table(module: pl.LightningModule, optimizers: Iterable[Optimizer], s
         lines.append(("checkpoint", f"{_size(factor * _bytes(trained))}; of the whole model {_size(full)}"))
     width = max(len(key) for key, _ in lines)
     return "\n".join(["", *(f"  {key:<{width}}  {value}" for key, value in lines)])
+
+
+def _experts(root: ModelView, adapter: str) -> list[tuple[str, str]]:
+    """Return what to say of adapted experts that stand in one parameter."""
+    holders = {name.rpartition(".")[0] for name in expert_weights(root)}
+    found = [(host, slot[adapter]) for name, host, slot in root.slots if name in holders and adapter in slot]
+    if not found:
+        return []
+    count = sum(cast(int, host.num_experts) for host, _ in found)
+    values = sum(full_shape(p).numel() for _, module in found for p in module.parameters())
+    return [("experts", f"{count:,} in {len(found)} modules, with {values:,} parameters of adapters")]
 
 
 def state_elements(optimizer: Optimizer) -> int | None:

@@ -41,7 +41,8 @@ class LoRA(PEFTMethod):
         dropout: Probability with which an element of the adapter's input is zeroed during training.
         target_modules: What to adapt: ``all-linear`` (every linear layer but the output head), ``attention``,
             ``mlp``, or names, globs (``layers.*.q_proj``) and regular expressions (``re:.*proj``). Experts in one 3-D
-            parameter are adapted if that is named (``experts.down_proj``).
+            parameter are linear layers too, each with the rank ``r``; by name they are that parameter
+            (``experts.down_proj``). What chooses among experts is adapted by name alone.
         exclude_modules: Patterns of modules to leave out.
         layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.
         rank_pattern: Other ranks for some modules, by pattern.

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_peft.core.view import ModelView
 from lightning_peft.structure.attention import attention_roots, mlp_beside, recurrent_roots, refuse_mixed, surrounding
+from lightning_peft.structure.experts import expert_weights, router_names
 from lightning_peft.structure.inner_models import head_modules
 from lightning_peft.structure.layers import listed_blocks
 from lightning_peft.structure.plain import is_own_linear
@@ -19,6 +20,8 @@ from lightning_peft.tensors.weights import is_conv, is_linear
 
 def in_preset(model: ModelView, preset: str) -> set[str]:
     """Return the names of the linear layers, whoever made them, and ``nn.MultiheadAttention`` that ``preset`` means.
+
+    Experts that stand in one parameter are among them by that parameter's name; what chooses among experts is not.
 
     Raises:
         PEFTError: Attention and MLP cannot be told apart.
@@ -30,13 +33,17 @@ def in_preset(model: ModelView, preset: str) -> set[str]:
         if isinstance(module, nn.MultiheadAttention)
         or (id(module) not in heads and name not in uncalled and (is_linear(module) or is_own_linear(module)))
     }
+    linears -= router_names(model)
+    experts = expert_weights(model)
     if preset == ALL_LINEAR:
-        return linears
+        return linears | experts.keys()
     refuse_mixed(model)
     attention = _inside(linears, attention_roots(model)) - mlp_beside(model).keys()
     if preset == "attention":
         return attention
-    return (linears & listed_blocks(model).keys()) - attention - _inside(linears, recurrent_roots(model))
+    listed = listed_blocks(model)
+    dense = (linears & listed.keys()) - attention - _inside(linears, recurrent_roots(model))
+    return dense | {name for name in experts if name.rpartition(".")[0] in listed}
 
 
 def uncalled_modules(model: ModelView) -> set[str]:

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError, listed
 from lightning_peft.structure import plain
+from lightning_peft.structure.experts import expert_weights
 from lightning_peft.structure.frozen import REASON, left_frozen
 from lightning_peft.structure.layers import in_layers
 from lightning_peft.targets.patterns import PRESETS, Matcher, Names, as_list, nothing_matched
@@ -56,7 +57,7 @@ def select(
         for name, module in modules.items()
         for weight in (() if weights is None or name in candidates else weights(module))
     }
-    modules, candidates = modules | parameters, candidates | parameters
+    modules, candidates = {**modules, **expert_weights(model), **parameters}, candidates | parameters
 
     def nothing(preset: str) -> str:
         refused = _reasons(model, candidates, candidates, parameters, obstacle)
@@ -131,10 +132,10 @@ def _reasons(
     """Return those of ``chosen`` that cannot be adapted, each with the reason."""
     uncalled, found = uncalled_modules(model), dict[str, str]()
     for name, module in chosen.items():
-        if name in parameters:
-            continue
         reason: str | None
-        if name in uncalled:
+        if name in parameters:
+            reason = None if obstacle is None else obstacle(name, module)
+        elif name in uncalled:
             reason = (
                 "nn.MultiheadAttention reads its weight and never calls it, so an adapter would have no effect; LoRA "
                 "adapts the nn.MultiheadAttention itself"

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "formats.additions": "core structure targets adapters.low_rank methods formats formats.counterparts",
     "storage": "tensors core structure targets operations files formats",
     "planning": "core structure adapters.virtual_tokens",
-    "callbacks": "tensors core files storage",
+    "callbacks": "tensors core structure files storage",
     "strategy": "tensors core structure targets operations files formats storage callbacks "
     "strategy.optimizers strategy.bases",
     "strategy.optimizers": "tensors core operations storage",

@@ -84,7 +84,7 @@ DAMAGE = {
     "broken JSON": (lambda d: (d / CONFIG).write_text("{"), "not valid JSON"),
     "wrong method": (changed_config(peft_type="OFT"), "type 'OFT'"),
     "not plain LoRA": (changed_config(use_qalora=True), "use_qalora=True"),
-    "PiSSA": (changed_config(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+    "LoftQ": (changed_config(init_lora_weights="loftq"), "init_lora_weights='loftq'"),
     "other rank": (changed_config(r=4), "rank 4"),
     "no rank": (changed_config(r=None), "r=None"),
 }

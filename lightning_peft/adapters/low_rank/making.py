@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank.fused import FusedLoRAAdapter
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
-from lightning_peft.adapters.low_rank.own_weights import OwnWeightsLoRAAdapter, attention_weights, factor_shapes
+from lightning_peft.adapters.low_rank.own_weights import (
+    OwnWeightsLoRAAdapter,
+    attention_weights,
+    factor_shapes,
+    weight_obstacle,
+)
 from lightning_peft.adapters.low_rank.shared_input import SharedInput
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.errors import PEFTError, listed
@@ -41,10 +46,12 @@ class Maker:
     seed: int
 
     def obstacle(self, name: str, module: nn.Module) -> str | None:
-        """Return why ``module`` cannot be adapted, and what to do, if it cannot."""
+        """Return why ``module``, or its weight ``name``, cannot be adapted, and what to do, if it cannot."""
         if isinstance(module, nn.MultiheadAttention):
             derived = set(attention_weights(module)) - dict(module.named_parameters()).keys()
             return f"its {min(derived)} is worked out from other parameters" if derived else None
+        if not any(kind.serves(module) for kind in self.kinds):
+            return weight_obstacle(module, name.rpartition(".")[2])
         return self._kind(module).refusal(module, self.rank(name), self.dropout, self.freeze_A)
 
     def beside(self, name: str, module: nn.Module) -> LoRAAdapter:

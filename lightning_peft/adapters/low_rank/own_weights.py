@@ -140,19 +140,27 @@ def is_in_first(host: nn.Module) -> bool:
     return bool(getattr(host, "is_transposed", False))
 
 
+def weight_obstacle(host: nn.Module, weight: str) -> str | None:
+    """Return why a weight cannot be adapted, if it is neither a matrix nor several experts' matrices, or is packed."""
+    parameter = host.get_parameter(weight)
+    shape = full_shape(parameter)
+    if len(shape) in (2, 3) and parameter.is_floating_point() and parameter.dtype.itemsize >= 2:
+        return None
+    return (
+        f"{weight!r} of a {type(host).__name__} is {list(shape)} of {parameter.dtype}; a weight [out, in] or [experts, "
+        "out, in] of floating-point numbers in at least 16 bits was expected"
+    )
+
+
 def factor_shapes(host: nn.Module, weight: str, r: int) -> Shapes:
     """Return the shapes of A and B.
 
     Raises:
         PEFTError: The weight is neither a matrix nor several experts' matrices, or is packed.
     """
-    parameter = host.get_parameter(weight)
-    shape = full_shape(parameter)
-    if len(shape) not in (2, 3) or not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
-        raise PEFTError(
-            f"LoRA: {weight!r} of a {type(host).__name__} is {list(shape)} of {parameter.dtype}; a weight [out, in] or "
-            "[experts, out, in] of floating-point numbers in at least 16 bits was expected. Leave it out."
-        )
+    if (reason := weight_obstacle(host, weight)) is not None:
+        raise PEFTError(f"LoRA: {reason}. Leave it out.")
+    shape = full_shape(host.get_parameter(weight))
     experts = shape[0] if len(shape) == 3 else 1
     d_out, d_in = (shape[-1], shape[-2]) if len(shape) == 3 and is_in_first(host) else (shape[-2], shape[-1])
     return (experts * r, d_in), (d_out, r * experts)
