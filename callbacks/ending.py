@@ -26,8 +26,9 @@ def listen() -> None:
 def save_last(trainer: pl.Trainer) -> None:
     """Have every ``ModelCheckpoint`` with ``save_last=True`` write its last checkpoint, if it has not for this step."""
     for callback in trainer.checkpoint_callbacks:
-        keeps_last = isinstance(callback, ModelCheckpoint) and callback.save_last is True
-        if keeps_last and not callback._should_skip_saving_checkpoint(trainer):
+        if not isinstance(callback, ModelCheckpoint) or callback.save_last is not True:
+            continue
+        if not callback._should_skip_saving_checkpoint(trainer):
             callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
 
 
