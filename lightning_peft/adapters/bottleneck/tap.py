@@ -27,17 +27,25 @@ class Tap(Adapter):
     def __init__(self) -> None:
         super().__init__()
         self._seen = OfThread()
+        self._traced: Call | None = None
+        """The same in programs of torch.compile, where a tensor that a thread keeps is another when it is taken."""
 
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Keep the hidden state that the host was given, and what it returned."""
-        self._seen.value = Call(input_of(args, kwargs), output, torch.is_grad_enabled())
+        call = Call(input_of(args, kwargs), output, torch.is_grad_enabled())
+        if torch.compiler.is_compiling():
+            self._traced = call
+        else:
+            self._seen.value = call
         return output
 
     def take(self) -> Call | None:
         """Return the host's last call, if it ran, and forget it."""
-        seen, self._seen.value = self._seen.value, None
-        return seen  # type: ignore[no-any-return]
+        seen, self._traced = self._traced, None
+        if seen is None and not torch.compiler.is_compiling():
+            seen, self._seen.value = self._seen.value, None
+        return seen
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # One that an older version pickled has ``None``.
-        super().__setstate__({**state, "_seen": OfThread()})
+        super().__setstate__({**state, "_seen": OfThread(), "_traced": None})
