@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.distributed import all_gather_object
 
+from lightning_peft.errors import PEFTError
 from lightning_peft.strategy.leaving import Leaving
 from lightning_peft.tensors.randomness import generator_states, set_generator_states
 
@@ -38,7 +39,10 @@ class Continuing(Leaving):
         trainer = None if self.lightning_module is None else self.lightning_module.trainer
         if saved is None or trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return
-        if (written := len(saved[_STATES])) == trainer.world_size:
+        states = saved.get(_STATES) if isinstance(saved, Mapping) else None
+        if not isinstance(states, list):
+            raise PEFTError("The checkpoint's states of random generators are damaged. Take another checkpoint.")
+        if (written := len(states)) == trainer.world_size:
             self._generators = saved
         else:
             rank_zero_warn(
@@ -54,7 +58,7 @@ class Continuing(Leaving):
             return
         trainer, loop = self._module.trainer, self._module.trainer.fit_loop
         set_generator_states(saved[_STATES][trainer.global_rank], self.root_device)
-        if saved[_EPOCH_ENDED] and (not loop.epoch_loop.restarting or loop.epoch_loop.restarted_on_train_batch_end):
+        if saved.get(_EPOCH_ENDED) and (not loop.epoch_loop.restarting or loop.epoch_loop.restarted_on_train_batch_end):
             # Lightning has begun to iterate over the next epoch, with what a new process draws and samplers of another
             # epoch. In all other cases it ends the last epoch first, and will begin when that has been done.
             assert loop._combined_loader is not None

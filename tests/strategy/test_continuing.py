@@ -13,7 +13,7 @@ from modules import BATCH, Regression, Stop, adapter_state, assert_same, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import AdaLoRA, LoRA, PEFTStrategy
+from lightning_peft import AdaLoRA, LoRA, PEFTError, PEFTStrategy
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.tasks.resumable import ResumableLoader
 
@@ -142,6 +142,17 @@ def test_a_run_with_other_processes_is_told_that_random_numbers_differ(tmp_path:
     content["lightning_peft"]["generators"]["states"] *= 2
     torch.save(content, path)
     with pytest.warns(UserWarning, match=r"written by 2 processes, and this run has 1: random numbers"):
+        fit(tmp_path, "nothing", in_order, STEPS, seed=1, ckpt_path=path)
+
+
+@pytest.mark.parametrize("states", [3, {}, {"states": 3}, {"states": [3]}, {"states": [{"python": (1, 2)}]}])
+def test_states_that_are_none_are_damage(tmp_path: Path, states: Any) -> None:
+    fit(tmp_path, "nothing", in_order, 3, seed=1, kind=ModelCheckpoint)
+    (path,) = tmp_path.glob("step=3*")
+    content = torch.load(path, weights_only=True)
+    content["lightning_peft"]["generators"] = states
+    torch.save(content, path)
+    with pytest.raises(PEFTError, match="states of random generators are damaged"):
         fit(tmp_path, "nothing", in_order, STEPS, seed=1, ckpt_path=path)
 
 
