@@ -10,7 +10,7 @@ BENCH := $(VENV)/.bench
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart quickstart-fast test test-slow fuzz test-gpu bench lint format clean
+.PHONY: help install quickstart quickstart-fast test test-slow coverage fuzz test-gpu bench lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,9 @@ test: lint ## Lint, then run the tests
 test-slow: $(INSTALLED) ## Run the tests that take minutes
 	$(PYTEST) -m "slow and not gpu"
 
+coverage: $(INSTALLED) ## Run the tests and show which lines and branches none of them runs
+	$(PYTEST) --cov=lightning_peft --cov=callbacks --cov-branch --cov-report=term-missing:skip-covered
+
 fuzz: $(INSTALLED) ## Look for files and values that are neither read nor refused (an hour)
 	$(BIN)/python -m pytest -m slow tests/storage/test_fuzz.py -s
 
@@ -73,5 +76,5 @@ format: $(INSTALLED) ## Rewrite the sources in the project's style
 	$(BIN)/ruff format .
 
 clean: ## Remove .venv and everything that was built or written by a run
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .quickstart .bench lightning_logs
+	rm -rf $(VENV) build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .quickstart .bench lightning_logs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
