@@ -12,6 +12,7 @@ from lightning_peft.operations.eject import eject
 from lightning_peft.operations.inject import inject, set_adapter
 from lightning_peft.operations.merge import MergeReport, merge, unmerge
 from lightning_peft.operations.per_sample import adapter_names
+from lightning_peft.operations.to_lora import difference_to_lora, to_lora
 from lightning_peft.storage.base_weights import load_base_weights
 from lightning_peft.storage.loading import load_adapter
 from lightning_peft.storage.saving import save_adapter
@@ -27,6 +28,7 @@ __all__ = [
     "adapter_names",
     "adapter_state_dict",
     "combine",
+    "difference_to_lora",
     "disable",
     "eject",
     "inject",
@@ -36,6 +38,7 @@ __all__ = [
     "replace_pytorch_lightning",
     "save_adapter",
     "set_adapter",
+    "to_lora",
     "unmerge",
 ]
 __all__ += _methods

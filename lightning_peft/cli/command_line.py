@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import lightning_peft.callbacks
 import lightning_peft.tasks  # noqa: F401
 from lightning_peft.cli import commands
+from lightning_peft.cli.convert import convert
 from lightning_peft.cli.errors import method_error
 from lightning_peft.cli.plan import show_plan
 from lightning_peft.core.method import registered_methods
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": commands.inspect,
     "merge": commands.merge,
     "export": commands.export,
+    "convert": convert,
 }
 """Commands that need no Trainer."""
 RUNS = {

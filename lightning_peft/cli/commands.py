@@ -78,8 +78,8 @@ def merge(adapter: str, model: str | None = None, out: str = "merged", dtype: Dt
     Raises:
         PEFTError: The adapter does not belong to the model, or the directory cannot be written.
     """
-    model = model or _base_name(Path(adapter))
-    base = load_model(model, _model_class(Path(adapter)), dtype=dtype)
+    model = model or base_name(Path(adapter))
+    base = load_model(model, model_class(Path(adapter)), dtype=dtype)
     load_adapter(base, adapter)
     print(merge_adapters(base, unload=True))
     with atomic_directory(out) as directory:
@@ -112,8 +112,7 @@ def export(adapter: str, out: str = "exported", rank: int | None = None, dtype: 
     source, target = Path(adapter), Path(out)
     restore_interrupted(source)
     check_manifest(source, FILES)
-    if target.resolve() in (source.resolve(), *source.resolve().parents):
-        raise PEFTError(f"out={out!r} would replace the adapter {adapter} itself. Choose another directory.")
+    refuse_place(source, target)
     if (target / MARKER).is_file() and "exported" not in read_marker(target):
         raise PEFTError(f"out={out!r} is no earlier export, perhaps a checkpoint. Choose another directory.")
     marker = read_marker(source)
@@ -132,6 +131,12 @@ def export(adapter: str, out: str = "exported", rank: int | None = None, dtype: 
         write_json(directory / MARKER, {**marker, "version": 1, "exported": adapter})
         write_manifest(directory, {"exported": adapter})
     print(f"Wrote {out}: rank {config['r']}, the scale is in B. Targets: {', '.join(config['target_modules'])}.")
+
+
+def refuse_place(source: Path, out: Path) -> None:
+    """Raise :class:`PEFTError` if writing ``out`` would replace what is read."""
+    if out.resolve() in (source.resolve(), *source.resolve().parents):
+        raise PEFTError(f"out={str(out)!r} would replace the adapter {source} itself. Choose another directory.")
 
 
 def _show(title: str, rows: Iterable[_Row]) -> None:
@@ -211,14 +216,15 @@ def _recorded_base(directory: Path) -> dict[str, Any]:
     return base
 
 
-def _base_name(adapter: Path) -> str:
+def base_name(adapter: Path) -> str:
+    """Return the base model that an adapter names."""
     name = read_config(adapter).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise PEFTError(f"{adapter} does not name its base model: give it with --model.")
     return name
 
 
-def _model_class(adapter: Path) -> Any:
+def model_class(adapter: Path) -> Any:
     """Return the transformers class of an adapter's base."""
     recorded = getattr(transformers, str(_recorded_base(adapter).get("class")), None)
     if isinstance(recorded, type) and issubclass(recorded, transformers.PreTrainedModel):

@@ -111,7 +111,9 @@ def _task_type(root: ModelView) -> str | None:
     name = root.kind
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
-    return "SEQ_2_SEQ_LM" if getattr(getattr(root.module, "config", None), "is_encoder_decoder", False) else None
+    encoder_decoder = getattr(getattr(root.module, "config", None), "is_encoder_decoder", False)
+    # With it HF PEFT gives the model `input_ids` and no other input.
+    return "SEQ_2_SEQ_LM" if encoder_decoder and getattr(root.module, "main_input_name", "") == "input_ids" else None
 
 
 def _refuse_lost(root: ModelView, config: Mapping[str, Any], present: set[str], source: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from lightning_peft.targets.naming import targets_from
 from lightning_peft.tensors.seeding import generator_of
 from lightning_peft.tensors.sharding import replace, whole
 
-_Factors = dict[str, tuple[Tensor, Tensor]]
+Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 def combine(
@@ -80,7 +81,7 @@ def combine(
     found = adapted(view)
     _check_adapters(found, adapters, weights, name)
     _check_method(method, rank, density)
-    made: list[tuple[nn.Module, LoRA, _Factors]] = []
+    made: list[tuple[nn.Module, LoRA, Factors]] = []
     for prefix, module, registry in found:
         root = view.part(prefix)
         factors = {
@@ -89,14 +90,21 @@ def combine(
         }
         if factors:
             first = next(registry.methods[adapter][0] for adapter in adapters if adapter in registry.methods)
-            made.append((module, _method_of(factors, cast(LoRA, first), root), factors))
+            like = cast(LoRA, first)
+            options = {"dropout": like.dropout, "loraplus_lr_ratio": like.loraplus_lr_ratio}
+            made.append((module, dataclasses.replace(lora_with(factors, root), **options), factors))
     hosts: list[str] = []
     for module, lora, factors in made:
         hosts += inject(module, lora, name=name)
-        for host, _, slot in ModelView(module).slots:
-            for parameter, value in zip(("lora_A", "lora_B"), factors.get(host, ()), strict=False):
-                replace(getattr(slot[name], parameter), value)
+        set_factors(module, name, factors)
     return hosts
+
+
+def set_factors(module: nn.Module, name: str, factors: Factors) -> None:
+    """Give the LoRA ``name`` of ``module`` the matrices A and B, by the host's name."""
+    for host, _, slot in ModelView(module).slots:
+        for parameter, value in zip(("lora_A", "lora_B"), factors.get(host, ()), strict=False):
+            replace(getattr(slot[name], parameter), value)
 
 
 def _check_adapters(
@@ -170,8 +178,8 @@ def _combine_host(
     return combined(terms, method, min(rank or ranks[-1], largest), density, generator_of(seed, host))
 
 
-def _method_of(factors: _Factors, first: LoRA, root: ModelView) -> LoRA:
-    """Return the LoRA whose adapters hold ``factors`` at scale 1; dropout and the like are those of ``first``."""
+def lora_with(factors: Factors, root: ModelView) -> LoRA:
+    """Return the LoRA whose adapters hold ``factors`` at scale 1."""
     ranks = {host: len(a) for host, (a, _) in factors.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
     patterns = {f"re:{regex.escape(host, special_only=True)}": rank for host, rank in ranks.items() if rank != r}
@@ -180,7 +188,5 @@ def _method_of(factors: _Factors, first: LoRA, root: ModelView) -> LoRA:
         alpha=r,
         rank_pattern=patterns,
         alpha_pattern=dict(patterns),
-        dropout=first.dropout,
-        loraplus_lr_ratio=first.loraplus_lr_ratio,
         target_modules=targets_from(factors, root),
     )

@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families import build, outputs, randomise
+from families import build, outputs, strongly
 from safetensors.torch import load_file, save_file
 from strangers import unsealed
 from torch import nn
@@ -15,14 +15,6 @@ from torch import nn
 from lightning_peft import BitFit, LoRA, NewTokens, PEFTError, PEFTMethod, inject, load_adapter, merge, save_adapter
 from lightning_peft.core.registry import registries
 from lightning_peft.core.view import ModelView
-
-
-def strongly(model: nn.Module) -> None:
-    """Give what is trained values whose effect no rounding hides."""
-    randomise(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(5 if parameter.requires_grad else 1)
 
 
 def lora(*targets: str, **options: Any) -> LoRA:

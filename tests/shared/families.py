@@ -167,6 +167,14 @@ def randomise(model: nn.Module) -> None:
                 nn.init.normal_(parameter, std=0.1)
 
 
+def strongly(model: nn.Module) -> None:
+    """Give what is trained values whose effect no rounding hides."""
+    randomise(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.requires_grad else 1)
+
+
 def fill(model: nn.Module, name: str, seed: int) -> None:
     """Give one adapter the values of ``seed``."""
     generator = torch.Generator().manual_seed(seed)

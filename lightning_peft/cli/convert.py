@@ -1,0 +1,59 @@
+"""The command ``lightning-peft convert``: any change of weights as a LoRA, which every server serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import transformers
+
+from lightning_peft.cli.commands import base_name, model_class, refuse_place
+from lightning_peft.errors import PEFTError
+from lightning_peft.files.contents import read_json
+from lightning_peft.formats.content import CONFIG_FILE
+from lightning_peft.operations.to_lora import difference_to_lora, to_lora
+from lightning_peft.storage.loading import load_adapter
+from lightning_peft.storage.saving import save_adapter
+from lightning_peft.tasks.pretrained import load_model
+
+
+def convert(
+    source: str, model: str | None = None, out: str = "lora", rank: int | None = None, energy: float | None = None
+) -> None:
+    """Turn an adapter of another method, or a fine-tuned model, into the LoRA that is nearest to it.
+
+    Servers serve LoRA alone. Of the change of each weight its largest singular values are kept; how much of it is lost
+    is printed.
+
+    Args:
+        source: An adapter directory (DoRA, LoHa, LoKr, IA3, VeRA, …), or the directory of a fine-tuned model.
+        model: The base model: a directory, a name on the Hugging Face hub, or package:NAME. The one that the adapter
+            names, if not given.
+        out: The directory to write.
+        rank: The rank of the LoRA.
+        energy: Or which part of the sum of squares of each change to keep, for example 0.99, whatever the rank.
+
+    Raises:
+        PEFTError: The change is none of weights alone, or the directory cannot be written.
+    """
+    refuse_place(Path(source), Path(out))
+    if (Path(source) / CONFIG_FILE).is_file():
+        base = load_model(model or base_name(Path(source)), model_class(Path(source)))
+        load_adapter(base, source)
+        report = to_lora(base, rank=rank, energy=energy)
+    elif model is None:
+        raise PEFTError(f"{source} is no adapter directory, but perhaps a model: name its base with --model.")
+    else:
+        kind = _class_of(Path(source))
+        base = load_model(model, kind)
+        report = difference_to_lora(base, load_model(source, kind), rank=rank, energy=energy)
+    save_adapter(base, out)
+    print(f"Wrote {out}: {report}")
+
+
+def _class_of(model: Path) -> type[transformers.PreTrainedModel]:
+    """Return the transformers class of the model in a directory."""
+    names = read_json(model / "config.json").get("architectures")
+    found = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    raise PEFTError(f"{model / 'config.json'} names no class of transformers in architectures: {names!r}.")
