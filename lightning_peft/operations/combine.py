@@ -91,8 +91,9 @@ def combine(
         if factors:
             first = next(registry.methods[adapter][0] for adapter in adapters if adapter in registry.methods)
             like = cast(LoRA, first)
-            options = {"dropout": like.dropout, "loraplus_lr_ratio": like.loraplus_lr_ratio}
-            made.append((module, dataclasses.replace(lora_with(factors, root), **options), factors))
+            lora = lora_with(factors, root)
+            lora = dataclasses.replace(lora, dropout=like.dropout, loraplus_lr_ratio=like.loraplus_lr_ratio)
+            made.append((module, lora, factors))
     hosts: list[str] = []
     for module, lora, factors in made:
         hosts += inject(module, lora, name=name)
