@@ -179,7 +179,10 @@ def for_config(config: Mapping[str, Any], source: str) -> Counterpart:
         if counterpart.peft_type == kind and counterpart.reads(config):
             return counterpart
     known = sorted({counterpart.peft_type for counterpart in _COUNTERPARTS})
-    raise PEFTError(f"{source} is an adapter of type {kind!r}; {', '.join(known)} can be read.")
+    raise PEFTError(
+        f"{source} is an adapter of type {kind!r}; {', '.join(known)} can be read. Where HF PEFT is installed, its "
+        "PeftModel.from_pretrained(base, path).merge_and_unload() makes a plain model of it, if it can be merged."
+    )
 
 
 def require_numbers(config: Mapping[str, Any], keys: Iterable[str], source: str) -> None:

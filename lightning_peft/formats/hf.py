@@ -68,15 +68,14 @@ def read_content(
     counterpart = for_config(config, source)
     refuse_values(config, counterpart.plain, counterpart.method.__name__, source)
     warn_of_unknown(config, {*counterpart.keys, *counterpart.plain, UNSAID}, source)
-    for name in shapes:
-        if not (name.startswith(PREFIX) or counterpart.owns(name)):
-            raise PEFTError(f"{source}: the tensor {name!r} does not start with {PREFIX!r}; it is no HF PEFT file.")
     # Of modules trained whole there is a frozen original, of which HF PEFT writes the bias if biases are trained, and
     # then their own bias twice.
     unused = frozenset(name for name in shapes if ".original_module." in name or ".modules_to_save." in name)
     shapes = {name: shape for name, shape in shapes.items() if name not in unused}
     main = Used(method := counterpart.read(root, config, shapes, source), list(method.select(root)))
     rest = [name for name in shapes if not counterpart.owns(name)]
+    if strange := [name for name in rest if not name.startswith(PREFIX)]:
+        raise PEFTError(f"{source}: the tensor {strange[0]!r} does not start with {PREFIX!r}; it is no HF PEFT file.")
     added: dict[Addition, list[Used]] = {}
     for addition in additions_to(counterpart):
         of_it = [n for n in rest if addition.owns(config, n) and not _in_listed(n.removeprefix(PREFIX), config)]

@@ -43,6 +43,7 @@ class PromptTuningInHF(Counterpart):
 
     def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the prompt tuning."""
+        find_decoder(root, "PromptTuning")
         return PromptTuning(num_virtual_tokens=tokens_in(config, shapes, source))
 
     def names(
