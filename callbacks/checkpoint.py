@@ -11,7 +11,7 @@ from torch.distributed import all_gather_object
 from lightning_peft.callbacks.last import WritesDirectories, install
 from lightning_peft.callbacks.other_lightning import refuse_other_lightning
 from lightning_peft.errors import PEFTError
-from lightning_peft.storage.checkpoint import AdapterDirectory
+from lightning_peft.storage.checkpoint_directory import AdapterDirectory
 
 install()
 

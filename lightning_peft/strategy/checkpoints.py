@@ -24,6 +24,7 @@ from lightning_peft.files.manifest import write_manifest
 from lightning_peft.files.writing import atomic_directory, atomic_file, os_errors, remove
 from lightning_peft.formats.distributed import split_values
 from lightning_peft.storage import checkpoint as files
+from lightning_peft.storage import checkpoint_directory as directories
 from lightning_peft.storage import plain
 from lightning_peft.storage.readable import check_sums, objects, reading
 from lightning_peft.storage.saving import about
@@ -121,8 +122,8 @@ class Checkpoints(WritesDirectories, Continuing):
 
         Pickles in it are run with ``weights_only=False`` alone, wherever the checkpoint comes from.
         """
-        if files.is_directory(checkpoint_path):
-            checkpoint = files.read_directory(checkpoint_path, weights_only, sharded=self._saves_shards)
+        if directories.is_directory(checkpoint_path):
+            checkpoint = directories.read_directory(checkpoint_path, weights_only, sharded=self._saves_shards)
         else:
             with reading(checkpoint_path):
                 check_sums(checkpoint_path)
@@ -138,7 +139,7 @@ class Checkpoints(WritesDirectories, Continuing):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint file, or a directory if ``storage_options`` is an ``AdapterDirectory``."""
-        directory, view = isinstance(storage_options, files.AdapterDirectory), ModelView(self._module)
+        directory, view = isinstance(storage_options, directories.AdapterDirectory), ModelView(self._module)
         if self._is_plain:
             if directory:
                 plain.refuse_directory()
@@ -156,7 +157,7 @@ class Checkpoints(WritesDirectories, Continuing):
         if not directory:
             self._write_checkpoint(checkpoint, filepath, storage_options)
         else:
-            self._on_rank_zero(lambda: files.write_directory(checkpoint, filepath, view))
+            self._on_rank_zero(lambda: directories.write_directory(checkpoint, filepath, view))
         self._note_saved(filepath, checkpoint)
 
     def _note_saved(self, path: Any, checkpoint: Mapping[str, Any] | None = None) -> None:

@@ -21,6 +21,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError, listed
 from lightning_peft.operations.merge import merge
 from lightning_peft.storage import checkpoint as files
+from lightning_peft.storage import checkpoint_directory as directories
 from lightning_peft.storage.hyper_parameters import eject_from_modules, without_class_paths
 from lightning_peft.storage.plain import is_plain, leaves_plain
 from lightning_peft.storage.readable import check_sums
@@ -47,8 +48,8 @@ def _load_checked(path: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _load_file_or_directory(path: Any, *args: Any, **kwargs: Any) -> Any:
     weights_only = kwargs.get("weights_only")
-    if isinstance(path, str | os.PathLike) and files.is_directory(path):
-        checkpoint = files.read_directory(path, weights_only)
+    if isinstance(path, str | os.PathLike) and directories.is_directory(path):
+        checkpoint = directories.read_directory(path, weights_only)
     else:
         checkpoint = _load_checked(path, *args, **kwargs)
     if files.KEY in checkpoint:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_peft import BitFit, LoRA, PEFTError, PEFTStrategy, load_adapter, unmerge
 from lightning_peft.callbacks import AdapterCheckpoint
-from lightning_peft.storage.checkpoint import AdapterDirectory
+from lightning_peft.storage.checkpoint_directory import AdapterDirectory
 
 NAMES = {f"net.{layer}.peft.default.lora_{which}" for layer in (0, 2) for which in "AB"}
 

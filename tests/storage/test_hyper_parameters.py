@@ -13,7 +13,7 @@ from strangers import unsealed
 from torch import nn
 
 from lightning_peft import PEFTError
-from lightning_peft.storage.checkpoint import AdapterDirectory
+from lightning_peft.storage.checkpoint_directory import AdapterDirectory
 
 LIGHTNING = "lightning.pytorch.cli.instantiate_module"
 

@@ -17,7 +17,7 @@ from modules import Regression, adapter_state, assert_same, loader, trainer
 from lightning_peft import LoRA, PEFTError, inject, load_adapter, save_adapter
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.files.manifest import MANIFEST
-from lightning_peft.storage.checkpoint import read_directory
+from lightning_peft.storage.checkpoint_directory import read_directory
 from lightning_peft.storage.readable import is_whole
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "lightning_peft.json")

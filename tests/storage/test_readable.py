@@ -18,7 +18,7 @@ from strangers import unsealed
 
 from lightning_peft import LoRA, PEFTError
 from lightning_peft.core.method import registered_methods
-from lightning_peft.storage.checkpoint import AdapterDirectory
+from lightning_peft.storage.checkpoint_directory import AdapterDirectory
 
 
 class Colour(enum.Enum):

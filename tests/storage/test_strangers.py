@@ -15,7 +15,7 @@ from strangers import unsealed
 
 from lightning_peft import LoRA, PEFTError, PEFTStrategy, load_adapter
 from lightning_peft.files.contents import MARKER, read_json, write_json
-from lightning_peft.storage.checkpoint import AdapterDirectory, read_directory
+from lightning_peft.storage.checkpoint_directory import AdapterDirectory, read_directory
 
 
 class Ran:

@@ -17,7 +17,7 @@ from modules import Regression, assert_same, loader, trainer
 
 from lightning_peft import PEFTError
 from lightning_peft.callbacks import AdapterCheckpoint
-from lightning_peft.storage.checkpoint import AdapterDirectory
+from lightning_peft.storage.checkpoint_directory import AdapterDirectory
 from lightning_peft.strategy.checkpoints import WholeFiles
 
 

@@ -31,7 +31,7 @@ from lightning_peft import (
     save_adapter,
 )
 from lightning_peft.callbacks import AdapterCheckpoint
-from lightning_peft.storage.checkpoint import AdapterDirectory
+from lightning_peft.storage.checkpoint_directory import AdapterDirectory
 
 KEYS = list(Regression().state_dict())
 

@@ -16,7 +16,7 @@ from lightning_peft import LoRA, PEFTError, PEFTStrategy
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.errors import NotFiniteError
 from lightning_peft.operations.merge import is_merged
-from lightning_peft.storage.checkpoint import AdapterDirectory
+from lightning_peft.storage.checkpoint_directory import AdapterDirectory
 
 NAN = float("nan")
 

@@ -30,7 +30,7 @@ from lightning_peft import (
     unmerge,
 )
 from lightning_peft.callbacks import AdapterCheckpoint
-from lightning_peft.storage.checkpoint import AdapterDirectory
+from lightning_peft.storage.checkpoint_directory import AdapterDirectory
 
 LAYERS = ["net.0", "net.2"]
 

@@ -25,7 +25,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.formats.deepspeed import TAG, is_deepspeed, read_deepspeed, require_layout, with_state, write_layout
 from lightning_peft.operations.by_hand import watch
 from lightning_peft.operations.merge import refuse_ties
-from lightning_peft.storage import checkpoint as files
+from lightning_peft.storage import checkpoint_directory as directories
 from lightning_peft.storage.base_weights import materialise
 from lightning_peft.storage.fingerprint import record_base
 from lightning_peft.storage.state import adapter_parameters_and_whole, saved_tensors
@@ -195,7 +195,7 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint of DeepSpeed's, or one that another base strategy reads too."""
         self._resumed = None
-        if not files.is_directory(checkpoint_path) or not is_deepspeed(path := Path(checkpoint_path)):
+        if not directories.is_directory(checkpoint_path) or not is_deepspeed(path := Path(checkpoint_path)):
             return super().load_checkpoint(checkpoint_path, weights_only)
         if weights_only:
             raise PEFTError(
