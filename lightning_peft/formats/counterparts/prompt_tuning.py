@@ -56,3 +56,15 @@ class PromptTuningInHF(Counterpart):
     def owns(self, name: str) -> bool:
         """Whether it is the one tensor."""
         return name in self.parameters
+
+
+class PTuningInHF(PromptTuningInHF):
+    """``P_TUNING``: its files hold the prompt that its network made, and not the network."""
+
+    method = PromptTuning
+    peft_type = "P_TUNING"
+    keys = KEYS | {"encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"}
+
+    def writes(self, method: PEFTMethod) -> bool:
+        """Never: what is read is a prompt like any other."""
+        return False
