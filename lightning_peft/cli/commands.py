@@ -21,7 +21,7 @@ from lightning_peft.files.contents import (
 )
 from lightning_peft.files.leftovers import restore_interrupted
 from lightning_peft.files.manifest import check_manifest, write_manifest
-from lightning_peft.files.writing import atomic_directory
+from lightning_peft.files.writing import atomic_directory, require_space
 from lightning_peft.formats.configuration import read_config, read_marker
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
 from lightning_peft.formats.serving import serving_copy
@@ -79,10 +79,11 @@ def merge(adapter: str, model: str | None = None, out: str = "merged", dtype: Dt
         PEFTError: The adapter does not belong to the model, or the directory cannot be written.
     """
     model = model or base_name(Path(adapter))
-    base = load_model(model, model_class(Path(adapter)), dtype=dtype)
-    load_adapter(base, adapter)
-    print(merge_adapters(base, unload=True))
-    with atomic_directory(out) as directory:
+    with atomic_directory(out) as directory:  # refused before the work, if it cannot be written
+        base = load_model(model, model_class(Path(adapter)), dtype=dtype)
+        require_space(directory, sum(p.numel() * p.element_size() for p in base.parameters()))
+        load_adapter(base, adapter)
+        print(merge_adapters(base, unload=True))
         base.save_pretrained(directory)
         write_json(directory / MARKER, {"version": 1, "merged": str(adapter)})
         try:

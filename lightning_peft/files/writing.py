@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -50,6 +51,20 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             for file in [*directory.rglob("*"), directory]:
                 _fsync(file)
             _move(directory, target)
+
+
+def require_space(directory: Path, size: int) -> None:
+    """Check that ``size`` bytes have room where ``directory`` is, before the work of making them.
+
+    Raises:
+        PEFTError: They have not.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise PEFTError(
+            f"{directory.parent} has room for {free / 1e9:,.2f} GB; {size / 1e9:,.2f} GB are to be written. Make room, or "
+            "choose another disk."
+        )
 
 
 @contextmanager

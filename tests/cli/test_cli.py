@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaForCausalLM
 
 from lightning_peft import LoRA, PEFTStrategy, adapter_state_dict, inject, save_adapter
-from lightning_peft.cli import COMMANDS, PEFTCLI, RUNS, main
+from lightning_peft.cli import COMMANDS, PEFTCLI, RUNS, commands, main
 
 MODEL = "--model=test_cli.Regression"
 DATA = "--data=test_cli.Noise"
@@ -421,6 +422,22 @@ def test_merge_writes_a_plain_model(tmp_path: Path) -> None:
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert not list(adapter for adapter in merged.state_dict() if "lora" in adapter)
     torch.testing.assert_close(merged(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_where_a_merge_is_written_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Llama().model
+    model.save_pretrained(tmp_path / "base")
+    trained_adapter(model, tmp_path / "adapter")
+    command = ["merge", str(tmp_path / "adapter"), f"--model={tmp_path / 'base'}"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    monkeypatch.setattr(commands, "merge_adapters", None)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert "has room for" in refused([*command, f"--out={tmp_path / 'full'}"])
+    assert not (tmp_path / "full").exists()
+    monkeypatch.setattr(commands, "load_model", None)
+    assert "was not written by lightning_peft" in refused([*command, f"--out={tmp_path / 'mine'}"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "mine"]
 
 
 def test_merge_needs_a_base(tmp_path: Path) -> None:
