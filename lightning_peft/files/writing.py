@@ -62,8 +62,8 @@ def require_space(directory: Path, size: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < size:
         raise PEFTError(
-            f"{directory.parent} has room for {free / 1e9:,.2f} GB; {size / 1e9:,.2f} GB are to be written. Make room, or "
-            "choose another disk."
+            f"{directory.parent} has room for {free / 1e9:,.2f} GB; {size / 1e9:,.2f} GB are to be written. Make room, "
+            "or choose another disk."
         )
 
 
