@@ -131,7 +131,7 @@ class AdaLoRA(PEFTMethod):
         dropout: Probability with which an element of the adapter's input is zeroed during training.
         target_modules: What to adapt: ``all-linear`` (every linear layer but the output head), ``attention``,
             ``mlp``, or names, globs and regular expressions (``re:.*proj``).
-        exclude_modules: Patterns of modules to leave out.
+        exclude_modules: Patterns of modules to leave out, with what is in them.
         layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.
         rank_pattern: Lower ranks at the start for some modules, by pattern. HF PEFT's files of allocated updates hold
             only what is left of them.

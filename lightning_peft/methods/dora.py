@@ -97,7 +97,7 @@ class DoRA(LoRA):
         alpha: That update is multiplied by ``alpha / r``.
         dropout: Probability with which an element of the low-rank term's input is zeroed during training.
         target_modules: What to adapt, as for :class:`LoRA`.
-        exclude_modules: Patterns of modules to leave out.
+        exclude_modules: Patterns of modules to leave out, with what is in them.
         layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.
         rank_pattern: Other ranks for some modules, by pattern.
         alpha_pattern: Other alphas for some modules, by pattern.

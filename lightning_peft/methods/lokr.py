@@ -88,7 +88,7 @@ class LoKr(PEFTMethod):
             divisors below it. -1 makes both factors as square as possible.
         target_modules: What to adapt: ``all-linear`` (every linear layer but the output head), ``attention``,
             ``mlp``, or names, globs and regular expressions (``re:.*proj``). HF PEFT has no LoKr for ``Conv1D``.
-        exclude_modules: Patterns of modules to leave out.
+        exclude_modules: Patterns of modules to leave out, with what is in them.
         layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.
     """
 

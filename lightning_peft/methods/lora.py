@@ -43,7 +43,7 @@ class LoRA(PEFTMethod):
             ``mlp``, or names, globs (``layers.*.q_proj``) and regular expressions (``re:.*proj``). Experts in one 3-D
             parameter are linear layers too, each with the rank ``r``; by name they are that parameter
             (``experts.down_proj``). What chooses among experts is adapted by name alone.
-        exclude_modules: Patterns of modules to leave out.
+        exclude_modules: Patterns of modules to leave out, with what is in them.
         layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.
         rank_pattern: Other ranks for some modules, by pattern.
         alpha_pattern: Other alphas for some modules, by pattern.

@@ -43,7 +43,7 @@ def select(
         weights: Gives the names of parameters of a module that can be adapted one by one. They are selected by their
             own name, ``experts.down_proj``, and returned by it, with that module.
         written: Gives what to write instead of a preset that means nothing here; see :func:`nothing_in_preset`.
-        exclude: Patterns of modules to leave out.
+        exclude: Patterns of modules to leave out, with all that is in them.
         layers: Indices of blocks to adapt, or a slice (``"8:16"``, ``"-4:"``). Modules outside blocks go.
 
     Raises:
@@ -69,7 +69,7 @@ def select(
         found = excluding(pattern)
         if not found:
             raise PEFTError(nothing_matched(pattern, modules, candidates, what="exclude_modules"))
-        chosen -= found
+        chosen = {name for name in chosen if not _is_inside(name, found)}
     if layers is not None:
         chosen &= set(in_layers(model, chosen, layers))
     # A linear layer of another class than torch's is adapted by its weight.
@@ -120,6 +120,13 @@ def _matched(
             named |= found
         chosen |= found
     return named, chosen
+
+
+def _is_inside(name: str, modules: set[str]) -> bool:
+    """Whether ``name``, or something that it is in, is among ``modules``."""
+    while name not in modules and name:
+        name = name.rpartition(".")[0]
+    return name in modules
 
 
 def _reasons(

@@ -354,3 +354,12 @@ def test_lazy_modules_are_refused_until_they_were_called() -> None:
         inject(model, LoRA(r=2, target_modules=["0"]))
     model(torch.randn(2, 4))
     assert inject(model, LoRA(r=2)) == ["0", "1"]
+
+
+def test_what_is_in_an_excluded_module_is_excluded() -> None:
+    llama, _ = build("llama")
+    assert all(".mlp." in name for name in inject(llama, LoRA(r=2, exclude_modules="self_attn")))
+    mixtral, _ = build("mixtral")
+    names = inject(mixtral, LoRA(r=2, exclude_modules="experts"))
+    assert names
+    assert all("self_attn" in name for name in names)
