@@ -16,7 +16,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.structure.inner_models import transformers_models
 from lightning_peft.structure.layers import listed_blocks
-from lightning_peft.tensors.sharding import full_shape, in_zero_pieces, whole
+from lightning_peft.tensors.sharding import full_shape, in_flat_pieces, in_zero_pieces, whole
 from lightning_peft.tensors.weights import holds_codes
 
 Samples = dict[str, list[float]]
@@ -207,6 +207,8 @@ def _samples(
         tensor = before.get(id(present), present)
         if not isinstance(tensor, Tensor) or holds_codes(tensor) or not full_shape(tensor).numel():
             continue
+        if in_flat_pieces(tensor) and not in_zero_pieces(tensor):
+            continue  # FSDP1's, which their unit alone can gather
         in_pieces = isinstance(tensor, DTensor) or in_zero_pieces(tensor)
         if tensor.is_meta or (in_pieces and not (gather and full_shape(tensor).numel() <= most)):
             continue

@@ -336,7 +336,7 @@ DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"methods": [{"method": "parallel_adapter", "x": 1}]}, "does not fit"),
     "other width": ({"methods": [{"method": "parallel_adapter", "bottleneck": 4}]}, "has shape"),
     "other place": ({"methods": [ParallelAdapter(bottleneck=3, placement=["attention"]).config()]}, "Missing"),
-    "train_also": ({"train_also": "lm_head"}, "a list of names was expected"),
+    "train_also": ({"train_also": "lm_head"}, r"list\[str\] was expected"),
 }
 
 

@@ -330,7 +330,7 @@ def test_damaged_lokr_files_are_refused(tmp_path: Path) -> None:
     options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
     for change, message in (
         ({"r": 9}, r"has lokr_w1, lokr_w2_a, lokr_w2_b alone; lokr_w1, lokr_w2 were expected"),
-        ({"decompose_both": "yes"}, "decompose_both='yes'; true or false was expected"),
+        ({"decompose_both": "yes"}, "decompose_both='yes'; bool was expected"),
         ({"decompose_factor": 0}, "decompose_factor=0 was given"),
         ({"rank_pattern": {"v_proj": 1}}, r"rank_pattern=.*which LoKr has not here"),
     ):
