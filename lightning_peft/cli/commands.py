@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ from lightning_peft.files.contents import (
 from lightning_peft.files.leftovers import restore_interrupted
 from lightning_peft.files.manifest import check_manifest, write_manifest
 from lightning_peft.files.writing import atomic_directory, require_space
+from lightning_peft.formats import own
 from lightning_peft.formats.configuration import read_config, read_marker
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
 from lightning_peft.formats.serving import serving_copy
 from lightning_peft.operations.merge import merge as merge_adapters
 from lightning_peft.storage.checkpoint import KEY
 from lightning_peft.storage.loading import load_adapter
-from lightning_peft.storage.saving import FILES
+from lightning_peft.storage.saving import BESIDE_FILE, FILES
 from lightning_peft.tasks.pretrained import Dtype, load_model, load_tokenizer
 
 # HF PEFT's task types, for adapters that do not say what class their base is.
@@ -150,15 +151,34 @@ def _describe_directory(directory: Path) -> list[_Row]:
     config, tensors = read_config(directory), directory / TENSOR_FILE
     shapes = read_shapes(tensors)
     keys = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
+    if config.get("peft_type") == own.PEFT_TYPE:
+        kind = "adapter in lightning_peft's own format"
+        methods = [("method", " ".join([name, *_settings(settings)])) for name, settings in _own_methods(config)]
+        whole = config.get("train_also")
+    else:
+        kind = "adapter in the format of Hugging Face PEFT"
+        settings = _settings({key: config.get(key) for key in keys})
+        methods = [
+            ("method", " ".join([str(config.get("peft_type")), *settings])),
+            ("targets", _listed(config.get("target_modules"))),
+        ]
+        whole = config.get("modules_to_save")
+    beside = directory / BESIDE_FILE
     return [
-        ("kind", "adapter in the format of Hugging Face PEFT"),
+        ("kind", kind),
         *_base_row({**_recorded_base(directory), "name_or_path": config.get("base_model_name_or_path")}),
-        ("method", " ".join([str(config.get("peft_type")), *_settings({key: config.get(key) for key in keys})])),
-        ("targets", _listed(config.get("target_modules"))),
-        *([("trained whole", _listed(config["modules_to_save"]))] if config.get("modules_to_save") else []),
+        *methods,
+        *([("trained whole", _listed(whole))] if whole else []),
+        *([("beside it", _listed(sorted(read_shapes(beside))))] if beside.is_file() else []),
         ("tensors", _size(shapes.values(), tensors.stat().st_size)),
         *(("to resume", f"{file.name} has {file.stat().st_size:,} bytes") for file in directory.glob("*.ckpt")),
     ]
+
+
+def _own_methods(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for method in config.get("methods") or ():
+        if isinstance(method, dict):
+            yield str(method.get("method")), {key: value for key, value in method.items() if key != "method"}
 
 
 def _describe_checkpoint(file: Path) -> list[_Row]:

@@ -6,12 +6,12 @@ Where a value may be of several types, as a method may, jsonargparse reports for
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Iterator
 from itertools import takewhile
 
 from lightning_peft.core.method import registered_methods
+from lightning_peft.errors import near
 
 _PROBLEM = re.compile(r"( *)- Problem with given class_path '([\w.]+)':")
 _KEY = re.compile(r'Parser key "(\w+)":')
@@ -35,7 +35,7 @@ def method_error(message: str) -> str | None:
             continue
         if option := re.match(r"(?:Option|Key) '(\w+)' is not (?:accepted|expected)", problem):
             fields = [field.name for field in dataclasses.fields(classes[name])]  # type: ignore[arg-type]
-            return f"{name} has no {option[1]!r}. {_near(option[1], fields)}It has {', '.join(fields)}."
+            return f"{name} has no {option[1]!r}. {near(option[1], fields)}It has {', '.join(fields)}."
         if key := _KEY.match(problem):
             return f"{name}: {key[1]}={_given(problem)} was given; {_expected(problem)} was expected."
     return None
@@ -66,9 +66,4 @@ def _expected(problem: str) -> str:
 
 
 def _no_method(name: str, classes: Iterable[str]) -> str:
-    return f"There is no method {name!r}. {_near(name, classes)}Methods: {', '.join(sorted(classes))}."
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f"Did you mean {near[0]!r}? " if near else ""
+    return f"There is no method {name!r}. {near(name, classes)}Methods: {', '.join(sorted(classes))}."

@@ -6,12 +6,14 @@ The host keeps its class, its object, its parameters and their names. This is th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_peft.core.calls import on_rows, on_rows_before
 from lightning_peft.core.stand_in import StandIns
 from lightning_peft.errors import PEFTError
 from lightning_peft.tensors.shadow import Turn, read
@@ -156,11 +158,19 @@ class Slot(nn.ModuleDict):
 
     def _run(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         adapter = self._present()
-        return output if adapter is None else adapter(base, args, kwargs, output)
+        if adapter is None:
+            return output
+        if isinstance(output, Tensor) and output.is_nested:
+            return on_rows(partial(adapter, base), args, kwargs, output)
+        return adapter(base, args, kwargs, output)
 
     def _run_before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         adapter = self._present()
-        return None if adapter is None else adapter.before(base, args, kwargs)
+        if adapter is None:
+            return None
+        if args and isinstance(args[0], Tensor) and args[0].is_nested:
+            return on_rows_before(partial(adapter.before, base), args, kwargs)
+        return adapter.before(base, args, kwargs)
 
     def _replace(self, base: nn.Module, args: tuple[Any, ...]) -> None:
         adapter = self._present()

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import PEFTError
@@ -55,6 +56,29 @@ def hidden_of(output: Any) -> Tensor:
 
     on_hidden(output, keep)
     return found[0]
+
+
+def on_rows(adapter: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    """Return what ``adapter`` makes of a nested ``output``: it is given the rows ``[tokens, features]`` of all texts.
+
+    ``nn.TransformerEncoder`` makes nested tensors of padded texts in eval mode. Few operations take them.
+    """
+    given = input_of(args, kwargs)
+    changed = adapter(*with_input(args, kwargs, torch.cat(given.unbind())), torch.cat(output.unbind()))
+    return _nested(changed, output)
+
+
+def on_rows_before(
+    before: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments that ``before`` makes of these, of which the first is nested, as for :func:`on_rows`."""
+    given = input_of(args, kwargs)
+    args, kwargs = before(*with_input(args, kwargs, torch.cat(given.unbind())))
+    return with_input(args, kwargs, _nested(input_of(args, kwargs), given))
+
+
+def _nested(rows: Tensor, like: Tensor) -> Tensor:
+    return torch.nested.as_nested_tensor(list(rows.split([len(part) for part in like.unbind()])))
 
 
 @contextmanager

@@ -129,7 +129,7 @@ class AdaLoRA(PEFTMethod):
             if it were part of the loss.
         alpha: The updates are multiplied by ``alpha / (init_r + 1e-5)``, whatever rank is left.
         dropout: Probability with which an element of the adapter's input is zeroed during training.
-        target_modules: What to adapt: ``all-linear`` (every linear layer but the output head), ``attention``,
+        target_modules: What to adapt: ``all-linear`` (every linear layer but a language model's head), ``attention``,
             ``mlp``, or names, globs and regular expressions (``re:.*proj``).
         exclude_modules: Patterns of modules to leave out, with what is in them.
         layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.

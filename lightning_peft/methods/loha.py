@@ -67,7 +67,7 @@ class LoHa(PEFTMethod):
     Args:
         r: Rank of each of the two.
         alpha: The update is multiplied by ``alpha / r``.
-        target_modules: What to adapt: ``all-linear`` (every linear layer but the output head), ``attention``,
+        target_modules: What to adapt: ``all-linear`` (every linear layer but a language model's head), ``attention``,
             ``mlp``, or names, globs and regular expressions (``re:.*proj``). HF PEFT has no LoHa for ``Conv1D``.
         exclude_modules: Patterns of modules to leave out, with what is in them.
         layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.

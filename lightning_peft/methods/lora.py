@@ -39,7 +39,7 @@ class LoRA(PEFTMethod):
         r: Rank of the update.
         alpha: The update is multiplied by ``alpha / r``.
         dropout: Probability with which an element of the adapter's input is zeroed during training.
-        target_modules: What to adapt: ``all-linear`` (every linear layer but the output head), ``attention``,
+        target_modules: What to adapt: ``all-linear`` (every linear layer but a language model's head), ``attention``,
             ``mlp``, or names, globs (``layers.*.q_proj``) and regular expressions (``re:.*proj``). Experts in one 3-D
             parameter are linear layers too, each with the rank ``r``; by name they are that parameter
             (``experts.down_proj``). What chooses among experts is adapted by name alone.

@@ -90,7 +90,7 @@ class VeRA(PEFTMethod):
         d_initial: Initial value of the inner vector. The outer one is zero.
         projection_seed: Seed of the random projections, whatever the seed of the run. They are saved all the same.
         dropout: Probability with which an element of the adapter's input is zeroed during training.
-        target_modules: What to adapt: ``all-linear`` (every linear layer but the output head), ``attention``,
+        target_modules: What to adapt: ``all-linear`` (every linear layer but a language model's head), ``attention``,
             ``mlp``, or names, globs and regular expressions (``re:.*proj``).
         exclude_modules: Patterns of modules to leave out, with what is in them.
         layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.

@@ -60,6 +60,8 @@ def inject(
     Raises:
         PEFTError: The method does not fit the model; the model is as it was before.
     """
+    if not isinstance(model, nn.Module):
+        raise PEFTError(f"inject was given a {type(model).__name__} as model. Write inject(model, method).")
     view = resharded(model)
     methods = methods_of(method)
     registry = own_registry(view.module)

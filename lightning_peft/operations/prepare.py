@@ -48,7 +48,7 @@ def prepare(model: ModelView, methods: tuple[PEFTMethod, ...], whole: tuple[str,
         trained = list(method.trained(model))
         if not (hosts or trained or method.everything):
             reason = "train_also trains every module that it selects whole" if selected else "it selects nothing"
-            raise PEFTError(f"{method} has nothing to do in this {model.kind}: {reason}.")
+            raise PEFTError(f"{type(method).__name__} has nothing to do in this {model.kind}: {reason}.")
         if twice := [host for host in hosts if host in owners]:
             other = methods[owners[twice[0]]]
             raise PEFTError(

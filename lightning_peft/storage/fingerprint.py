@@ -137,7 +137,7 @@ def refuse_other_base(
     unloaded = was_unloaded(model)
     tolerance = 0.0 if unloaded else _TOLERANCE
     # Equal weights under another class name are the same base: a renamed module, or the same encoder with another head.
-    if distance > tolerance * norm or (not found and saved.get("class") != present["class"]):
+    if distance > tolerance * norm or (not found and (unloaded or saved.get("class") != present["class"])):
         raise PEFTError(
             f"{source} was written for another base model: {_name(saved)}. This is {_name(present)}"
             + (f", whose weights differ by {distance / norm:.0%}." if norm and distance > tolerance * norm else ".")

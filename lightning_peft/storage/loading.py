@@ -65,6 +65,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str = 
     restore_interrupted(directory)
     check_manifest(directory, FILES)
     marker = read_marker(directory)
+    if not marker:
+        read_config(directory)  # says so, if there is no adapter at all
     if "parts" in marker:
         places = {prefix: inside(directory, prefix) for prefix in marker["parts"]}
         if unknown := sorted(places.keys() - view.modules.keys()):

@@ -8,7 +8,7 @@ from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_peft.callbacks.other_lightning import other_registries
-from lightning_peft.core.method import registered_methods
+from lightning_peft.core.method import PEFTMethod, registered_methods
 from lightning_peft.errors import PEFTError, near
 from lightning_peft.strategy.bases.names import PREFIX, base_names
 from lightning_peft.strategy.strategy import PEFTStrategy
@@ -38,7 +38,12 @@ class _OfTrainer(list[str]):
     def __contains__(self, given: object) -> bool:
         if isinstance(given, PEFTStrategy):
             given.begin()
+        if isinstance(given, PEFTMethod):
+            raise PEFTError(f"A method was given as strategy. Write PEFTStrategy({type(given).__name__}(...)).")
         found = super().__contains__(given)
+        if not found and isinstance(given, str) and given.startswith(PREFIX):
+            register_strategies()  # a method may have been defined since
+            found = given in StrategyRegistry
         if not found and isinstance(given, str) and _means_ours(given):
             raise PEFTError(
                 f"There is no strategy {given!r}. {near(_ours(given), self)}Names are {PREFIX}, {PREFIX}_METHOD and "

@@ -171,6 +171,8 @@ def nothing_matched(
         hint = f" Name the modules inside: {', '.join(inside[:5])}." if inside else ""
         return f"{what}: {pattern!r} matches only modules that cannot be adapted ({', '.join(kinds)}).{hint}"
     leaves = {name.rsplit(".", 1)[-1] for name in candidates} - {""}
-    near = difflib.get_close_matches(pattern.removeprefix("re:"), sorted(leaves | set(candidates)), n=5, cutoff=0.5)
+    presets = difflib.get_close_matches(pattern.lower(), PRESETS, n=1, cutoff=0.8)
+    close = difflib.get_close_matches(pattern.removeprefix("re:"), sorted(leaves | set(candidates)), n=5, cutoff=0.5)
+    near = [*presets, *close]
     near = near or sorted(leaves)[:10]
     return f"{what}: {pattern!r} matches no module. Nearest names: {', '.join(near) or 'none'}."

@@ -16,9 +16,13 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from unchanged import assert_unchanged, snapshot
 
 from lightning_peft import (
+    IA3,
     DoRA,
     LoRA,
     PEFTError,
+    PEFTMethod,
+    SeriesAdapter,
+    VeRA,
     combine,
     disable,
     eject,
@@ -560,3 +564,27 @@ def test_adapters_of_attention_switch() -> None:
         assert (call(model) - base).abs().max() <= 1e-12
     set_adapter(model, "two")
     assert torch.equal(call(model), two)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoRA(r=2),
+        LoRA(r=2, target_modules="attention"),
+        DoRA(r=2, target_modules=["linear1", "linear2"]),
+        VeRA(r=2, target_modules=["linear1", "linear2"]),
+        IA3(target_modules=["linear1", "linear2"], feedforward_modules=["linear2"]),
+        SeriesAdapter(bottleneck=2, target_modules=["linear2"]),
+    ],
+    ids=lambda method: f"{method.name} {method.target_modules}",
+)
+def test_nested_texts(method: PEFTMethod) -> None:
+    """Of padded texts torch's encoder makes a nested tensor in eval mode; in train mode, the judge, it does not."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), 2)
+    inject(encoder, method)
+    randomise(encoder)
+    x, padding = torch.randn(3, 5, 8), torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]).bool()
+    expected = encoder.train()(x, src_key_padding_mask=padding)[~padding]
+    with torch.no_grad():
+        found = encoder.eval()(x, src_key_padding_mask=padding)[~padding]
+    assert (found - expected).abs().max() <= 1e-5

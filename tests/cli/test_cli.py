@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaForCausalLM
 
-from lightning_peft import LoRA, PEFTStrategy, adapter_state_dict, inject, save_adapter
+from lightning_peft import LoRA, PEFTStrategy, SeriesAdapter, adapter_state_dict, inject, save_adapter
 from lightning_peft.cli import COMMANDS, PEFTCLI, RUNS, commands, main
 
 MODEL = "--model=test_cli.Regression"
@@ -386,6 +386,17 @@ def test_inspect_shows_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
     for part in ("LlamaForCausalLM", "LORA r=2 lora_alpha=4", "q_proj", f"16 with 448 values; the file has {size:,} "):
+        assert part in printed
+
+
+def test_inspect_shows_what_hf_peft_has_no_format_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Llama().model
+    inject(model, SeriesAdapter(bottleneck=2))
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / "adapter")])
+    printed = capsys.readouterr().out
+    for part in ("lightning_peft's own format", "series_adapter", "bottleneck=2"):
         assert part in printed
 
 

@@ -13,8 +13,9 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from modules import Regression, assert_same, loader, trainer
 from torch import nn
 
-from lightning_peft import LoRA, PEFTError, PEFTStrategy, SeriesAdapter, inject
+from lightning_peft import LoRA, PEFTError, PEFTStrategy, SeriesAdapter, inject, load_adapter
 from lightning_peft.callbacks import AdapterCheckpoint
+from lightning_peft.core import method as registry
 
 
 def given(strategy: Any) -> L.Trainer:
@@ -31,6 +32,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "a base with a slip": (lambda: PEFTStrategy(base="dpp"), r"'dpp'\. Did you mean 'ddp'\?"),
     "a Fabric": (lambda: Fabric(strategy=PEFTStrategy()), r"given to a Fabric.*inject\(model, LoRA\(r=8\)\) before"),
     "a Fabric and a name": (lambda: Fabric(strategy="peft_lora"), r"peft_lora was given to a Fabric"),
+    "a method as the strategy": (lambda: given(LoRA()), r"given as strategy\. Write PEFTStrategy\(LoRA"),
     # The method.
     "a class": (lambda: PEFTStrategy(LoRA), r"The class LoRA was given.*LoRA\(\)"),
     "a class among others": (lambda: PEFTStrategy(["bitfit", LoRA]), r"The class LoRA was given"),
@@ -52,6 +54,18 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "HF PEFT's configuration, read from a file": (
         lambda: PEFTStrategy({"peft_type": "LORA", "r": 4}),
         r"Write LoRA\(r=4\)",
+    ),
+    "method and model in the other order": (
+        lambda: inject(LoRA(), nn.Linear(2, 2)),  # type: ignore[arg-type]
+        r"a LoRA as model\. Write inject\(model, method\)",
+    ),
+    "a preset with a slip": (
+        lambda: inject(nn.Sequential(nn.Linear(4, 4)), LoRA(target_modules="All_Linear")),
+        r"Nearest names: all-linear",
+    ),
+    "a directory that is not there": (
+        lambda: load_adapter(Regression(), "nowhere"),
+        r"nowhere.adapter_config.json does not exist",
     ),
     # Its hyper-parameters.
     "by position": (lambda: LoRA(8), r"by name: LoRA\(r=8\)"),
@@ -162,3 +176,13 @@ def test_a_directory_of_the_first_run_resumes_in_the_second(tmp_path: Path) -> N
     trainer(tmp_path, strategy, max_epochs=2).fit(resumed, loader(), ckpt_path=tmp_path / "one")
     trainer(tmp_path, PEFTStrategy(LoRA(r=2)), max_epochs=2).fit(straight, loader())
     assert_same(dict(resumed.state_dict()), dict(straight.state_dict()))
+
+
+def test_a_method_that_was_defined_since_is_a_name_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+    class Mine(LoRA):
+        name = "mine"
+
+    assert isinstance(given("peft_mine").strategy.methods[0], Mine)
+    StrategyRegistry.remove("peft_mine")
