@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedBuffer
 
 from lightning_peft.core.adapter import CHILD, Slot, clean_name, unwrap
 from lightning_peft.errors import PEFTError
+from lightning_peft.tensors.weights import own_parameter
 
 T = TypeVar("T")
 
@@ -101,7 +102,7 @@ class ModelView:
         """Return a parameter by any of its names, of which one that modules share has several, if there is one."""
         owner, _, leaf = name.rpartition(".")
         module = self.modules.get(self.aliases.get(owner, owner))
-        return None if module is None else module._parameters.get(leaf)
+        return None if module is None else own_parameter(module, leaf)
 
     @property
     def buffers(self) -> dict[str, Tensor]:
