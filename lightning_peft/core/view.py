@@ -11,6 +11,8 @@ from torch.nn.parameter import UninitializedBuffer
 
 from lightning_peft.core.adapter import CHILD, Slot, clean_name, unwrap
 from lightning_peft.errors import PEFTError
+from lightning_peft.tensors.memory import overlapping
+from lightning_peft.tensors.weights import own_parameter
 
 T = TypeVar("T")
 
@@ -101,7 +103,7 @@ class ModelView:
         """Return a parameter by any of its names, of which one that modules share has several, if there is one."""
         owner, _, leaf = name.rpartition(".")
         module = self.modules.get(self.aliases.get(owner, owner))
-        return None if module is None else module._parameters.get(leaf)
+        return None if module is None else own_parameter(module, leaf)
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -133,14 +135,14 @@ class ModelView:
 
     @property
     def shared(self) -> set[int]:
-        """Ids of parameters that belong to more than one module."""
+        """Ids of parameters that belong to more than one module, or have memory in common with other tensors."""
         once: set[int] = set()
         more: set[int] = set()
         for _, module in self.walked:
             own = {id(parameter) for parameter in module._parameters.values() if parameter is not None}
             more |= own & once
             once |= own
-        return more
+        return more | overlapping(self.tensors.values())
 
     def _own(self, of: Callable[[nn.Module], dict[str, Any]]) -> Iterator[tuple[str, Any]]:
         """Yield the tensors of every module itself by name, each once, as ``named_parameters`` does."""

@@ -18,7 +18,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.structure.inner_models import input_embedding, transformers_models
 from lightning_peft.targets.select import select
 from lightning_peft.tensors.sharding import whole, write
-from lightning_peft.tensors.weights import tensor_options
+from lightning_peft.tensors.weights import own_parameter, tensor_options
 
 
 class Rows(nn.Module):
@@ -116,7 +116,7 @@ class NewTokens(PEFTMethod):
         weights = {id(module.weight) for module in chosen.values()}
         found: dict[str, nn.Module] = {}
         for name, module in model.modules.items():
-            if id(module._parameters.get("weight")) not in weights:
+            if id(own_parameter(module, "weight")) not in weights:
                 continue
             if not isinstance(module, nn.Embedding | nn.Linear):
                 raise PEFTError(

@@ -17,7 +17,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.structure.inner_models import transformers_models
 from lightning_peft.structure.layers import listed_blocks
 from lightning_peft.tensors.sharding import full_shape, in_flat_pieces, in_zero_pieces, whole
-from lightning_peft.tensors.weights import holds_codes
+from lightning_peft.tensors.weights import holds_codes, own_parameter
 
 Samples = dict[str, list[float]]
 """A few elements of the weights of modules, by the modules' names, or of other parameters by their own."""
@@ -66,7 +66,7 @@ def record_base(model: ModelView) -> None:
 
 def _described(model: ModelView, before: Mapping[int, Tensor | None], gather: bool = False) -> dict[str, Samples]:
     """Return what the description of a base has of its weights."""
-    weights = {n: w for n, module in model.modules.items() if (w := module._parameters.get("weight")) is not None}
+    weights = {n: w for n, module in model.modules.items() if (w := own_parameter(module, "weight")) is not None}
     adapted = [name for name, _, _ in model.slots if name in weights]
     frozen = [n for n, w in weights.items() if n not in adapted and len(full_shape(w)) > 1 and id(w) not in before]
     seen = {id(weights[name]) for name in (*adapted, *frozen)}

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_peft.core.view import ModelView, once
 from lightning_peft.tensors.sharding import full_shape
-from lightning_peft.tensors.weights import features, is_linear
+from lightning_peft.tensors.weights import features, is_linear, is_script
 
 
 @once
@@ -20,6 +20,7 @@ def expert_weights(model: ModelView) -> Mapping[str, nn.Module]:
     return {
         f"{name}.{key}".lstrip("."): module
         for name, module in model.modules.items()
+        if not is_script(module)
         for key, parameter in module._parameters.items()
         if parameter is not None and len(shape := full_shape(parameter)) == 3 and shape[0] == _count(module)
     }

@@ -27,6 +27,7 @@ from lightning_peft.tensors.weights import (
     is_conv1d,
     is_linear,
     is_packed,
+    is_script,
     tensor_options,
     weight_of,
 )
@@ -62,6 +63,8 @@ def nature(module: nn.Module) -> Nature:
 
 def is_own_linear(module: nn.Module) -> bool:
     """Whether a module of a class of somebody's own computes x Wᵀ + b, as PyTorch Geometric's ``Linear`` does."""
+    if is_script(module):
+        return False
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     others = [name for name, parameter in module._parameters.items() if parameter is not None]
     if weight is None or len(full_shape(weight)) != 2 or set(others) - {"weight", "bias"} or is_weighted(module):
@@ -72,7 +75,9 @@ def is_own_linear(module: nn.Module) -> bool:
 
 
 def obstacle(module: nn.Module) -> str | None:
-    """Return why no adapter can add to what ``module`` returns, if it is of a kind that :func:`nature` judges."""
+    """Return why no adapter can add to what ``module`` returns, if it is TorchScript or :func:`nature` judges it."""
+    if is_script(module):
+        return "it is TorchScript, to which nothing can be attached"
     if not is_weighted(module):
         return None
     if 0 in features(module):

@@ -15,6 +15,7 @@ from lightning_peft.structure.frozen import REASON, left_frozen
 from lightning_peft.structure.layers import in_layers
 from lightning_peft.targets.patterns import PRESETS, Matcher, Names, as_list, nothing_matched
 from lightning_peft.targets.presets import in_preset, nothing_in_preset, uncalled_modules
+from lightning_peft.tensors.weights import is_script
 
 
 def select(
@@ -51,11 +52,11 @@ def select(
             layer does not exist.
     """
     modules: dict[str, nn.Module] = dict(model.modules)
-    candidates = {name: module for name, module in modules.items() if adaptable(module)}
+    candidates = {name: module for name, module in modules.items() if adaptable(module) and not is_script(module)}
     parameters = {
         f"{name}.{weight}".lstrip("."): module
         for name, module in modules.items()
-        for weight in (() if weights is None or name in candidates else weights(module))
+        for weight in (() if weights is None or name in candidates or is_script(module) else weights(module))
     }
     modules, candidates = {**modules, **expert_weights(model), **parameters}, candidates | parameters
 

@@ -61,9 +61,20 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight
 
 
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """Return the parameter ``name`` of ``module`` itself, if it has one."""
+    # What TorchScript has in place of the dictionary knows no ``get``.
+    return dict(module._parameters.items()).get(name)
+
+
+def is_script(module: nn.Module) -> bool:
+    """Whether ``module`` is TorchScript, scripted or traced: nothing can be attached to it."""
+    return isinstance(module, torch.jit.ScriptModule)
+
+
 def is_packed(module: nn.Module) -> bool:
     """Whether the weight :func:`holds_codes`."""
-    weight = module._parameters.get("weight")
+    weight = own_parameter(module, "weight")
     return weight is not None and holds_codes(weight)
 
 

@@ -68,6 +68,51 @@ def test_a_tied_weight_is_untied(tmp_path: Path) -> None:
     assert (outputs(loaded, inputs) - expected).abs().max() <= 1e-5
 
 
+class Views(nn.Module):
+    """Layers whose weights are parameters of their own, and one piece of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder, self.other = nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 8)
+        self.decoder.weight = nn.Parameter(self.encoder.weight.t())
+        self.register_buffer("rows", self.other.weight.detach()[2:4])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.other(self.decoder(torch.relu(self.encoder(x)))) @ self.rows.T
+
+
+@pytest.mark.parametrize("targets", [["encoder"], ["encoder", "decoder", "other"]])
+@pytest.mark.parametrize("unload", [False, True])
+def test_weights_of_one_memory_are_untied(targets: list[str], unload: bool) -> None:
+    model, x = Views(), torch.randn(3, 8)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inject(model, LoRA(r=2, target_modules=targets))
+    randomise(model)
+    expected = model(x)
+    merge(model, unload=unload)
+    assert torch.allclose(model(x), expected, atol=1e-5)
+    others = [name for name in base if name.partition(".")[0] not in targets]
+    assert all(torch.equal(model.state_dict()[name], base[name]) for name in others)
+    if not unload:
+        unmerge(model)
+        assert torch.equal(model(x), expected)
+        assert model.decoder.weight.data_ptr() == model.encoder.weight.data_ptr()
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in base.items())
+
+
+def test_neighbours_in_one_memory_are_written_in_place() -> None:
+    """As a mapped file or the flat buffer of an optimizer has them."""
+    model, flat = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)), torch.randn(32)
+    for layer, values in zip(model, flat.chunk(2), strict=True):
+        layer.weight = nn.Parameter(values.view(4, 4))
+    inject(model, LoRA(r=2))
+    randomise(model)
+    weights = list(model.parameters())
+    merge(model)
+    assert all(p is weight for p, weight in zip(model.parameters(), weights, strict=True))
+
+
 def test_what_rounding_takes_is_reported() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 256)).to(torch.bfloat16)

@@ -1,5 +1,6 @@
 """Adapters beside layers that do not compute the plain function of their weight: trained, kept, and never merged."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,24 @@ from odd_layers import LAYERS, Activated, WithBias, given, made
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_peft import IA3, AdaLoRA, BitFit, DoRA, LoHa, LoKr, LoRA, PEFTError, PEFTMethod, VeRA, inject, merge
+from lightning_peft import (
+    IA3,
+    AdaLoRA,
+    BitFit,
+    DoRA,
+    FullFinetuning,
+    LoHa,
+    LoKr,
+    LoRA,
+    PEFTError,
+    PEFTMethod,
+    SeriesAdapter,
+    VeRA,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+)
 from lightning_peft.operations.merge import is_merged
 
 METHODS: dict[str, PEFTMethod] = {
@@ -87,6 +105,42 @@ def test_empty_layers_are_left_out() -> None:
     model = nn.ModuleDict({"none": nn.Linear(0, 4), "some": nn.Linear(4, 4)})
     with pytest.warns(UserWarning, match="leaves out 'none': its weight is empty"):
         assert inject(model, LoRA(r=2)) == ["some"]
+
+
+def scripted(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    layers, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.zeros(1, 8)
+    script: Any = torch.jit.trace(layers, x) if kind == "traced" else torch.jit.script(layers)
+    if kind == "loaded":
+        file = io.BytesIO()
+        torch.jit.save(script, file)
+        script = torch.jit.load(io.BytesIO(file.getvalue()))
+    return nn.ModuleDict({"script": script, "plain": nn.Linear(8, 8)})
+
+
+@pytest.mark.parametrize("kind", ["scripted", "traced", "loaded"])
+def test_torchscript_is_left_alone(tmp_path: Path, kind: str) -> None:
+    model, x = scripted(kind), torch.randn(3, 8)
+    assert inject(model, LoRA(r=2)) == ["plain"]
+    assert not any(p.requires_grad for p in model["script"].parameters())
+    randomise(model)
+    trained = model["plain"](model["script"](x))
+    save_adapter(model, tmp_path / "adapter")
+    merge(model, unload=True)
+    assert torch.allclose(model["plain"](model["script"](x)), trained, atol=1e-5)
+    again = scripted(kind)
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(again["plain"](again["script"](x)), trained)
+    whole = scripted(kind)
+    inject(whole, FullFinetuning())
+    assert all(p.requires_grad for p in whole.parameters())
+
+
+@pytest.mark.parametrize("kind", ["scripted", "traced", "loaded"])
+@pytest.mark.parametrize("method", [LoRA(r=2, target_modules=["script.0"]), SeriesAdapter(target_modules=["script"])])
+def test_torchscript_is_refused_by_name(kind: str, method: PEFTMethod) -> None:
+    with pytest.raises(PEFTError, match=r"matches only modules that cannot be adapted \(\w*(Script|Traced)Module\)\.$"):
+        inject(scripted(kind), method)
 
 
 def test_a_weight_that_is_parametrized_after_the_injection_is_not_merged() -> None:
