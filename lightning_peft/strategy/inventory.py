@@ -31,13 +31,15 @@ class Inventory(Training):
     _built: Mapping[str, Tensor] = MappingProxyType({})
     """The buffers of a module without adapters as its constructor left them."""
     _frozen: FrozenWeights | None = None
+    _told: set[str]
+    """The names of weights that were said to require a gradient and not to be trained."""
     _count = 0
     """How many parameters the optimizers held when they were last checked."""
 
     def connect(self, model: pl.LightningModule) -> None:
         """Attach the module, before its ``setup`` and that of callbacks give buffers other values."""
         super().connect(model)
-        view, self._frozen, self._held = ModelView(model), None, {}
+        view, self._frozen, self._held, self._told = ModelView(model), None, {}, set()
         self._built = {} if registries(view) else {name: host_copy(buffer) for name, buffer in view.buffers.items()}
 
     def _note_built(self) -> None:
@@ -61,9 +63,15 @@ class Inventory(Training):
         """Check what hooks and callbacks have unfrozen since ``setup``."""
         super().on_train_start()
         self._refuse_unsaved()
-        view = resharded(self._module)
+        self._told = set()
+        self._tell_idle(resharded(self._module))
+
+    def _tell_idle(self, view: ModelView) -> None:
+        """Name once what of the base has been unfrozen and is not trained."""
         known = {*self._held, *map(id, held_parameters(self.optimizers)), *(id(t) for _, t, _ in trained_whole(view))}
-        if idle := [name for name, p in view.parameters.items() if p.requires_grad and id(p) not in known]:
+        unfrozen = [name for name, p in view.parameters.items() if p.requires_grad and id(p) not in known]
+        if idle := [name for name in unfrozen if name not in self._told]:
+            self._told.update(idle)
             rank_zero_warn(
                 f"{len(idle)} weights of the base require a gradient, but no optimizer holds them, so they are not "
                 f"trained: {', '.join(idle[:3])}. They were unfrozen since setup. To train them, name their modules in "
@@ -90,6 +98,7 @@ class Inventory(Training):
         """Check that what is trained will be saved, and note what else has changed."""
         self._refuse_unsaved()
         view = resharded(self._module)
+        self._tell_idle(view)
         written = sorted(self._written(view) - moved(view))
         note_moved(view, written)
         if written and not trains_everything(view):

@@ -536,3 +536,15 @@ def test_several_processes_save_what_changed(processes: Path, base: str) -> None
             assert "net.0.weight" not in state
         else:
             assert torch.equal(state["net.0.weight"], changed)
+
+
+def test_what_is_unfrozen_in_a_later_epoch_is_told_once(tmp_path: Path) -> None:
+    class Gradual(Regression):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.net[1:].requires_grad_(True)
+
+    run = trainer(tmp_path, PEFTStrategy(LoRA(r=2, target_modules=["net.0"])), max_epochs=3)
+    with pytest.warns(UserWarning, match=r"require a gradient, but no optimizer holds them.*net.2.weight") as told:
+        run.fit(Gradual(), loader())
+    assert len([warning for warning in told if "no optimizer holds them" in str(warning.message)]) == 1
