@@ -25,6 +25,7 @@ from lightning_peft.strategy.optimizers.optim import (
     state_by_name,
     state_by_position,
 )
+from lightning_peft.strategy.optimizers.param_groups import has_lost_ratios
 from lightning_peft.strategy.optimizers.schedule import (
     after_step,
     before_step,
@@ -39,6 +40,7 @@ class Training(FiniteSteps):
 
     methods: tuple[PEFTMethod, ...]
     _total_steps: int | None = None
+    _ratios_told = False
     _stepped: set[int]
     """The optimizers that have stepped in this run, by id."""
     _slots: Sequence[Slot]
@@ -121,6 +123,13 @@ class Training(FiniteSteps):
 
         output = super().optimizer_step(optimizer, closure_and_more, model, **kwargs)
         self._check_running()
+        if not self._ratios_told and has_lost_ratios(optimizer):
+            self._ratios_told = True
+            rank_zero_warn(
+                "The method asks for a higher learning rate of some parameters (loraplus_lr_ratio), but something sets "
+                "one rate for all param groups: an optimizer_step, or a scheduler that does not go by its base_lrs. "
+                "Multiply what is there (group['lr'] *= ...), or leave the ratio out."
+            )
         if id(optimizer) not in self._stepped and not skipped:
             self._stepped.add(id(optimizer))
             self._warn_without_gradient(optimizer)

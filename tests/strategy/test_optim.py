@@ -517,3 +517,18 @@ def test_a_state_of_another_form_is_kept_as_it_is() -> None:
     model, optimizer = stepped(steps=0)
     state = {"wrapped": optimizer.state_dict(), "slow": [torch.ones(2)]}
     assert state_by_position(optimizer, state_by_name(optimizer, state, model), model) == state
+
+
+def test_a_ratio_that_something_overrides_is_told(tmp_path: Path) -> None:
+    class Warm(Regression):
+        """Warms up by hand, as Lightning's documentation has it."""
+
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
+            optimizer.step(closure=closure)
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * min(1.0, (self.global_step + 1) / 10)
+
+    run = trainer(tmp_path, PEFTStrategy(LoRA(r=2, loraplus_lr_ratio=16)), max_epochs=3)
+    with pytest.warns(UserWarning, match="something sets one rate for all param groups") as told:
+        run.fit(Warm(), loader())
+    assert len([warning for warning in told if "one rate for all" in str(warning.message)]) == 1

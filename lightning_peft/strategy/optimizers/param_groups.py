@@ -130,6 +130,13 @@ def _refuse_ratio(optimizer: Optimizer, schedulers: Iterable[Any]) -> None:
         )
 
 
+def has_lost_ratios(optimizer: Optimizer) -> bool:
+    """Whether somebody has set one learning rate for groups of which a method multiplies some."""
+    ratios = {group.get(_RATIO, 1.0) for group in optimizer.param_groups}
+    rates = {float(group.get("lr", 0.0)) for group in optimizer.param_groups}
+    return len(ratios) > 1 and len(rates) == 1 and 0.0 not in rates
+
+
 def _is_hidden(optimizer: Optimizer, schedulers: Sequence[Any]) -> bool:
     """Whether a scheduler was made for ``optimizer`` that is not among ``schedulers``: all leave a mark in groups."""
     marked = any("initial_lr" in group for group in optimizer.param_groups)
