@@ -20,7 +20,7 @@ from lightning_peft.operations.fold import check_fold, fold_into, restore, weigh
 from lightning_peft.operations.inject import remove
 from lightning_peft.operations.shards import in_pieces, resharded
 from lightning_peft.structure.inner_models import transformers_models
-from lightning_peft.structure.plain import is_weighted, nature
+from lightning_peft.structure.kept import why_kept
 from lightning_peft.tensors.sharding import whole
 from lightning_peft.tensors.weights import is_packed, weight_of
 
@@ -76,7 +76,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
     todo = [found for found in active if can_merge(found[1], found[3])]
     kept = tuple(name for name, _, slot, _ in active if not any(slot is found[2] for found in todo))
     if unload and kept:
-        raise PEFTError(_not_unloaded(kept[0], next(host for name, host, _, _ in active if name == kept[0])))
+        raise PEFTError(next(_not_unloaded(n, host, adapter) for n, host, _, adapter in active if n == kept[0]))
     _refuse_non_finite(todo)
     if any(in_pieces(host) for _, host, _, _ in todo):
         refuse_ties(view)
@@ -153,21 +153,15 @@ def refuse_ties(model: ModelView) -> None:
             )
 
 
-def why_kept(host: nn.Module) -> str:
-    """Return why nothing is merged into ``host``, if that is its doing, to be added to a message."""
-    if is_packed(host):
-        return " (its weight is quantised, and the sum, quantised anew, would lose most of it)"
-    if is_weighted(host) and nature(host) != "plain":
-        return f" (a {type(host).__name__} does not compute the plain function of its weight)"
-    return ""
-
-
-def _not_unloaded(name: str, host: nn.Module) -> str:
+def _not_unloaded(name: str, host: nn.Module, adapter: Adapter) -> str:
     """Return the message for an adapter of ``host`` that cannot be merged and would be lost."""
-    advice = "; or load the adapter into the model as it was before it was quantised" if is_packed(host) else ""
+    reason = why_kept(host, adapter)
+    why = f" ({reason})" if reason else ""
+    quantised = is_packed(host) and not weight_of(host).is_complex()
+    advice = "; or load the adapter into the model as it was before it was quantised" if quantised else ""
     return (
-        f"merge(unload=True): the adapter of {name!r} cannot be merged{why_kept(host)}, so removing it would change "
-        f"the model's outputs. Call merge(model) to merge the others, or eject(model) to remove them all{advice}."
+        f"merge(unload=True): the adapter of {name!r} cannot be merged{why}, so removing it would change the "
+        f"model's outputs. Call merge(model) to merge the others, or eject(model) to remove them all{advice}."
     )
 
 

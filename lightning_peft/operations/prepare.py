@@ -13,7 +13,8 @@ from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError, listed
 from lightning_peft.structure.frozen import frozen_apart
-from lightning_peft.structure.plain import is_weighted, nature, obstacle
+from lightning_peft.structure.kept import why_kept
+from lightning_peft.structure.plain import obstacle
 from lightning_peft.targets.patterns import Matcher, as_list, nothing_matched
 from lightning_peft.tensors.weights import is_packed
 
@@ -76,19 +77,16 @@ def _made(model: ModelView, method: PEFTMethod, hosts: Mapping[str, nn.Module], 
     if reasons := [(name, reason) for name, host in hosts.items() if (reason := obstacle(host))]:
         raise PEFTError("{!r} cannot be adapted: {}. Name modules to adapt in target_modules.".format(*reasons[0]))
     made = method.adapters(model, hosts, seed)
-    kept: dict[str, str] = {}
-    for host, adapter in made.items():
-        # What an adapter replaces is read by its host just as it is once merged.
-        if not adapter.mergeable or adapter.replaces or is_packed(hosts[host]) or not is_weighted(hosts[host]):
-            continue
-        if nature(hosts[host]) != "plain":
-            adapter.mergeable = False
-            kept[host] = type(hosts[host]).__name__
-    if kept:
+    kept: dict[str, list[str]] = {}
+    for name, adapter in made.items():
+        if (reason := why_kept(hosts[name], adapter)) is not None:
+            # A packed weight may be another by the time of a merge, which looks again.
+            adapter.mergeable = is_packed(hosts[name])
+            kept.setdefault(reason, []).append(f"{name!r} ({type(hosts[name]).__name__})")
+    for reason, names in kept.items():
         model.remark(
-            f"{type(method).__name__}: the adapters of {listed(f'{host!r} ({kind})' for host, kind in kept.items())} "
-            "cannot be merged and will stay attached: these modules do not compute the plain function of a weight of "
-            "theirs."
+            f"{type(method).__name__}: the adapters of {listed(names)} cannot be merged and will stay attached. "
+            f"Reason: {reason}."
         )
     return made
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from lightning_peft.core.registry import several_adapters
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
-from lightning_peft.operations.merge import can_merge, weights_of, why_kept
+from lightning_peft.operations.merge import can_merge, weights_of
+from lightning_peft.structure.kept import why_kept
 
 
 def refuse_unloading(model: ModelView) -> None:
@@ -24,7 +25,8 @@ def refuse_unloading(model: ModelView) -> None:
         if adapter.adds_bias and host._parameters.get("bias") is None:
             reasons.append(f"{kind} gives {name!r} a bias, for which a model that is built anew has no place")
         elif not can_merge(host, adapter):
-            reasons.append(f"{kind} cannot be merged into a weight of {name!r}{why_kept(host)}")
+            why = why_kept(host, adapter)
+            reasons.append(f"{kind} cannot be merged into a weight of {name!r}" + (f" ({why})" if why else ""))
         elif not adapter.follows_ties and any(id(weight) in shared for weight in weights_of(host, adapter)):
             reasons.append(f"{name!r} shares its weight with another module, from which merging {kind} unties it")
     if reasons:

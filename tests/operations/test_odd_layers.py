@@ -1,5 +1,6 @@
 """Adapters beside layers that do not compute the plain function of their weight: trained, kept, and never merged."""
 
+import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from lightning_peft import (
     merge,
     save_adapter,
 )
+from lightning_peft.core.view import ModelView
 from lightning_peft.operations.merge import is_merged
+from lightning_peft.operations.unload import refuse_unloading
 
 METHODS: dict[str, PEFTMethod] = {
     "lora": LoRA(r=2, target_modules="layer"),
@@ -67,7 +70,7 @@ def test_a_merge_is_exact_or_is_not_made(method: str, name: str) -> None:
     if kind == "plain":
         merge(model, unload=True)
     else:
-        with pytest.raises(PEFTError, match=r"'layer' cannot be merged \(a \w+ does not compute the plain function"):
+        with pytest.raises(PEFTError, match=r"'layer' cannot be merged \(it does not compute the plain function"):
             merge(model, unload=True)
     assert torch.allclose(layer(x), trained, atol=1e-6)
 
@@ -105,6 +108,33 @@ def test_empty_layers_are_left_out() -> None:
     model = nn.ModuleDict({"none": nn.Linear(0, 4), "some": nn.Linear(4, 4)})
     with pytest.warns(UserWarning, match="leaves out 'none': its weight is empty"):
         assert inject(model, LoRA(r=2)) == ["some"]
+
+
+def packed(layer: nn.Linear) -> nn.Linear:
+    layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    return layer
+
+
+UNMERGED: dict[str, tuple[nn.Module, str]] = {
+    "grouped": (nn.Conv1d(8, 8, 3, groups=2), "it has several groups"),
+    "complex": (nn.Linear(8, 8, dtype=torch.cfloat), "its weight is complex"),
+    "quantised": (packed(nn.Linear(8, 8)), "its weight is quantised"),
+    "activated": (Activated(8, 8), "it does not compute the plain function of its weight"),
+}
+
+
+@pytest.mark.parametrize("name", UNMERGED)
+def test_why_an_adapter_stays_attached_is_said_from_the_start(name: str) -> None:
+    layer, reason = UNMERGED[name]
+    model = nn.Sequential(copy.deepcopy(layer), nn.Linear(8, 8))
+    with pytest.warns(UserWarning, match=rf"the adapters of '0' \(\w+\) cannot be merged .* Reason: {reason}"):
+        inject(model, LoRA(r=2, target_modules=["0", "1"]))
+    randomise(model)
+    with pytest.raises(PEFTError, match=rf"adapter of '0' cannot be merged \({reason}"):
+        merge(model, unload=True)
+    with pytest.raises(PEFTError, match=rf"LoRAAdapter cannot be merged into a weight of '0' \({reason}"):
+        refuse_unloading(ModelView(model))
+    assert merge(model).kept == ("0",)
 
 
 def scripted(kind: str) -> nn.Module:
