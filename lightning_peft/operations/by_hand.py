@@ -79,7 +79,8 @@ def _before_loading_root(root: nn.Module, state: State, prefix: str, *_: Any) ->
         if value is not None:
             state[prefix + name] = value
         elif id(tensor) not in left_out:
-            state[prefix + name] = tensor.detach()
+            # Lists of a metric and extra state are no tensors.
+            state[prefix + name] = tensor.detach() if isinstance(tensor, Tensor) else tensor
 
 
 def _refuse_untied(root: nn.Module, state: State, prefix: str) -> None:

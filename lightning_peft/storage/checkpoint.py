@@ -18,6 +18,7 @@ from lightning_peft.operations.rest import freeze_rest
 from lightning_peft.operations.shards import in_pieces
 from lightning_peft.storage import fingerprint
 from lightning_peft.storage.base_weights import fill
+from lightning_peft.storage.extra_state import by_name, extra_state, load_extra_state
 from lightning_peft.storage.state import (
     adapter_parameters_and_whole,
     check_metadata,
@@ -29,6 +30,9 @@ from lightning_peft.storage.state import (
 KEY = "lightning_peft"
 """Under it a checkpoint keeps :func:`lightning_peft.storage.state.metadata`."""
 
+_EXTRA = "extra_state"
+"""Under it, in there, what modules write into a state that is neither parameter nor buffer."""
+
 _INJECTION_KEYS = {"adapters", "active", "train_also", "base"}
 
 
@@ -38,7 +42,8 @@ def finish(checkpoint: dict[str, Any], model: ModelView, full: bool) -> None:
     Raises:
         PEFTError: An adapter tensor is missing: a hook changed ``checkpoint["state_dict"]``.
     """
-    checkpoint[KEY] = {**metadata(model), "full": full}
+    extra = extra_state(model)
+    checkpoint[KEY] = {**metadata(model), "full": full, _EXTRA: extra}
     state = {clean_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
     trained = adapter_parameters_and_whole(model).keys()
     if missing := sorted(trained - state.keys()):
@@ -46,7 +51,9 @@ def finish(checkpoint: dict[str, Any], model: ModelView, full: bool) -> None:
             f"The checkpoint lacks the adapter tensor {missing[0]!r}: on_save_checkpoint of the module or a callback "
             "took it out. Drop that hook: only adapter state is saved anyway."
         )
-    if not full and not trains_everything(model):
+    if trains_everything(model):
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **by_name(extra)}
+    elif not full:
         # Hooks that take frozen weights out take with them what has changed of the rest.
         state = {**{name: tensor.detach() for name, tensor, _ in changed(model)}, **state}
         checkpoint["state_dict"] = {name: state[name] for name in saved_tensors(model)}
@@ -81,11 +88,12 @@ def apply(checkpoint: Mapping[str, Any], model: ModelView, strict: bool = True) 
     source = "The checkpoint"
     saved = checkpoint_metadata(checkpoint)
     state = {clean_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
+    beyond = saved.get(_EXTRA, {})
     whole = trains_everything(model) and not _is_in_pieces(model)
     # The base counts where it is not in the file, and of everything nothing is to be elsewhere.
     check_metadata(model, saved, source, held={*state, *(model.tensors if whole else ())})
     if whole:
-        _apply_everything(state, model, source, strict)
+        _apply_everything({**state, **by_name(beyond)}, model, source, strict)
         return
     names = adapter_parameters_and_whole(model).keys()
     # What has changed of the base, all of it in a full checkpoint, and what on_load_checkpoint has put in.
@@ -104,6 +112,7 @@ def apply(checkpoint: Mapping[str, Any], model: ModelView, strict: bool = True) 
     for prefix, _, registry in required(model):
         registry.moved = set(saved["injections"].get(prefix, {}).get("moved", ()))
     note_moved(model, unknown)
+    load_extra_state(model, beyond, source)
 
 
 def holds_everything(checkpoint: Mapping[str, Any], model: ModelView) -> bool:
@@ -202,12 +211,16 @@ def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
             "them into the LightningModule before fit and leave ckpt_path out; to continue that run, use the strategy "
             "that wrote it."
         )
-    injections = saved.get("injections")
-    if not isinstance(injections, Mapping) or not all(
-        isinstance(injection, Mapping) and injection.keys() >= _INJECTION_KEYS for injection in injections.values()
+    injections, extra = saved.get("injections", ()), saved.get(_EXTRA, {})
+    if not (_is_nested(injections) and _is_nested(extra)) or not all(
+        injection.keys() >= _INJECTION_KEYS for injection in injections.values()
     ):
         raise PEFTError(f"The checkpoint's {KEY!r} entry is damaged. Take another checkpoint.")
     return saved
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(inner, Mapping) for inner in value.values())
 
 
 def refuse_hf_tensors(checkpoint: Mapping[str, Any]) -> None:
