@@ -88,6 +88,8 @@ def prepare_injection(
     Raises:
         PEFTError: The methods do not fit the model.
     """
+    if taken := next((name for name in model.modules if CHILD in name.split(".")), None):
+        raise PEFTError(f"{taken!r} has a part called {CHILD!r}, which adapters are called. Give it another name.")
     registry = own_registry(model.module)
     whole = whole_names(model, train_also)
     _check_state(model, registry, name, whole)

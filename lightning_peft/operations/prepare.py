@@ -155,9 +155,9 @@ def whole_names(model: ModelView, patterns: Sequence[str]) -> tuple[str, ...]:
     if not patterns:
         return ()
     modules, parameters, names = model.modules, model.parameters, set[str]()
-    of_modules, of_parameters = Matcher(modules), Matcher(parameters)
+    of_modules, of_aliases, of_parameters = Matcher(modules), Matcher(model.aliases), Matcher(parameters)
     for pattern in patterns:
-        found = of_modules(pattern) or of_parameters(pattern)
+        found = of_modules(pattern) | {model.aliases[alias] for alias in of_aliases(pattern)} or of_parameters(pattern)
         if not found:
             # Parameters of layers are named by the layer.
             bare = {

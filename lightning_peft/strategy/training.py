@@ -164,7 +164,8 @@ class Training(FiniteSteps):
         if idle:
             rank_zero_warn(
                 f"{len(idle)} adapter parameters got no gradient in the first step, so their modules were not called, "
-                f"or under no_grad: {', '.join(idle[:5])}. If they never are, leave them out with exclude_modules."
+                f"under no_grad, or checkpointed with use_reentrant=True: {', '.join(idle[:5])}. If they never are, "
+                "leave them out with exclude_modules."
             )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

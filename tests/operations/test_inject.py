@@ -363,3 +363,18 @@ def test_what_is_in_an_excluded_module_is_excluded() -> None:
     names = inject(mixtral, LoRA(r=2, exclude_modules="experts"))
     assert names
     assert all("self_attn" in name for name in names)
+
+
+def test_a_name_that_adapters_have_is_refused() -> None:
+    model = nn.ModuleDict({"peft": nn.Linear(4, 4), "other": nn.Linear(4, 4)})
+    with pytest.raises(PEFTError, match="'peft' has a part called 'peft'"):
+        inject(model, LoRA(r=2))
+
+
+def test_what_is_trained_whole_may_have_any_of_its_names() -> None:
+    model = nn.Module()
+    model.stack = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    model.last = model.stack[1]
+    inject(model, LoRA(r=2, target_modules=["0"]), train_also=["last"])
+    assert model.last.weight.requires_grad
+    assert not model.stack[0].weight.requires_grad
