@@ -65,6 +65,8 @@ def fold_into(
         if whole_bias is None and new_bias is not None:
             new["bias"] = nn.Parameter(new_bias.to(weights["weight"]), requires_grad=False)
             backup["added_bias"] = True
+        elif bias is not None and new_bias is not None and new_bias is not whole_bias and id(bias) in shared:
+            new["bias"], backup["bias"] = nn.Parameter(new_bias.to(bias), requires_grad=False), bias
         elif bias is not None and new_bias is not None and new_bias is not whole_bias:
             weights["bias"], stored["bias"] = bias, new_bias
             backup["bias"] = old_bias

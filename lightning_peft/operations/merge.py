@@ -177,7 +177,9 @@ def _fold_all(model: ModelView, hosts: Sequence[_Host], keep: bool) -> dict[str,
             continue
         untied = set() if adapter.follows_ties else shared & {id(weight) for weight in weights}
         note = partial(_note, slot, _tied_configs(model) if untied else [])
-        losses[name] = fold_into(name, host, adapter, untied, keep, note)
+        # A parameter that comes new into a sharded module belongs to no shard.
+        bias = set() if in_pieces(host) else shared & {id(host._parameters.get("bias"))}
+        losses[name] = fold_into(name, host, adapter, untied | bias, keep, note)
         assert slot.merged is not None
         written[id(weights[0])] = slot.merged
     return losses

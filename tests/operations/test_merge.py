@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from unchanged import assert_unchanged, snapshot
 
-from lightning_peft import BitFit, LoRA, PEFTError, inject, merge, unmerge
+from lightning_peft import IA3, BitFit, LoRA, PEFTError, inject, merge, unmerge
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.errors import NotFiniteError
 from lightning_peft.operations.merge import is_merged
@@ -99,6 +99,24 @@ def test_weights_of_one_memory_are_untied(targets: list[str], unload: bool) -> N
         assert torch.equal(model(x), expected)
         assert model.decoder.weight.data_ptr() == model.encoder.weight.data_ptr()
         assert all(torch.equal(model.state_dict()[name], value) for name, value in base.items())
+
+
+@pytest.mark.parametrize("unload", [False, True])
+def test_a_shared_bias_is_untied(unload: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4)
+    model[1].bias = model[2].bias = shared = model[0].bias
+    values = shared.detach().clone()
+    inject(model, IA3(target_modules=["0", "1"]))
+    randomise(model)
+    expected = model(x)
+    merge(model, unload=unload)
+    assert torch.allclose(model(x), expected, atol=1e-5)
+    assert model[2].bias is shared
+    assert torch.equal(shared, values)
+    if not unload:
+        unmerge(model)
+        assert torch.equal(model(x), expected)
+        assert all(layer.bias is shared for layer in model)
 
 
 def test_neighbours_in_one_memory_are_written_in_place() -> None:
