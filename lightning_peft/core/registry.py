@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -15,6 +14,7 @@ from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView, once
 from lightning_peft.errors import PEFTError
 from lightning_peft.tensors.sharding import assign, host_copy, local_part
+from lightning_peft.tensors.weights import is_same
 
 _ATTRIBUTE = "_peft_registry"
 
@@ -175,8 +175,7 @@ def differs(tensor: Tensor, before: Tensor) -> bool:
     tensor, before = local_part(tensor), local_part(before)
     if tensor.shape != before.shape or before.is_meta or tensor.is_meta:
         return tensor.shape != before.shape
-    before = before.to(tensor)
-    return not torch.equal(tensor, before) and not ((tensor == before) | (tensor.isnan() & before.isnan())).all()
+    return not is_same(tensor, before.to(tensor))
 
 
 def several_adapters(model: ModelView) -> list[str]:

@@ -25,7 +25,16 @@ _MAX_JSON_BYTES = 8 * 2**20
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write ``tensors`` as safetensors, with the metadata that HF PEFT writes."""
+    """Write ``tensors`` as safetensors, with the metadata that HF PEFT writes.
+
+    Raises:
+        PEFTError: One of them is sparse.
+    """
+    if sparse := [name for name, tensor in tensors.items() if tensor.layout is not torch.strided]:
+        raise PEFTError(
+            f"{sparse[0]!r} has changed and is sparse, which safetensors files cannot hold. Checkpoints of a Trainer "
+            "have it; for a directory of the adapter alone make it dense, or register it with persistent=False."
+        )
     # A view (a slice, a transpose, a shard of a flat parameter) has to become a tensor of its own.
     save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
 

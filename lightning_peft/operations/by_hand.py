@@ -20,7 +20,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import NotFiniteError, PEFTError
 from lightning_peft.operations.fold import fold_into, has_effect, restore, weight_names
 from lightning_peft.tensors.sharding import in_flat_pieces, whole, write
-from lightning_peft.tensors.weights import is_packed
+from lightning_peft.tensors.weights import is_packed, is_same
 
 State = dict[str, Any]
 
@@ -202,7 +202,7 @@ def _is_equal(value: Any, present: Any) -> bool:
     if not isinstance(value, Tensor) or not isinstance(present, Tensor):
         return value is None
     value, present = whole(value), whole(present)
-    return value.shape == present.shape and torch.equal(value.to(present), present)
+    return value.shape == present.shape and is_same(value.to(present), present)
 
 
 def _name(prefix: str) -> str:

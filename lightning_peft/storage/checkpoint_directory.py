@@ -23,6 +23,7 @@ from lightning_peft.storage.readable import TRAINER_STATE, reading
 from lightning_peft.storage.saving import FILES, about, write_adapters
 
 _PLACES = "tensors"
+_SPARSE = "sparse"
 
 
 class AdapterDirectory:
@@ -38,10 +39,13 @@ def write_directory(checkpoint: Mapping[str, Any], path: str | os.PathLike[str],
     if "://" in os.fspath(path):
         raise PEFTError(f"{path}: adapter directories are written to local paths. Use ModelCheckpoint for remote ones.")
     rest = {key: value for key, value in checkpoint.items() if key != "state_dict"}
+    state = checkpoint["state_dict"]
+    # Which safetensors files have no form for.
+    sparse = {n: t for n, t in state.items() if isinstance(t, Tensor) and t.layout is not torch.strided}
     with atomic_directory(path) as directory:
-        places = write_adapters(directory, model, checkpoint["state_dict"])
+        places = write_adapters(directory, model, {n: t for n, t in state.items() if n not in sparse})
         with (directory / TRAINER_STATE).open("wb") as file:
-            torch.save({**rest, KEY: {**checkpoint[KEY], _PLACES: places}}, file)
+            torch.save({**rest, KEY: {**checkpoint[KEY], _PLACES: places, _SPARSE: sparse}}, file)
         write_manifest(directory, about(model, checkpoint))
 
 
@@ -76,7 +80,7 @@ def read_directory(
     with reading(file):
         checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only is not False)
     saved = checkpoint_metadata(checkpoint)
-    state: dict[str, Tensor] = read_adapters(directory, saved[_PLACES])
+    state: dict[str, Tensor] = {**read_adapters(directory, saved[_PLACES]), **saved.get(_SPARSE, {})}
     return {**checkpoint, "state_dict": state}
 
 

@@ -119,8 +119,10 @@ def local_slices(tensor: Tensor) -> tuple[slice, ...]:
 
 def write(target: Tensor, value: Tensor) -> None:
     """Copy ``value``, a whole tensor that every process has, into ``target``."""
+    # What detach() returns shares no places with a sparse tensor.
+    own = local_part(target) if target.layout is torch.strided else target
     with torch.no_grad():
-        local_part(target).copy_(value[local_slices(target)] if isinstance(target, DTensor) else value)
+        own.copy_(value[local_slices(target)] if isinstance(target, DTensor) else value)
 
 
 def replace(target: Tensor, value: Tensor) -> None:

@@ -119,3 +119,26 @@ def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
     """Return ``matrix`` ``[out, in]`` in the layout and dtype in which the module stores its weight."""
     matrix = matrix.T if is_transposed(module) else matrix.view(full_shape(weight_of(module)))
     return matrix.to(weight_of(module).dtype)
+
+
+def is_same(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one dtype and device have the same values; NaN is like NaN. They may be sparse."""
+    mine, theirs = _parts(tensor), _parts(other)
+    same_places = tensor.layout == other.layout and [part.shape for part in mine] == [part.shape for part in theirs]
+    return same_places and all(map(_is_same, mine, theirs))
+
+
+def _is_same(tensor: Tensor, other: Tensor) -> bool:
+    return torch.equal(tensor, other) or bool(((tensor == other) | (tensor.isnan() & other.isnan())).all())
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """Return the dense tensors that ``tensor`` consists of: torch compares no others."""
+    if tensor.layout is torch.strided:
+        return [tensor]
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [tensor.indices(), tensor.values()]
+    by_row = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    places = [tensor.crow_indices(), tensor.col_indices()] if by_row else [tensor.ccol_indices(), tensor.row_indices()]
+    return [*places, tensor.values()]

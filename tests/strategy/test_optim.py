@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
-from modules import Halving, Regression, adapter_state, assert_same, base_state, loader, trainer
+from modules import Halving, Regression, SteppedRegression, adapter_state, assert_same, base_state, loader, trainer
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
@@ -510,6 +510,36 @@ def test_an_optimizer_without_state_needs_none() -> None:
     optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     saved = state_by_name(optimizer, optimizer.state_dict(), model)
     optimizer.load_state_dict(state_by_position(optimizer, saved, model))
+
+
+class Together(SGD):
+    """Counts its steps once for all parameters, under a name, and steps ever less."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.state["all"]["steps"] = steps = self.state["all"].get("steps", 0) + 1  # type: ignore[index]
+        for group in self.param_groups:
+            group["lr"] = 0.1 / steps
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("method", [LoRA(r=2), FullFinetuning()], ids=["adapter", "everything"])
+def test_state_under_a_key_of_the_optimizers_own_is_resumed(tmp_path: Path, method: Any) -> None:
+    class Stepped(SteppedRegression):
+        def configure_optimizers(self) -> Any:
+            return Together(self.parameters(), lr=0.1)
+
+    def run(epochs: int, ckpt_path: Path | None = None) -> tuple[nn.Module, Any]:
+        module = Stepped()
+        fit = trainer(tmp_path, PEFTStrategy(method, merge_on_train_end=False), max_epochs=epochs)
+        fit.fit(module, loader(), ckpt_path=ckpt_path)
+        return module, fit
+
+    whole, half = run(4), run(2)
+    half[1].save_checkpoint(tmp_path / "half.ckpt")
+    resumed = run(4, tmp_path / "half.ckpt")
+    states = [fit.optimizers[0].state["all"]["steps"] for _, fit in (half, resumed, whole)]
+    assert states == [whole[1].global_step // 2, whole[1].global_step, whole[1].global_step]
+    assert_same(resumed[0].state_dict(), whole[0].state_dict())
 
 
 def test_a_state_of_another_form_is_kept_as_it_is() -> None:

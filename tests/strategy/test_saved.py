@@ -160,6 +160,26 @@ class Queue(SteppedRegression):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class Sparse(SteppedRegression):
+    """Changes the values of a sparse buffer, and has another that stays."""
+
+    layout = torch.sparse_coo
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("graph", torch.eye(8).to_sparse(layout=self.layout))
+        self.register_buffer("fixed", torch.eye(8).to_sparse(layout=self.layout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.graph = self.graph * 1.1
+        return self.net(torch.sparse.mm(self.graph, x.t()).t())
+
+
+class SparseRows(Sparse):
+    layout = torch.sparse_csr
+
+
 class Teacher(SteppedRegression):
     """Moves frozen weights towards trained ones, which is seen in no version counter."""
 
@@ -186,6 +206,8 @@ CHANGING: dict[str, tuple[type[SteppedRegression], dict[str, Any], set[str]]] = 
     "counter": (Count, {}, {"steps", "least"}),
     "metric": (Metric, {}, {"metric.mean_value", "metric.weight"}),
     "queue": (Queue, {}, {"queue"}),
+    "sparse": (Sparse, {}, {"graph"}),
+    "sparse by rows": (SparseRows, {}, {"graph"}),
     "teacher": (Teacher, {}, {"teacher.0.weight", "teacher.2.weight"}),
 }
 
@@ -217,12 +239,13 @@ def test_a_resumed_run_and_a_loaded_module_have_what_changed(
     assert not torch.equal(whole(inputs()), first(inputs()))
 
 
-@pytest.mark.parametrize("case", ["own norm trained whole", "batch norm", "counter", "metric", "queue"])
+@pytest.mark.parametrize("case", ["own norm trained whole", "batch norm", "counter", "metric", "queue", "sparse"])
 def test_eject_puts_back_what_changed(tmp_path: Path, case: str) -> None:
     make, options, _ = CHANGING[case]
     module = make()
     trainer(tmp_path, lora(**options)).fit(module, loader())
-    assert any(not torch.equal(t, make().state_dict()[n]) for n, t in base_state(module).items())
+    fresh = base_state(make())
+    assert any(not torch.equal(t.to_dense(), fresh[n].to_dense()) for n, t in base_state(module).items())
     with disable(module):
         assert_same(base_state(module), base_state(make()))
     eject(module)
@@ -305,6 +328,14 @@ def test_directories_have_what_changed_beside_the_adapters(tmp_path: Path, train
     load_adapter(model, tmp_path / "adapter")
     assert torch.equal(model.eval()(x), module.model(x))
     assert not torch.equal(model[1].running_mean, Around().model[1].running_mean)
+
+
+def test_a_sparse_buffer_has_no_place_in_a_directory_of_the_adapter_alone(tmp_path: Path) -> None:
+    module = Sparse()
+    trainer(tmp_path, lora()).fit(module, loader())
+    with pytest.raises(PEFTError, match="'graph' has changed and is sparse"):
+        save_adapter(module, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_what_has_not_changed_is_not_saved(tmp_path: Path) -> None:

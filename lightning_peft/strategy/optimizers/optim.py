@@ -80,7 +80,8 @@ def state_by_name(optimizer: Optimizer, state: Mapping[str, Any], model: nn.Modu
     """Return ``state``, the optimizer's ``state_dict()``, with parameter names in place of positions.
 
     A parameter without state (before the first step, or never used) has an empty one, so that a state which got lost
-    can be told from one which never was. An optimizer without param groups in its state (one that wraps another, or
+    can be told from one which never was. What is no parameter's, under a key of the optimizer's own, keeps its key. An
+    optimizer without param groups in its state (one that wraps another, or
     what Lightning has in place of none) is saved as it is.
     """
     if "param_groups" not in state:
@@ -88,7 +89,10 @@ def state_by_name(optimizer: Optimizer, state: Mapping[str, Any], model: nn.Modu
     names = parameter_names(optimizer, model)
     return {
         **state,
-        "state": {name: state["state"].get(position, {}) for position, name in enumerate(names)},
+        "state": {
+            **{key: entry for key, entry in state["state"].items() if key not in range(len(names))},
+            **{name: state["state"].get(position, {}) for position, name in enumerate(names)},
+        },
         "param_groups": [
             {**group, "params": [names[position] for position in group["params"]]} for group in state["param_groups"]
         ],
@@ -133,7 +137,8 @@ def state_by_position(optimizer: Optimizer, saved: Mapping[str, Any], model: nn.
             "load_adapter and start anew."
         )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
+    state: dict[Any, Any] = {key: entry for key, entry in saved["state"].items() if key not in names}
+    state |= {
         position: {key: _placed_like(parameter, value) for key, value in saved["state"][name].items()}
         for position, (name, parameter) in enumerate(zip(names, parameters, strict=True))
         if saved["state"][name]
