@@ -67,8 +67,10 @@ class ZeroState:
         self._link()
         # All flat tensors have the same kinds of state and have made the same number of steps. Its counter is copied:
         # optimizers count in place, so one that parameters share would run ahead.
-        flat, entry = next(iter(self._optimizer.state.items()), (None, {}))
-        state = {
+        of_flat = ((key, entry) for key, entry in self._optimizer.state.items() if isinstance(key, Tensor))
+        flat, entry = next(of_flat, (None, {}))
+        state: dict[Any, Any] = {k: deepcopy(v) for k, v in self._optimizer.state.items() if not isinstance(k, Tensor)}
+        state |= {
             position: {
                 key: safe_get_full_optimizer_state(parameter, key) if _is_per_element(value, flat) else deepcopy(value)
                 for key, value in entry.items()
@@ -90,7 +92,9 @@ class ZeroState:
         state = state_by_position(self._by_parameter(), saved, self._module)
         for group, old in zip(self._optimizer.param_groups, state["param_groups"], strict=True):
             group.update({key: value for key, value in old.items() if key not in ("params", "param_names")})
-        entries = {self._parameters[position]: entry for position, entry in state["state"].items()}
+        numbers = range(len(self._parameters))
+        self._optimizer.state.update({key: entry for key, entry in state["state"].items() if key not in numbers})
+        entries = {self._parameters[number]: state["state"][number] for number in numbers if number in state["state"]}
         if not entries:
             return
         parameter, first = next(iter(entries.items()))
