@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,14 @@ from lightning_peft.tasks.resumable import ResumableLoader
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 DATA = TensorDataset(torch.randn(6 * BATCH, 8, generator=torch.Generator().manual_seed(0)))
 AT, STEPS = 7, 16
+
+
+@pytest.fixture(autouse=True)
+def _handles_interrupts() -> Iterator[None]:
+    """Take Ctrl-C as Python does, also where the tests run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Ended(Regression):
