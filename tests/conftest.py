@@ -9,7 +9,12 @@ from launch import free_port
 # and nothing may wait for a model hub.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("MASTER_PORT", str(free_port()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Let the processes of each test meet at a port of their own: what an earlier one left may still listen at its."""
+    os.environ["MASTER_PORT"] = str(free_port())
 
 
 @pytest.fixture(scope="session", autouse=True)
