@@ -201,7 +201,7 @@ def test_a_dead_worker_is_an_error_and_the_checkpoint_is_whole(tmp_path: Path) -
     run = trainer(tmp_path, callbacks=[saver])
     started = time.monotonic()
     # torch's own, or the pipe's if that is read first.
-    with pytest.raises((RuntimeError, ConnectionError), match="worker|reset by peer"):
+    with pytest.raises((RuntimeError, ConnectionError), match=r"worker|reset by peer"):
         run.fit(OfItems(), DataLoader(Dying(), batch_size=BATCH, num_workers=1))
     assert time.monotonic() - started < 60
     assert run.strategy.load_checkpoint(tmp_path / "last")["global_step"] >= 1
