@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property, wraps
 from typing import Any, NamedTuple, TypeVar
 
@@ -152,6 +152,13 @@ class ModelView:
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
                     yield f"{name}.{clean_name(key)}" if name else clean_name(key), tensor
+
+
+def is_inside(name: str, modules: Collection[str]) -> bool:
+    """Whether the module ``name``, or one that it is in, is among ``modules``."""
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name in modules
 
 
 def own_state(module: nn.Module) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.view import ModelView
+from lightning_peft.core.view import ModelView, is_inside
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats import additions as _additions  # noqa: F401 (importing them registers what is in them)
 from lightning_peft.formats import counterparts as _counterparts  # noqa: F401
@@ -129,7 +129,7 @@ def _refuse_lost(root: ModelView, config: Mapping[str, Any], present: set[str], 
     for name, module in root.modules.items():
         if not (is_weighted(module) or isinstance(module, nn.MultiheadAttention)):
             continue
-        if _names(targets, name) and not _names(excluded, name) and present.isdisjoint(_ancestors(name)):
+        if _names(targets, name) and not _names(excluded, name) and not is_inside(name, present):
             raise PEFTError(
                 f"{source}: its configuration says that {name!r} is adapted (target_modules="
                 f"{config['target_modules']!r}), but there are no tensors for it. It is damaged, or for another base "

@@ -15,7 +15,7 @@ from lightning_peft.core.registry import differs, moved, note_moved, registries,
 from lightning_peft.core.view import ModelView
 from lightning_peft.operations.shards import resharded
 from lightning_peft.strategy import refusals
-from lightning_peft.strategy.frozen import FrozenWeights
+from lightning_peft.strategy.frozen_weights import FrozenWeights
 from lightning_peft.strategy.optimizers.optim import held_parameters
 from lightning_peft.strategy.training import Training
 from lightning_peft.tensors.sharding import host_copy

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lightning_peft.core.registry import registries
-from lightning_peft.core.view import ModelView, once
+from lightning_peft.core.view import ModelView, is_inside, once
 from lightning_peft.tensors.sharding import full_shape, whole
 from lightning_peft.tensors.weights import is_packed
 
@@ -50,8 +50,8 @@ def frozen_apart(model: ModelView) -> Frozen:
     still = {module for name in frozen for module in _around(name)} - free
     roots = tuple(n for n in model.modules if n in still and n.rpartition(".")[0] not in still)
     originals = {root: original for root in roots if (original := _original(model, root, free)) is not None}
-    copies = {n: to + n[len(root) :] for root, to in originals.items() for n in model.modules if _is_inside(n, [root])}
-    left = {name for name in model.modules if _is_inside(name, roots)} - copies.keys()
+    copies = {n: to + n[len(root) :] for root, to in originals.items() for n in model.modules if is_inside(n, [root])}
+    left = {name for name in model.modules if is_inside(name, roots)} - copies.keys()
     return Frozen(roots, left, copies)
 
 
@@ -72,7 +72,7 @@ def _weights(model: ModelView) -> Iterator[tuple[str, int, bool]]:
     for name, parameter in model.parameters.items():
         owner = name.rpartition(".")[0]
         packed = is_packed(model.modules[owner]) or not parameter.is_floating_point()
-        if not packed and not _is_inside(owner, (*model.whole, *also)):
+        if not packed and not is_inside(owner, (*model.whole, *also)):
             yield name, full_shape(parameter).numel(), before.get(name, parameter.requires_grad)
 
 
@@ -80,10 +80,6 @@ def _around(name: str) -> Iterator[str]:
     """Yield the names of the modules around ``name``, but for the model itself."""
     while name := name.rpartition(".")[0]:
         yield name
-
-
-def _is_inside(name: str, roots: Iterable[str]) -> bool:
-    return any(f"{name}.".startswith(f"{root}.") for root in roots)
 
 
 def _original(model: ModelView, root: str, free: Iterable[str]) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.view import ModelView
+from lightning_peft.core.view import ModelView, is_inside
 from lightning_peft.errors import PEFTError, listed
 from lightning_peft.structure import plain
 from lightning_peft.structure.experts import expert_weights
@@ -70,7 +70,7 @@ def select(
         found = excluding(pattern)
         if not found:
             raise PEFTError(nothing_matched(pattern, modules, candidates, what="exclude_modules"))
-        chosen = {name for name in chosen if not _is_inside(name, found)}
+        chosen = {name for name in chosen if not is_inside(name, found)}
     if layers is not None:
         chosen &= set(in_layers(model, chosen, layers))
     # A linear layer of another class than torch's is adapted by its weight.
@@ -121,13 +121,6 @@ def _matched(
             named |= found
         chosen |= found
     return named, chosen
-
-
-def _is_inside(name: str, modules: set[str]) -> bool:
-    """Whether ``name``, or something that it is in, is among ``modules``."""
-    while name not in modules and name:
-        name = name.rpartition(".")[0]
-    return name in modules
 
 
 def _reasons(

@@ -50,7 +50,8 @@ def test_operations_look_at_a_module_a_few_times(tmp_path: Path) -> None:
         "load again": touches(lambda: load_adapter(model, tmp_path / "a")),
         "eject": touches(lambda: eject(model)),
     }
-    limits = {"inject": 8, "save": 6, "load": 10, "load again": 10, "eject": 6}
+    # As many as it takes today: one more walk over the model is to be noticed.
+    limits = {"inject": 5, "save": 1, "load": 5, "load again": 1, "eject": 5}
     assert not {name: count for name, count in counts.items() if not 0 < count <= limits[name]}, counts
 
 
