@@ -26,6 +26,8 @@ _WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint
 
 _NARROW = (torch.float16, torch.bfloat16)
 
+_NOT_GIVEN = object()
+
 
 class Adapter(nn.Module):
     """Base of all adapter modules.
@@ -156,7 +158,9 @@ class Slot(nn.ModuleDict):
             return None
         return self.stand_ins.chosen(self.running) if self.stand_ins.any else self.running
 
-    def _run(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _run(self, base: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = _NOT_GIVEN) -> Any:
+        if output is _NOT_GIVEN:
+            return self._refuse_copied()
         adapter = self._present()
         if adapter is None:
             return output
@@ -164,7 +168,9 @@ class Slot(nn.ModuleDict):
             return on_rows(partial(adapter, base), args, kwargs, output)
         return adapter(base, args, kwargs, output)
 
-    def _run_before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        if kwargs is None:
+            return self._refuse_copied()
         adapter = self._present()
         if adapter is None:
             return None
@@ -184,6 +190,26 @@ class Slot(nn.ModuleDict):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # One that an older version pickled has neither.
         super().__setstate__({**state, "stand_ins": StandIns(), "_turn": Turn()})
+
+    def _refuse_copied(self) -> None:
+        """Check that nothing is lost where hooks were registered once more, without keyword arguments.
+
+        torch's quantisation does so with all hooks of a layer, on what it puts in the layer's place.
+
+        Raises:
+            PEFTError: The adapters are not merged.
+        """
+        if self.merged is None:
+            raise PEFTError(
+                "A layer with an adapter was replaced, as torch's quantize_dynamic and convert do it, and what took its "
+                "place has none. Merge the adapters into the weights first: merge(model), or merge(model, unload=True)."
+            )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise PEFTError(
+            "TorchScript is compiled from the source of modules, where adapters are not. Call merge(model, "
+            "unload=True) first, which leaves a plain model; or merge(model) and torch.jit.trace(model, example)."
+        )
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         raise PEFTError(
@@ -226,6 +252,16 @@ class Slot(nn.ModuleDict):
         for handle in self.of_state:
             handle.remove()
         self.of_state = ()
+
+
+def is_overtaken(host: nn.Module) -> bool:
+    """Whether another forward hook sees what ``host`` returns before its adapter does, which would not see a merge.
+
+    So it is where one was registered later with ``prepend=True``, or all were deleted.
+    """
+    slot = host._modules.get(CHILD)
+    first = next(iter(host._forward_hooks.values()), None)
+    return isinstance(slot, Slot) and slot.merged is None and getattr(first, "__self__", None) is not slot
 
 
 def attach(host: nn.Module, name: str, adapter: Adapter, active: str, root: str) -> None:

@@ -90,7 +90,7 @@ def _refuse_untied(root: nn.Module, state: State, prefix: str) -> None:
         PEFTError: It has several; torch would take the last.
     """
     first: dict[int, str] = {}
-    for name, tensor in root.state_dict(keep_vars=True).items():
+    for name, tensor in _tensors_of(root).items():
         if (key := prefix + name) in state:
             other = first.setdefault(id(tensor), key)
             if other != key and not _is_equal(state[key], state[other]):
@@ -103,11 +103,17 @@ def _refuse_untied(root: nn.Module, state: State, prefix: str) -> None:
 
 def _tensors(root: nn.Module) -> State:
     """Return what the state of ``root`` would hold if nothing was merged, with torch's names for it."""
-    found: State = root.state_dict(keep_vars=True)
+    found = _tensors_of(root)
     for name, module in root.named_modules(remove_duplicate=False):
         if isinstance(module, Slot):
             found.update({f"{name}.{key}": tensor for key, tensor in module.tensors().items()})
     return found
+
+
+def _tensors_of(root: nn.Module) -> State:
+    """Return the state of ``root`` by the names by which torch loads it: a ``state_dict`` of its own may have others."""
+    state: State = nn.Module.state_dict(root, keep_vars=True)
+    return state
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -10,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lightning_peft.core.adapter import Adapter, Slot
+from lightning_peft.core.adapter import Adapter, Slot, is_overtaken
 from lightning_peft.core.refusals import refuse_stand_in
 from lightning_peft.core.registry import Registry, note_unloaded, required
 from lightning_peft.core.to_the_end import to_the_end
@@ -77,6 +78,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
     kept = tuple(name for name, _, slot, _ in active if not any(slot is found[2] for found in todo))
     if unload and kept:
         raise PEFTError(next(_not_unloaded(n, host, adapter) for n, host, _, adapter in active if n == kept[0]))
+    _tell_late(active, kept)
     _refuse_non_finite(todo)
     if any(in_pieces(host) for _, host, _, _ in todo):
         refuse_ties(view)
@@ -153,9 +155,16 @@ def refuse_ties(model: ModelView) -> None:
             )
 
 
+def _tell_late(active: Sequence[_Host], kept: Collection[str]) -> None:
+    """Say why adapters that could be merged when they were injected cannot be now."""
+    for name, host, _, adapter in active:
+        if name in kept and adapter.mergeable and not is_packed(host) and (reason := why_not(host, adapter)):
+            warnings.warn(f"The adapter of {name!r} cannot be merged and stays attached: {reason}.", stacklevel=3)
+
+
 def _not_unloaded(name: str, host: nn.Module, adapter: Adapter) -> str:
     """Return the message for an adapter of ``host`` that cannot be merged and would be lost."""
-    reason = why_kept(host, adapter)
+    reason = why_not(host, adapter)
     why = f" ({reason})" if reason else ""
     quantised = is_packed(host) and not weight_of(host).is_complex()
     advice = "; or load the adapter into the model as it was before it was quantised" if quantised else ""
@@ -195,11 +204,18 @@ def _note(slot: Slot, tied: list[Any], backup: dict[str, Any]) -> None:
 def can_merge(host: nn.Module, adapter: Adapter) -> bool:
     """Whether ``adapter`` can be folded into a weight of ``host``, which may be in pieces."""
     # A weight may have been packed, or become one that is worked out from others, since the injection.
-    if not adapter.mergeable or is_packed(host) or not _has_weights(host, adapter):
+    if not adapter.mergeable or is_packed(host) or not _has_weights(host, adapter) or is_overtaken(host):
         return False
     # A parameter that comes new into a sharded module belongs to no shard.
     adds_bias = adapter.adds_bias and host._parameters.get("bias") is None
     return not (adds_bias and in_pieces(host))
+
+
+def why_not(host: nn.Module, adapter: Adapter) -> str | None:
+    """Return why ``adapter`` cannot be merged into ``host``, if it is not for what it is itself."""
+    if is_overtaken(host):
+        return "a forward hook of others runs before the adapter's, or in place of it"
+    return why_kept(host, adapter)
 
 
 def _refuse_pieces(hosts: Sequence[_Host]) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
+from torch import nn
+
+from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.registry import several_adapters
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
-from lightning_peft.operations.merge import can_merge, weights_of
-from lightning_peft.structure.kept import why_kept
+from lightning_peft.operations.merge import can_merge, weights_of, why_not
 
 
 def refuse_unloading(model: ModelView) -> None:
@@ -15,22 +19,33 @@ def refuse_unloading(model: ModelView) -> None:
     Raises:
         PEFTError: An adapter cannot be merged, adds a bias, or has a weight untied; or one is left over.
     """
-    reasons = [f"the model has several adapters, {', '.join(names)}" for names in [several_adapters(model)] if names]
+    if names := several_adapters(model):
+        raise _refusal(f"the model has several adapters, {', '.join(names)}", "Take one")
     shared = model.shared
-    for name, host, slot in model.slots:
-        adapter = slot.active_adapter
-        if adapter is None:
-            continue
-        kind = type(adapter).__name__
-        if adapter.adds_bias and host._parameters.get("bias") is None:
-            reasons.append(f"{kind} gives {name!r} a bias, for which a model that is built anew has no place")
-        elif not can_merge(host, adapter):
-            why = why_kept(host, adapter)
-            reasons.append(f"{kind} cannot be merged into a weight of {name!r}" + (f" ({why})" if why else ""))
-        elif not adapter.follows_ties and any(id(weight) in shared for weight in weights_of(host, adapter)):
-            reasons.append(f"{name!r} shares its weight with another module, from which merging {kind} unties it")
-    if reasons:
-        raise PEFTError(
-            f"merge_on_train_end='unload' was given, which leaves a plain module behind; but {reasons[0]}. Take "
-            "methods and modules that can be merged for good, or leave out 'unload'."
-        )
+    adapters = {name: (host, adapter) for name, host, slot in model.slots if (adapter := slot.active_adapter)}
+    found = {name: _reason(name, host, adapter, shared) for name, (host, adapter) in adapters.items()}
+    if reasons := {name: reason for name, reason in found.items() if reason}:
+        others = [name for name in adapters if name not in reasons]
+        first = "Take methods and modules that can be merged for good"
+        advice = f"Leave out what cannot be merged for good, exclude_modules={list(reasons)!r}" if others else first
+        raise _refusal(next(iter(reasons.values())), advice)
+
+
+def _refusal(reason: str, advice: str) -> PEFTError:
+    return PEFTError(
+        f"merge_on_train_end='unload' was given, which leaves a plain module behind; but {reason}. {advice}, or leave "
+        "out 'unload'."
+    )
+
+
+def _reason(name: str, host: nn.Module, adapter: Adapter, shared: Container[int]) -> str | None:
+    """Return why merging ``adapter`` into its host, called ``name``, would leave another module than a plain one."""
+    kind = type(adapter).__name__
+    if adapter.adds_bias and host._parameters.get("bias") is None:
+        return f"{kind} gives {name!r} a bias, for which a model that is built anew has no place"
+    if not can_merge(host, adapter):
+        why = why_not(host, adapter)
+        return f"{kind} cannot be merged into a weight of {name!r}" + (f" ({why})" if why else "")
+    if not adapter.follows_ties and any(id(weight) in shared for weight in weights_of(host, adapter)):
+        return f"{name!r} shares its weight with another module, from which merging {kind} unties it"
+    return None

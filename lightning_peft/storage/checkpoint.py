@@ -18,7 +18,7 @@ from lightning_peft.operations.rest import freeze_rest
 from lightning_peft.operations.shards import in_pieces
 from lightning_peft.storage import fingerprint
 from lightning_peft.storage.base_weights import fill
-from lightning_peft.storage.extra_state import by_name, extra_state, load_extra_state
+from lightning_peft.structure.extra_state import by_name, extra_state, load_extra_state
 from lightning_peft.storage.state import (
     adapter_parameters_and_whole,
     check_metadata,
@@ -30,7 +30,7 @@ from lightning_peft.storage.state import (
 KEY = "lightning_peft"
 """Under it a checkpoint keeps :func:`lightning_peft.storage.state.metadata`."""
 
-_EXTRA = "extra_state"
+EXTRA = "extra_state"
 """Under it, in there, what modules write into a state that is neither parameter nor buffer."""
 
 _INJECTION_KEYS = {"adapters", "active", "train_also", "base"}
@@ -43,7 +43,7 @@ def finish(checkpoint: dict[str, Any], model: ModelView, full: bool) -> None:
         PEFTError: An adapter tensor is missing: a hook changed ``checkpoint["state_dict"]``.
     """
     extra = extra_state(model)
-    checkpoint[KEY] = {**metadata(model), "full": full, _EXTRA: extra}
+    checkpoint[KEY] = {**metadata(model), "full": full, EXTRA: extra}
     state = {clean_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
     trained = adapter_parameters_and_whole(model).keys()
     if missing := sorted(trained - state.keys()):
@@ -88,7 +88,7 @@ def apply(checkpoint: Mapping[str, Any], model: ModelView, strict: bool = True) 
     source = "The checkpoint"
     saved = checkpoint_metadata(checkpoint)
     state = {clean_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
-    beyond = saved.get(_EXTRA, {})
+    beyond = saved.get(EXTRA, {})
     whole = trains_everything(model) and not _is_in_pieces(model)
     # The base counts where it is not in the file, and of everything nothing is to be elsewhere.
     check_metadata(model, saved, source, held={*state, *(model.tensors if whole else ())})
@@ -133,7 +133,11 @@ def _is_in_pieces(model: ModelView) -> bool:
 
 def _apply_everything(state: Mapping[str, Tensor], model: ModelView, source: str, strict: bool) -> None:
     """Load ``state`` as Lightning does, by the model's own ``load_state_dict``."""
-    names_of_torch = {clean_name(name): name for name in model.module.state_dict()}
+    own = model.module.state_dict(keep_vars=True)
+    here = {id(tensor): name for name, tensor in model.tensors.items()}
+    # A state_dict of its own may give other names, which its load_state_dict takes.
+    names_of_torch = {here.get(id(tensor), name): name for name, tensor in own.items()}
+    names_of_torch |= {clean_name(name): name for name in own}
     try:
         model.module.load_state_dict({names_of_torch.get(n, n): tensor for n, tensor in state.items()}, strict=strict)
     except RuntimeError as error:
@@ -211,7 +215,7 @@ def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
             "them into the LightningModule before fit and leave ckpt_path out; to continue that run, use the strategy "
             "that wrote it."
         )
-    injections, extra = saved.get("injections", ()), saved.get(_EXTRA, {})
+    injections, extra = saved.get("injections", ()), saved.get(EXTRA, {})
     if not (_is_nested(injections) and _is_nested(extra)) or not all(
         injection.keys() >= _INJECTION_KEYS for injection in injections.values()
     ):

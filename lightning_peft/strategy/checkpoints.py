@@ -61,6 +61,8 @@ class Checkpoints(WritesDirectories, Continuing):
 
     _claims: Sequence[Claim] = ()
     """The folders that checkpoints of this run go to."""
+    _read: Mapping[str, Any] | None = None
+    """The state of the checkpoint that was read, before hooks may have changed it."""
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
@@ -130,7 +132,9 @@ class Checkpoints(WritesDirectories, Continuing):
                 checkpoint = super().load_checkpoint(checkpoint_path, weights_only is not False)
         self._note_saved(checkpoint_path, checkpoint)
         self._continue_from(checkpoint.get(files.KEY, {}).get(_GENERATORS))
-        return plain.with_adapters(checkpoint)
+        checkpoint = plain.with_adapters(checkpoint)
+        self._read = dict(checkpoint.get("state_dict", {}))
+        return checkpoint
 
     @property
     def _saves_shards(self) -> bool:

@@ -27,6 +27,7 @@ from lightning_peft.operations.rest import freeze_rest
 from lightning_peft.operations.shards import resharded
 from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage import plain
+from lightning_peft.storage.after_hooks import follow
 from lightning_peft.storage.base_weights import load_base_weights
 from lightning_peft.storage.saving import check_writable
 from lightning_peft.storage.state import adapter_state_dict
@@ -121,6 +122,10 @@ class Lifecycle(Checkpoints):
         Raises:
             PEFTError: The checkpoint has no adapters, other ones, or those of another base model.
         """
+        assert isinstance(checkpoint, dict)
+        read, self._read = self._read, None
+        if read is not None:
+            follow(checkpoint, read)
         if not self._is_set_up:
             # Fail before the model is moved and optimizers are made.
             files.checkpoint_metadata(checkpoint)

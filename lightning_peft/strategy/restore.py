@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule
@@ -22,6 +23,7 @@ from lightning_peft.errors import PEFTError, listed
 from lightning_peft.operations.merge import merge
 from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage import checkpoint_directory as directories
+from lightning_peft.storage.after_hooks import follow
 from lightning_peft.storage.hyper_parameters import eject_from_modules, without_class_paths
 from lightning_peft.storage.plain import is_plain, leaves_plain
 from lightning_peft.storage.readable import check_sums
@@ -58,8 +60,19 @@ def _load_file_or_directory(path: Any, *args: Any, **kwargs: Any) -> Any:
     return checkpoint
 
 
-class _Later(dict[str, Any]):
-    """The state of a checkpoint with adapters: loaded when these are there, not when Lightning has made the module."""
+class _Making(NamedTuple):
+    """A checkpoint with adapters of which Lightning makes a module: its state is loaded when these are there."""
+
+    given: Mapping[str, Any]
+    tensors: frozenset[int]
+    """Ids of those of its state, of which a ``load_state_dict`` of the module's own may make another."""
+
+    def is_given(self, state: Mapping[str, Any]) -> bool:
+        """Whether ``state`` is that of the checkpoint."""
+        return state is self.given["state_dict"] or not self.tensors.isdisjoint(map(id, state.values()))
+
+
+_MAKING: ContextVar[_Making | None] = ContextVar("making", default=None)
 
 
 class _NoKeys(NamedTuple):
@@ -68,7 +81,7 @@ class _NoKeys(NamedTuple):
 
 
 def _load_state_dict(module: LightningModule, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-    if isinstance(state_dict, _Later):
+    if (making := _MAKING.get()) is not None and making.is_given(state_dict):
         return _NoKeys()
     lost = _lost_adapters(module, state_dict)
     try:
@@ -106,10 +119,10 @@ def _load_state_with_adapters(cls: Any, checkpoint: dict[str, Any], strict: bool
         return _load_state(cls, checkpoint, strict=strict, **kwargs)
     if is_plain(checkpoint):
         return _load_state(cls, checkpoint, strict=strict, **kwargs)
-    # Lightning makes the module and calls its hooks, which may change the state.
-    given = {**checkpoint, "state_dict": _Later(checkpoint["state_dict"])}
-    model = _load_state(cls, given, strict=strict, **kwargs)
-    assert isinstance(model, LightningModule)
+    read = checkpoint["state_dict"]
+    given = {**checkpoint, "state_dict": dict(read)}
+    model = _made(cls, given, strict=strict, **kwargs)
+    follow(given, read)
     files.inject_from(given, model)
     strict = model.strict_loading if strict is None else strict
     files.apply(given, ModelView(model), strict)
@@ -117,6 +130,29 @@ def _load_state_with_adapters(cls: Any, checkpoint: dict[str, Any], strict: bool
         _warn_of_keys(model, given["state_dict"])
     if leaves_plain(checkpoint):
         merge(model, unload=True)
+    return model
+
+
+def _made(cls: Any, given: dict[str, Any], **kwargs: Any) -> LightningModule:
+    """Return what Lightning makes of a checkpoint, but for its state, which hooks of the module may have changed.
+
+    Raises:
+        PEFTError: The module has a ``load_state_dict`` of its own, which loads the state elsewhere.
+    """
+    token = _MAKING.set(_Making(given, frozenset(map(id, given["state_dict"].values()))))
+    try:
+        model = _load_state(cls, given, **kwargs)
+    except RuntimeError as error:
+        if cls.load_state_dict is _load_state_dict or isinstance(error, PEFTError):
+            raise
+        raise PEFTError(
+            f"{cls.__name__} has a load_state_dict of its own, which load_from_checkpoint calls before there are "
+            f"adapters; it failed: {error} Make the module and have a Trainer load the checkpoint: "
+            "Trainer(strategy=PEFTStrategy(...)).validate(module, data, ckpt_path=path), or test, predict, fit."
+        ) from error
+    finally:
+        _MAKING.reset(token)
+    assert isinstance(model, LightningModule)
     return model
 
 

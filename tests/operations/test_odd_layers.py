@@ -24,12 +24,14 @@ from lightning_peft import (
     LoRA,
     PEFTError,
     PEFTMethod,
+    PEFTStrategy,
     SeriesAdapter,
     VeRA,
     inject,
     load_adapter,
     merge,
     save_adapter,
+    unmerge,
 )
 from lightning_peft.core.view import ModelView
 from lightning_peft.operations.merge import is_merged
@@ -179,9 +181,63 @@ def test_a_weight_that_is_parametrized_after_the_injection_is_not_merged() -> No
     randomise(model)
     parametrizations.weight_norm(model[0])
     trained = model(x)
-    report = merge(model)
+    with pytest.warns(UserWarning, match="'0' cannot be merged and stays attached: it does not compute the plain"):
+        report = merge(model)
     assert (report.merged, report.kept) == (1, ("0",))
     assert torch.allclose(model(x), trained, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["prepended", "deleted", "appended"])
+def test_an_adapter_behind_a_hook_of_others_is_not_merged(kind: str) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    inject(model, LoRA(r=2))
+    randomise(model)
+    if kind == "deleted":
+        model[0]._forward_hooks.clear()
+    else:
+        model[0].register_forward_hook(lambda module, args, output: output.relu(), prepend=kind == "prepended")
+    trained = model(x)
+    if kind == "appended":
+        assert merge(model).merged == 2
+    else:
+        with pytest.raises(PEFTError, match="a forward hook of others runs before the adapter's, or in place of it"):
+            merge(model, unload=True)
+        with pytest.warns(UserWarning, match="'0' cannot be merged and stays attached: a forward hook of others"):
+            assert merge(model).kept == ("0",)
+        unmerge(model)
+        assert torch.equal(model(x), trained)
+        with pytest.warns(UserWarning, match="stays attached"):
+            merge(model)
+    assert torch.allclose(model(x), trained, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", [LoRA(r=2), IA3(target_modules=["0"], feedforward_modules=["0"])])
+def test_torchs_dynamic_quantisation(method: PEFTMethod) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    inject(model, method)
+    randomise(model)
+    with pytest.raises(PEFTError, match=r"A layer with an adapter was replaced.*Merge.*merge\(model\)"):
+        torch.ao.quantization.quantize_dynamic(model, {nn.Linear})(x)
+    merge(model)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})(x)
+    merge(model, unload=True)
+    assert torch.equal(quantised, torch.ao.quantization.quantize_dynamic(model, {nn.Linear})(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_made_of_a_plain_model() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    inject(model, LoRA(r=2))
+    randomise(model)
+    for merged in (False, True):
+        if merged:
+            merge(model)
+            assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+        with pytest.raises(PEFTError, match=r"TorchScript.*unload=True\) first"):
+            torch.jit.script(model)
+    merge(model, unload=True)
+    assert torch.equal(torch.jit.script(model)(x), model(x))
 
 
 class Normed(Regression):
@@ -200,3 +256,16 @@ def test_a_run_says_at_its_start_what_it_will_not_merge_and_ends_well(tmp_path: 
     assert not torch.allclose(module(x), base)
     plain = [name for name, p in Normed().named_parameters() if not torch.equal(p, module.get_parameter(name))]
     assert plain == ["net.3.weight"]
+
+
+def test_a_run_that_is_to_leave_a_plain_module_says_at_its_start_what_to_leave_out(tmp_path: Path) -> None:
+    module, steps = Normed(), []
+    module.training_step = lambda *args: steps.append(args)
+    with pytest.raises(PEFTError, match=r"cannot be merged into .*exclude_modules=\['net\.0', 'net\.2'\]"):
+        trainer(tmp_path, PEFTStrategy(LoRA(r=2), merge_on_train_end="unload")).fit(module, loader())
+    assert not steps
+    plain = Normed()
+    method = LoRA(r=2, exclude_modules=["net.0", "net.2"])
+    trainer(tmp_path, PEFTStrategy(method, merge_on_train_end="unload")).fit(plain, loader())
+    assert plain.state_dict().keys() == Normed().state_dict().keys()
+    assert not torch.equal(plain.net[3].weight, Normed().net[3].weight)

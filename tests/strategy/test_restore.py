@@ -9,8 +9,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core import module, saving
+from modules import SteppedRegression, loader, trainer
+from torch import nn
 
-from lightning_peft import LoRA, PEFTError, PEFTStrategy, adapter_state_dict, load_adapter, restore
+from lightning_peft import FullFinetuning, LoRA, PEFTError, PEFTStrategy, adapter_state_dict, load_adapter, restore
 from lightning_peft.callbacks import AdapterCheckpoint
 
 
@@ -151,6 +153,103 @@ def test_hooks_may_change_the_state_on_both_ways(tmp_path: Path, kind: type) -> 
             factor = 2 if name == "net.0.peft.default.lora_A" else 1
             assert torch.equal(tensor, adapter_state_dict(model)[name] * factor)
     assert seen == [names, names]
+
+
+class Filtering(SteppedRegression):
+    """Keeps what it has a place for, as a module does that is to load files with more in them."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = self.state_dict()
+        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in own}
+
+
+class Deleting(SteppedRegression):
+    """Does so in place."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name in checkpoint["state_dict"].keys() - self.state_dict().keys():
+            del checkpoint["state_dict"][name]
+
+
+class Renaming(SteppedRegression):
+    """Is called otherwise inside than when its checkpoints were written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"body": self.net})
+        del self.net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.parts["body"](x)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        for name in [name for name in state if name.startswith("net.")]:
+            state[f"parts.body.{name.removeprefix('net.')}"] = state.pop(name)
+
+
+class Prefixing(SteppedRegression):
+    """Has names of its own for its state."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {f"own.{name}": tensor for name, tensor in super().state_dict(*args, **kwargs).items()}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        return super().load_state_dict({n.removeprefix("own."): t for n, t in state_dict.items()}, strict)
+
+
+class Inner(SteppedRegression):
+    """Has the state of its network for its own, which no hook of a LightningModule is asked for."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.net.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        return self.net.load_state_dict(state_dict, strict)
+
+
+@pytest.mark.parametrize("strategy", ["stock", "adapter", "full", "everything"])
+@pytest.mark.parametrize("make", [Filtering, Deleting, Renaming, Prefixing, Inner])
+def test_a_module_that_knows_nothing_of_adapters_may_change_a_state(tmp_path: Path, make: Any, strategy: str) -> None:
+    """The uninterrupted run is the judge: with a hook that takes adapters out, a resumed one had other outputs."""
+    kinds = {"adapter": LoRA(r=2), "full": LoRA(r=2), "everything": FullFinetuning()}
+    options = {"merge_on_train_end": False, "checkpoint": "full" if strategy == "full" else "adapter"}
+
+    def run(module: Any, epochs: int, **given: Any) -> Any:
+        peft = "auto" if strategy == "stock" else PEFTStrategy(kinds[strategy], **options)
+        saver = ModelCheckpoint(tmp_path / str(epochs), save_last=True, save_top_k=0)
+        trainer(tmp_path, peft, max_epochs=epochs, callbacks=[saver]).fit(module, loader(), **given)
+        return module
+
+    written = SteppedRegression if issubclass(make, Renaming) else make
+    first, whole = run(written(), 1), run(written(), 2)
+    last = tmp_path / "1" / "last.ckpt"
+    assert not torch.equal(first(X), whole(X))
+    resumed = run(make(), 2, ckpt_path=last)
+    assert torch.equal(resumed(X), whole(X))
+    if make is Inner and strategy != "stock":
+        with pytest.raises(PEFTError, match=r"(?s)Inner has a load_state_dict of its own.*ckpt_path=path"):
+            make.load_from_checkpoint(last)
+        return
+    assert torch.equal(make.load_from_checkpoint(last)(X), first(X))
+
+
+def test_names_follow_the_state_wherever_a_checkpoint_has_them(tmp_path: Path) -> None:
+    written, method = SteppedRegression(), LoRA(r=2, target_modules=["net.0"], rank_pattern={"net.0": 1})
+    saver = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    trainer(tmp_path, PEFTStrategy(method, train_also="net.2"), callbacks=[saver]).fit(written, loader())
+    loaded = Renaming.load_from_checkpoint(saver.last_model_path)
+    names = ["parts.body.0.peft.default.lora_A", "parts.body.0.peft.default.lora_B"]
+    assert [*adapter_state_dict(loaded)] == [*names, "parts.body.2.weight", "parts.body.2.bias"]
+    assert loaded.parts["body"][0].peft["default"].lora_A.shape == (1, 8)
+    torch.testing.assert_close(loaded(X), written(X))
+    method = LoRA(r=2, target_modules=["parts.body.0"], rank_pattern={"parts.body.0": 1})
+    strategy = PEFTStrategy(method, train_also="parts.body.2")
+    trainer(tmp_path, strategy, max_epochs=2).fit(Renaming(), loader(), ckpt_path=saver.last_model_path)
+    with pytest.raises(PEFTError, match="another base model"):
+        other = Renaming()
+        other.parts["body"] = SteppedRegression(seed=2).net
+        trainer(tmp_path, strategy).fit(other, loader(), ckpt_path=saver.last_model_path)
 
 
 def test_the_private_seams_are_where_they_were() -> None:

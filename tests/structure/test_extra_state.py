@@ -13,7 +13,7 @@ from torchmetrics import CatMetric
 from lightning_peft import FullFinetuning, LoRA, PEFTError, PEFTStrategy, inject
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.core.view import ModelView
-from lightning_peft.storage.extra_state import extra_state, load_extra_state
+from lightning_peft.structure.extra_state import extra_state, load_extra_state
 
 
 class Counting(nn.Module):
