@@ -201,8 +201,8 @@ class Slot(nn.ModuleDict):
         """
         if self.merged is None:
             raise PEFTError(
-                "A layer with an adapter was replaced, as torch's quantize_dynamic and convert do it, and what took its "
-                "place has none. Merge the adapters into the weights first: merge(model), or merge(model, unload=True)."
+                "A layer with an adapter was replaced by another, as torch's quantize_dynamic does it, which has none. "
+                "Merge the adapters into the weights first: merge(model), or merge(model, unload=True)."
             )
 
     def __prepare_scriptable__(self) -> nn.Module:

@@ -111,7 +111,7 @@ def _tensors(root: nn.Module) -> State:
 
 
 def _tensors_of(root: nn.Module) -> State:
-    """Return the state of ``root`` by the names by which torch loads it: a ``state_dict`` of its own may have others."""
+    """Return the state of ``root`` by torch's names, by which it is loaded: one of its own may have others."""
     state: State = nn.Module.state_dict(root, keep_vars=True)
     return state
 

@@ -18,7 +18,6 @@ from lightning_peft.operations.rest import freeze_rest
 from lightning_peft.operations.shards import in_pieces
 from lightning_peft.storage import fingerprint
 from lightning_peft.storage.base_weights import fill
-from lightning_peft.structure.extra_state import by_name, extra_state, load_extra_state
 from lightning_peft.storage.state import (
     adapter_parameters_and_whole,
     check_metadata,
@@ -26,6 +25,7 @@ from lightning_peft.storage.state import (
     metadata,
     saved_tensors,
 )
+from lightning_peft.structure.extra_state import by_name, extra_state, load_extra_state
 
 KEY = "lightning_peft"
 """Under it a checkpoint keeps :func:`lightning_peft.storage.state.metadata`."""

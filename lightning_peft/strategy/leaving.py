@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.registry import registries, several_adapters, was_unloaded
 from lightning_peft.core.view import ModelView
-from lightning_peft.errors import NotFiniteError, PEFTError
-from lightning_peft.operations.merge import is_merged, merge
+from lightning_peft.errors import NotFiniteError, PEFTError, listed
+from lightning_peft.operations.merge import can_merge, is_merged, merge, weights_of
 from lightning_peft.operations.unload import refuse_unloading
 from lightning_peft.strategy.inventory import Inventory
+from lightning_peft.structure.read_weights import WeightReads
 
 UNLOAD = "unload"
 
@@ -25,6 +28,7 @@ class Leaving(Inventory):
     _merge_on_train_end: bool | Literal["unload"]
     _has_whole_weights: ClassVar[bool] = True
     """Whether every process holds the frozen weights whole."""
+    _looks_for_reads = False
 
     @property
     def _unloads(self) -> bool:
@@ -50,6 +54,45 @@ class Leaving(Inventory):
                 "strategy that holds them in pieces. Use checkpoint='adapter', or base='ddp'."
             )
         refuse_unloading(ModelView(self._module))
+
+    def on_train_start(self) -> None:
+        """Begin training, and look in its first step for weights that are read outside of their modules."""
+        super().on_train_start()
+        # Compiled while this is looked at, a model would be compiled anew for its second step.
+        compiled = self._module._compiler_ctx is not None or any(
+            "_orig_mod" in m._modules for m in self._module.modules()
+        )
+        self._looks_for_reads = not compiled
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Take a step; in the first one, find out which adapters cannot be merged for what else reads their weights.
+
+        Raises:
+            PEFTError: There are some, and a plain module is to be left.
+        """
+        if not self._looks_for_reads:
+            return super().training_step(*args, **kwargs)
+        self._looks_for_reads, view = False, ModelView(self._module)
+        active = {name: (host, adapter) for name, host, slot in view.slots if (adapter := slot.active_adapter)}
+        hosts = {name: found for name, found in active.items() if can_merge(*found)}
+        with WeightReads(view, {name: weights_of(*found) for name, found in hosts.items()}) as reads:
+            output = super().training_step(*args, **kwargs)
+        if reads.found:
+            self._keep_attached({name: hosts[name][1] for name in reads.found}, next(iter(reads.found.values())))
+        return output
+
+    def _keep_attached(self, adapters: Mapping[str, Adapter], reader: str) -> None:
+        """Leave ``adapters`` out of merges, since ``reader`` and others read the weights of their hosts."""
+        text = (
+            f"The weights of {listed(map(repr, adapters))} are also read by other code than their modules' ({reader}), "
+            "which sees them without the adapter, and would see them with it once they were merged. Leave these "
+            f"modules out, exclude_modules={list(adapters)!r}, or train them whole, train_also={list(adapters)!r}"
+        )
+        if self._unloads:
+            raise PEFTError(f"{text}; or leave out merge_on_train_end='unload', which merges.")
+        rank_zero_warn(f"{text}. The adapters will stay attached.")
+        for adapter in adapters.values():
+            adapter.mergeable = False
 
     def on_train_end(self) -> None:
         """Merge. Lightning calls this last, after every checkpoint has been written."""

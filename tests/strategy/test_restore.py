@@ -246,9 +246,9 @@ def test_names_follow_the_state_wherever_a_checkpoint_has_them(tmp_path: Path) -
     method = LoRA(r=2, target_modules=["parts.body.0"], rank_pattern={"parts.body.0": 1})
     strategy = PEFTStrategy(method, train_also="parts.body.2")
     trainer(tmp_path, strategy, max_epochs=2).fit(Renaming(), loader(), ckpt_path=saver.last_model_path)
+    other = Renaming()
+    other.parts["body"] = SteppedRegression(seed=2).net
     with pytest.raises(PEFTError, match="another base model"):
-        other = Renaming()
-        other.parts["body"] = SteppedRegression(seed=2).net
         trainer(tmp_path, strategy).fit(other, loader(), ckpt_path=saver.last_model_path)
 
 
