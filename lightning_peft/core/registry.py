@@ -129,6 +129,12 @@ def changed(model: ModelView) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         yield from ((lead + name, parameters[name], None) for name in parameters if name in registry.moved)
 
 
+def added(model: ModelView) -> set[str]:
+    """Return the names of the parameters that ``model`` has got since adapters were injected."""
+    known = {f"{p}.{name}" if p else name for p, _, registry in registries(model) for name in registry.requires_grad}
+    return model.parameters.keys() - known
+
+
 def moved(model: ModelView) -> set[str]:
     """Return the names of what is known to have :attr:`~Registry.moved`."""
     return {f"{prefix}.{name}".lstrip(".") for prefix, _, registry in registries(model) for name in registry.moved}

@@ -96,7 +96,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
             to_the_end(partial(_restore, [(host, slot) for _, host, slot, _ in new]))
         raise
     if unload:
-        to_the_end(partial(_remove, view, roots))
+        to_the_end(partial(_remove, view, roots, [host for _, host, _, _ in todo]))
     worst = max(losses, key=lambda name: losses[name], default="")
     mean = sum(losses.values()) / len(losses) if losses else 0.0
     return MergeReport(len(todo), mean, losses.get(worst, 0.0), worst, kept)
@@ -130,7 +130,9 @@ def _restore(hosts: Iterable[tuple[nn.Module, Slot]]) -> None:
         slot.merged = None
 
 
-def _remove(view: ModelView, roots: Sequence[tuple[str, nn.Module, Registry]]) -> None:
+def _remove(view: ModelView, roots: Sequence[tuple[str, nn.Module, Registry]], hosts: Iterable[nn.Module]) -> None:
+    for host in hosts:
+        note_unloaded(host)  # which may become a part of another model
     for prefix, root, _ in roots:
         note_unloaded(root)
         remove(view.part(prefix))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import CHILD, Adapter
 from lightning_peft.core.registry import changed, registries, required
 from lightning_peft.core.view import ModelView
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, listed
 from lightning_peft.files.contents import MARKER, write_json, write_tensors
 from lightning_peft.files.manifest import write_manifest
 from lightning_peft.files.writing import atomic_directory
@@ -26,6 +27,7 @@ from lightning_peft.operations.shards import resharded
 from lightning_peft.storage.fingerprint import describe_base, identity
 from lightning_peft.storage.parts import parts_of
 from lightning_peft.storage.state import adapter_parameters_and_whole, adapter_state
+from lightning_peft.structure.extra_state import by_name, extra_state
 from lightning_peft.structure.inner_models import is_lightning_module
 from lightning_peft.tensors.sharding import map_tensors, whole
 
@@ -60,6 +62,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str | 
         known = sorted({adapter for _, _, registry in found for adapter in registry.methods})
         raise PEFTError(f"There is no adapter {name!r}. Adapters: {', '.join(known)}.")
     state = map_tensors(adapter_state(view), whole)
+    if beyond := by_name(extra_state(view)):
+        warnings.warn(
+            f"Modules keep in their state what is neither parameter nor buffer ({listed(beyond)}). The directory of an "
+            "adapter has no place for it. Checkpoints of a run do, as does the module's state_dict().",
+            stacklevel=2,
+        )
     with atomic_directory(path) as directory:
         write_adapters(directory, view, state, names=[name])
         write_manifest(directory, about(view))

@@ -11,8 +11,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_peft.core.registry import differs, moved, note_moved, registries, trained_whole, trains_everything
+from lightning_peft.core.registry import added, differs, moved, note_moved, registries, trained_whole, trains_everything
 from lightning_peft.core.view import ModelView
+from lightning_peft.errors import listed
 from lightning_peft.operations.shards import resharded
 from lightning_peft.strategy import refusals
 from lightning_peft.strategy.frozen_weights import FrozenWeights
@@ -67,15 +68,23 @@ class Inventory(Training):
         self._tell_idle(resharded(self._module))
 
     def _tell_idle(self, view: ModelView) -> None:
-        """Name once what of the base has been unfrozen and is not trained."""
+        """Name once what of the base has been unfrozen, or is new, and is not trained."""
         known = {*self._held, *map(id, held_parameters(self.optimizers)), *(id(t) for _, t, _ in trained_whole(view))}
-        unfrozen = [name for name, p in view.parameters.items() if p.requires_grad and id(p) not in known]
-        if idle := [name for name in unfrozen if name not in self._told]:
-            self._told.update(idle)
+        idle = {n: p for n, p in view.parameters.items() if id(p) not in known and n not in self._told}
+        new = sorted(idle.keys() & added(view))
+        unfrozen = [name for name, p in idle.items() if p.requires_grad and name not in new]
+        self._told.update(new, unfrozen)
+        if new:
             rank_zero_warn(
-                f"{len(idle)} weights of the base require a gradient, but no optimizer holds them, so they are not "
-                f"trained: {', '.join(idle[:3])}. They were unfrozen since setup. To train them, name their modules in "
-                "train_also."
+                f"{len(new)} parameters are new since the adapters were injected, and no optimizer holds them, so they "
+                f"are not trained: {listed(new)}. Checkpoints hold them, for a module that has them when it is loaded. "
+                "Make modules in __init__, setup or configure_model."
+            )
+        if unfrozen:
+            rank_zero_warn(
+                f"{len(unfrozen)} weights of the base require a gradient, but no optimizer holds them, so they are not "
+                f"trained: {', '.join(unfrozen[:3])}. They were unfrozen since setup. To train them, name their "
+                "modules in train_also."
             )
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -101,6 +110,7 @@ class Inventory(Training):
         self._tell_idle(view)
         written = sorted(self._written(view) - moved(view))
         note_moved(view, written)
+        written = [name for name in written if name not in added(view)]  # which have been told
         if written and not trains_everything(view):
             rank_zero_warn(
                 f"{len(written)} frozen weights have changed though no optimizer holds them: {', '.join(written[:3])}. "

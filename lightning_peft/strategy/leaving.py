@@ -59,9 +59,8 @@ class Leaving(Inventory):
         """Begin training, and look in its first step for weights that are read outside of their modules."""
         super().on_train_start()
         # Compiled while this is looked at, a model would be compiled anew for its second step.
-        compiled = self._module._compiler_ctx is not None or any(
-            "_orig_mod" in m._modules for m in self._module.modules()
-        )
+        module = self._module
+        compiled = module._compiler_ctx is not None or any("_orig_mod" in part._modules for part in module.modules())
         self._looks_for_reads = not compiled
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_peft.core.method import PEFTMethod
-from lightning_peft.core.registry import registries, trains_everything
+from lightning_peft.core.registry import added, registries, trains_everything
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.prepare import whole_names
@@ -42,6 +42,12 @@ def refuse_unsaved(optimizers: Iterable[Optimizer], model: ModelView, known: Map
         if not parameter.requires_grad or id(parameter) in saved:
             continue
         if name := base.get(id(parameter)):
+            if name in added(model):
+                raise PEFTError(
+                    f"An optimizer holds {name!r}, which the module has got since the adapters were injected: no "
+                    "checkpoint would have what it learns. Make it in __init__, configure_model or setup, and name it "
+                    "or its module in train_also."
+                )
             owner = name.rpartition(".")[0]
             alone = model.part(owner).modules.keys() > {""}
             raise PEFTError(

@@ -20,6 +20,7 @@ from lightning_peft.core.adapter import CHILD, clean_name
 from lightning_peft.core.registry import registries
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError, listed
+from lightning_peft.operations.eject import eject
 from lightning_peft.operations.merge import merge
 from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage import checkpoint_directory as directories
@@ -123,9 +124,16 @@ def _load_state_with_adapters(cls: Any, checkpoint: dict[str, Any], strict: bool
     given = {**checkpoint, "state_dict": dict(read)}
     model = _made(cls, given, strict=strict, **kwargs)
     follow(given, read)
-    files.inject_from(given, model)
     strict = model.strict_loading if strict is None else strict
-    files.apply(given, ModelView(model), strict)
+    shared = bool(ModelView(model).slots)
+    try:
+        files.inject_from(given, model)
+        files.apply(given, ModelView(model), strict)
+    except BaseException:
+        # A network that the caller has given it is to be what it was.
+        if not shared and registries(ModelView(model)):
+            eject(model)
+        raise
     if not strict and files.holds_everything(given, ModelView(model)):
         _warn_of_keys(model, given["state_dict"])
     if leaves_plain(checkpoint):

@@ -24,8 +24,8 @@ _FIRST_ONLY = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 class WeightReads(TorchFunctionMode):
     """While it is entered, notes what is made of weights outside of their modules, where it meets what is trained.
 
-    Averages, penalties and casts of frozen weights meet nothing of that, and no merge changes what becomes of them. Code
-    that ``torch.compile`` has made is not looked into.
+    Averages, penalties and casts of frozen weights meet nothing of that, and no merge changes what becomes of them.
+    Compiled code is not looked into.
 
     Args:
         model: The model.

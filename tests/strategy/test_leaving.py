@@ -237,6 +237,47 @@ def test_an_adapter_of_a_base_that_is_gone_is_refused(tmp_path: Path) -> None:
     assert_same(dict(module.state_dict()), dict(before))
 
 
+class Holder(Regression):
+    """Is given its network, as modules of packages are that train one network several times."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+
+def test_a_network_that_another_module_takes_over(tmp_path: Path) -> None:
+    net, x = Regression().net, inputs()
+    fit(tmp_path, Holder(net))
+    trained, path = net(x), tmp_path / "epoch=0.ckpt"
+    with pytest.raises(PEFTError, match="merged into them for good, so the base is gone"):
+        Holder.load_from_checkpoint(path, net=net)
+    torch.testing.assert_close(Holder.load_from_checkpoint(path, net=Regression().net)(x), trained)
+    fit(tmp_path / "again", Holder(net))
+    assert not torch.equal(net(x), trained)
+
+
+@pytest.mark.parametrize("told", ["merge", "unload"])
+def test_what_the_refusal_of_a_shared_network_says_works(tmp_path: Path, told: str) -> None:
+    net, path = Regression().net, tmp_path / "epoch=0.ckpt"
+    first = Holder(net)
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}")
+    trainer(tmp_path, PEFTStrategy(LoRA(r=2)), callbacks=[saver]).fit(first, loader())
+    trained = net(inputs())
+    with pytest.raises(PEFTError, match=r"merge\(module, unload=True\), or in a run with merge_on_train_end='unload'"):
+        trainer(tmp_path).fit(Holder(net), loader())
+    if told == "merge":
+        merge(first, unload=True)
+    else:
+        net = Regression().net
+        fit(tmp_path / "unloaded", Holder(net))
+    torch.testing.assert_close(net(inputs()), trained)
+    trainer(tmp_path).fit(Holder(net), loader())
+    torch.testing.assert_close(Holder.load_from_checkpoint(path, net=Regression().net)(inputs()), trained)
+
+
 def test_so_is_an_adapter_in_a_directory(tmp_path: Path) -> None:
     model = Regression().net
     inject(model, LoRA(r=2))

@@ -147,8 +147,38 @@ def test_nothing_to_train_is_an_error(tmp_path: Path) -> None:
     module.automatic_optimization = False
     module.configure_optimizers = lambda: frozen_only(module)  # type: ignore[method-assign]
     strategy = PEFTStrategy(LoRA(r=2, target_modules="net.0"))
-    with pytest.raises(PEFTError, match=r"SGD.*left with nothing to train.*net\.2\.bias.*self\.parameters\(\)"):
+    with pytest.raises(
+        PEFTError, match=r"SGD.*left with nothing to train.*net\.2\.bias.*belong to parameters that SGD holds"
+    ):
         trainer(tmp_path, strategy).fit(module, loader())
+
+
+class Muons(Regression):
+    """Has an optimizer for matrices and another one for the rest, as Muon is used."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: list[Any], batch_idx: int) -> None:
+        self.manual_backward(self.loss(batch[0]))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        parameters = list(self.parameters())
+        return [
+            torch.optim.Muon([p for p in parameters if p.dim() == 2], 0.1),
+            torch.optim.AdamW([p for p in parameters if p.dim() != 2], 0.1),
+        ]
+
+
+def test_an_optimizer_beside_that_of_the_adapters_has_to_train_something(tmp_path: Path) -> None:
+    with pytest.raises(PEFTError, match=r"AdamW.*belong to parameters that Muon holds.*\[LoRA\(\.\.\.\), BitFit\(\)\]"):
+        trainer(tmp_path, PEFTStrategy(LoRA(r=2))).fit(Muons(), loader())
+    module = Muons()
+    trainer(tmp_path, PEFTStrategy([LoRA(r=2), BitFit()])).fit(module, loader())
+    assert not torch.equal(module.net[0].bias, Muons().net[0].bias)
+    assert not torch.equal(module.net[0].weight, Muons().net[0].weight)
 
 
 def test_an_adapter_that_no_optimizer_would_train_is_an_error() -> None:

@@ -456,6 +456,23 @@ class Replacing(Regression):
             self.net[0].peft.default.lora_A = nn.Parameter(self.net[0].peft.default.lora_A.detach().clone())
 
 
+class AddingAModule(Regression):
+    """Makes a part when training starts, too late for adapters and for what ``train_also`` names."""
+
+    def on_fit_start(self) -> None:
+        self.scale = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = super().forward(x)
+        return self.scale(output) if hasattr(self, "scale") else output
+
+
+class TrainingIt(AddingAModule):
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.optimizers().add_param_group({"params": [*self.scale.parameters()]})
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -527,6 +544,14 @@ def test_what_is_unfrozen_but_in_no_optimizer_is_named(tmp_path: Path, hook: str
     with pytest.warns(UserWarning, match=r"2 weights of the base.*no optimizer.*net\.2\.weight.*train_also"):
         trainer(tmp_path, lora(targets=["net.0"])).fit(module, loader())
     assert torch.equal(module.net[2].weight, Regression().net[2].weight)
+
+
+def test_a_module_that_comes_late_is_told_of_once_and_not_called_changed(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="2 parameters are new since the adapters were injected, and no opt") as told:
+        trainer(tmp_path, lora(), callbacks=[ModelCheckpoint(tmp_path)]).fit(AddingAModule(), loader())
+    assert len([warning for warning in told if "scale" in str(warning.message)]) == 1
+    with pytest.raises(PEFTError, match=r"holds 'scale\.weight', which the module has got since.*Make it in __init__"):
+        trainer(tmp_path, lora()).fit(TrainingIt(), loader())
 
 
 def test_parameters_outside_of_the_module_are_named(tmp_path: Path) -> None:

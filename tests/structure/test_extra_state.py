@@ -10,7 +10,7 @@ from modules import SteppedRegression, inputs, loader, trainer
 from torch import Tensor, nn
 from torchmetrics import CatMetric
 
-from lightning_peft import FullFinetuning, LoRA, PEFTError, PEFTStrategy, inject
+from lightning_peft import FullFinetuning, LoRA, PEFTError, PEFTStrategy, inject, save_adapter
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.core.view import ModelView
 from lightning_peft.structure.extra_state import extra_state, load_extra_state
@@ -148,3 +148,12 @@ def test_what_hooks_rename_and_gather_is_not_taken_for_more() -> None:
 def test_a_module_that_does_not_take_it_is_named() -> None:
     with pytest.raises(PEFTError, match="does not fit the extra state of '0': it has no 'count'"):
         load_extra_state(ModelView(nn.Sequential(Counting())), {"0": {"count": 3}}, "The checkpoint")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_directory_of_an_adapter_has_no_place_for_it_and_says_so(tmp_path: Path, kind: type[Counting]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), kind())
+    inject(model, LoRA(r=2, target_modules=["0"]))
+    model(inputs())
+    with pytest.warns(UserWarning, match=r"neither parameter nor buffer \(1\.[\w.]+\)"):
+        save_adapter(model, tmp_path / "adapter")

@@ -63,12 +63,23 @@ def restrict_to_trainable(optimizers: Sequence[Optimizer], schedulers: Iterable[
         if had and len(empty) == len(optimizer.param_groups):
             raise PEFTError(
                 f"{type(optimizer).__name__} from configure_optimizers is left with nothing to train: it holds "
-                f"{len(had)} frozen parameters ({', '.join(had[:3])}, …) and none that an adapter belongs to. Give it "
-                "self.parameters(), or name modules in target_modules or train_also."
+                f"{len(had)} frozen parameters ({', '.join(had[:3])}, …) and none that an adapter belongs to. "
+                + _what_to_train(optimizer, optimizers)
             )
         if not has_to_keep_groups(optimizer, schedulers):
             drop_groups(optimizer, schedulers, empty)
         split_groups(optimizer, schedulers, ratios)
+
+
+def _what_to_train(idle: Optimizer, optimizers: Iterable[Optimizer]) -> str:
+    """Return what to do about an optimizer that is left with nothing."""
+    for other in optimizers:
+        if other is not idle and any(p.requires_grad for p in held_parameters([other])):
+            return (
+                f"The adapters belong to parameters that {type(other).__name__} holds. Leave this one out, or train "
+                "something of its own: biases, PEFTStrategy([LoRA(...), BitFit()]), or modules, by train_also."
+            )
+    return "Give it self.parameters(), or name modules in target_modules or train_also."
 
 
 def held_parameters(optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:
