@@ -73,11 +73,11 @@ class Leaving(Inventory):
             return super().training_step(*args, **kwargs)
         self._looks_for_reads, view = False, ModelView(self._module)
         active = {name: (host, adapter) for name, host, slot in view.slots if (adapter := slot.active_adapter)}
-        hosts = {name: found for name, found in active.items() if can_merge(*found)}
-        with WeightReads(view, {name: weights_of(*found) for name, found in hosts.items()}) as reads:
+        merged = {name: found for name, found in active.items() if can_merge(*found)}
+        with WeightReads(view, {name: weights_of(*found) for name, found in merged.items()}) as reads:
             output = super().training_step(*args, **kwargs)
         if reads.found:
-            self._keep_attached({name: hosts[name][1] for name in reads.found}, next(iter(reads.found.values())))
+            self._keep_attached({name: merged[name][1] for name in reads.found}, next(iter(reads.found.values())))
         return output
 
     def _keep_attached(self, adapters: Mapping[str, Adapter], reader: str) -> None:
