@@ -193,7 +193,6 @@ BASES: dict[str, Callable[[], Strategy | str]] = {
 STAGES = ("stage1", "stage2", "stage3")
 
 TOO_LATE = "ZeRO-3 takes transformers' mixtures for one module each, and would not wait for adapters inside"
-SPLIT = "beside a layer that is split, only LoRA says how it would be"
 # Why a cell is refused: in the words of a page, and as a pattern of the error.
 REASONS: dict[str, str] = {
     "DeepSpeed keeps gradients to itself": "reads and changes gradients",
@@ -201,11 +200,10 @@ REASONS: dict[str, str] = {
     TOO_LATE: "adapters on them would be trained too late",
     "the MLP of the prefix is in shards, unless it is injected after": "in shards, and cannot be folded",
     "a prefix is for all heads": "Tensor parallelism has split .* for all of them",
-    SPLIT: "does not say how .* is split beside a layer that tensor parallelism",
     "it starts from weights in shards, unless it is injected before": "computed here: its weights are in shards",
     "what is trained is whole on every process": "keeps what is trained whole on every process",
 }
-GRADIENTS, CALLS, _, SHARDS, HEADS, _, START, WHOLE = REASONS
+GRADIENTS, CALLS, _, SHARDS, HEADS, START, WHOLE = REASONS
 PREFIXES = ("PrefixTuning", "PrefixTuning(prefix_projection=True)", "PrefixTuning with ParallelAdapter")
 REFUSED: dict[tuple[str, str], str] = {
     **{(base, "AdaLoRA"): GRADIENTS for base in STAGES},
@@ -214,26 +212,10 @@ REFUSED: dict[tuple[str, str], str] = {
     ("fsdp", "FullFinetuning"): WHOLE,
     ("fsdp2", "PrefixTuning(prefix_projection=True)"): SHARDS,
     **{("tensor", cell): HEADS for cell in PREFIXES},
-    **{
-        ("tensor", cell): SPLIT
-        for cell in (
-            "AdaLoRA",
-            "BitFit(create_missing=True)",
-            "Compacter",
-            "DoRA",
-            "IA3",
-            "LoHa",
-            "LoKr",
-            'LoRA(init="pissa")',
-            "ParallelAdapter",
-            "SeriesAdapter",
-            "VeRA",
-        )
-    },
-    **{(base, "PromptTuning(every_layer=True)"): START for base in ("fsdp2_late", "tensor")},
+    ("fsdp2_late", "PromptTuning(every_layer=True)"): START,
 }
 # New biases are merged where the layers are whole: a parameter that comes new into shards belongs to none.
-ATTACHED = {(base, "BitFit(create_missing=True)") for base in ("fsdp", "fsdp2", "fsdp2_late", "stage3")}
+ATTACHED = {(base, "BitFit(create_missing=True)") for base in ("fsdp", "fsdp2", "fsdp2_late", "tensor", "stage3")}
 EVERY = [(base, cell) for base in BASES for cell in CELLS]
 QUICK = [
     (base, cell)
