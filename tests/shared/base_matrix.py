@@ -127,6 +127,24 @@ class Window(nn.Module):
         return self.conv(x[:, None]).tanh().mean(1)
 
 
+class Counting(nn.Module):
+    """Counts the batches of training in what is neither parameter nor buffer, and has its outputs depend on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += self.training
+        return x * (1 + 0.1 * self.count)
+
+    def get_extra_state(self) -> int:
+        return self.count
+
+    def set_extra_state(self, state: int) -> None:
+        self.count = state
+
+
 Build = Callable[[], nn.Module]
 HEAD = ["up", "down"]
 CELLS: dict[str, tuple[Build, PEFTMethod | list[PEFTMethod], list[str] | None]] = {
@@ -179,6 +197,7 @@ CELLS: dict[str, tuple[Build, PEFTMethod | list[PEFTMethod], list[str] | None]] 
     "LoRA on a convolution": (lambda: Net(Window), LoRA(r=2, target_modules=["body.conv", *HEAD]), None),
     "LoRA beside a head trained whole": (lambda: Net(nn.Identity), LoRA(r=2, target_modules=["up"]), ["down"]),
     "NewTokens on tied weights": (Words, NewTokens(token_indices=[1, 2, 9], target_modules=["words"]), None),
+    "LoRA beside extra state": (lambda: Net(Counting), LoRA(r=2), None),
 }
 BASES: dict[str, Callable[[], Strategy | str]] = {
     "ddp": lambda: "ddp",
