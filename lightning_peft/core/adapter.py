@@ -47,7 +47,10 @@ class Adapter(nn.Module):
     follows_ties: bool = False
     """Whether all modules with the host's weight have such an adapter, of the same effect: merging keeps the tie."""
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
-    """Which dimension of a parameter runs over the host's ``"in"`` or ``"out"`` features, for hosts that are split."""
+    """Which dimension of a tensor runs over the host's ``"in"`` or ``"out"`` features, for hosts that are split.
+
+    It names all parameters, and the buffers that are computed with; those of a module in it as ``"module.buffer"``.
+    """
     of_heads: ClassVar[bool] = False
     """Whether it has a part for each head of attention, its host."""
     replaces: tuple[str, ...] = ()

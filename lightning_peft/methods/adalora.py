@@ -35,6 +35,9 @@ class AdaLoRAAdapter(Adapter):
     """
 
     mergeable = True
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        **{"lora_A": (None, "in"), "lora_E": (None, None), "lora_B": ("out", None)},
+    }
     kept: Tensor
 
     def __init__(self, host: nn.Module, r: int, scale: float, dropout: float, seed: int, name: str) -> None:

@@ -27,6 +27,7 @@ class AddedBias(Adapter):
 
     mergeable = True
     adds_bias = True
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"bias": ("out",)}
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()

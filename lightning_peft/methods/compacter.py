@@ -19,6 +19,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.methods.series_adapter import SeriesAdapter
 from lightning_peft.structure.blocks import find_blocks, widths
 from lightning_peft.tensors.seeding import fill
+from lightning_peft.tensors.sharding import in_one_piece
 from lightning_peft.tensors.weights import tensor_options
 
 
@@ -42,6 +43,11 @@ class CompacterAdapter(Adapter):
     Shapes, for hidden states of width d and a bottleneck of b: down_s ``[n, b / n]``, down_t ``[n, d / n]``,
     up_s ``[n, d / n]``, up_t ``[n, b / n]``, biases ``[b]`` and ``[d]``.
     """
+
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        **{name: (None, None) for name in ("down_s", "down_t", "up_s", "up_t")},
+        **{"down_bias": (None,), "up_bias": (None,), "slow.phm_A": (None, None, None)},
+    }
 
     def __init__(self, d: int, shape: Shape, slow: SlowWeights, options: dict[str, Any], seed: int, name: str) -> None:
         super().__init__()
@@ -71,9 +77,10 @@ class CompacterAdapter(Adapter):
 
     def branch(self, x: Tensor) -> Tensor:
         """Return what is added to the hidden state ``x`` ``[..., d]``."""
-        x = functional.dropout(x, self.shape.dropout, self.training)
+        # The n rows of a hidden state need not be divisible by a number of processes.
+        x = functional.dropout(in_one_piece(x), self.shape.dropout, self.training)
         hidden = ACTIVATIONS[self.shape.activation](self._phm(x, self.down_s, self.down_t, self.down_bias))
-        return self._phm(hidden, self.up_s, self.up_t, self.up_bias) * self.shape.scale
+        return in_one_piece(self._phm(hidden, self.up_s, self.up_t, self.up_bias)) * self.shape.scale
 
     def _phm(self, x: Tensor, s: Tensor, t: Tensor, bias: Tensor | None) -> Tensor:
         """Return W x + b without forming W: (A_i ⊗ s_i t_iᵀ) x is A_i X t_i s_iᵀ with x as a matrix X of n rows."""

@@ -13,17 +13,18 @@ from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.errors import PEFTError
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.structure.plain import nature
-from lightning_peft.tensors.weights import is_packed, read_matrix
+from lightning_peft.tensors.weights import as_matrix, is_packed, read_matrix, weight_of
 
 
 class DoRAAdapter(LoRAAdapter):
     """W' = m ⊙ (W0 + scale · B A) / ‖W0 + scale · B A‖ (equation 5); m ``[out]``, norms over the input dimension."""
 
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {**LoRAAdapter.axes, "lora_magnitude_vector": ("out",)}
     _start: Tensor | None = None
 
     def __init__(self, host: nn.Module, *args: Any) -> None:
         super().__init__(host, *args)
-        self._start = self._norms(host)
+        self._start = self._norms(read_matrix(host))
         self.lora_magnitude_vector = nn.Parameter(self._start.to(self.lora_B).clone())
 
     @staticmethod
@@ -55,9 +56,9 @@ class DoRAAdapter(LoRAAdapter):
             self.lora_magnitude_vector.copy_(self._start)
 
     @torch.no_grad()
-    def _norms(self, host: nn.Module) -> Tensor:
-        """Return ‖W0 + scale · B A‖ ``[out]``: a constant to the gradient (section 4.3)."""
-        return _row_norms(super().fold(read_matrix(host), None)[0])
+    def _norms(self, matrix: Tensor) -> Tensor:
+        """Return ‖W0 + scale · B A‖ ``[out]`` for W0: a constant to the gradient (section 4.3)."""
+        return _row_norms(super().fold(matrix, None)[0])
 
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Rescale what LoRA makes of ``output`` ``[..., out]``, but for the bias.
@@ -66,7 +67,9 @@ class DoRAAdapter(LoRAAdapter):
         """
         updated = super().forward(base, args, kwargs, output)
         bias = base._parameters.get("bias")
-        change = self.lora_magnitude_vector / self._norms(base) - 1
+        # While the layer runs, its weight is as it is read: whole, or split as the adapter is.
+        norms = self._norms(as_matrix(base, weight_of(base)))
+        change = self.lora_magnitude_vector / norms - 1
         return (updated + change * (updated if bias is None else updated - bias)).to(output.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -79,6 +82,7 @@ class DoRAAdapter(LoRAAdapter):
 class EmbeddingDoRAAdapter(DoRAAdapter, EmbeddingLoRAAdapter):
     """The same for an embedding: one magnitude for each of its dimensions."""
 
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {**DoRAAdapter.axes, **EmbeddingLoRAAdapter.axes}
     refusal = staticmethod(EmbeddingLoRAAdapter.refusal)
 
 

@@ -27,6 +27,7 @@ class Rescale(Adapter):
     """l ⊙ (W0 x + b); l ``[out, 1]``."""
 
     mergeable = True
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"ia3_l": ("out", None)}
 
     def __init__(self, size: tuple[int, int], host: nn.Module) -> None:
         super().__init__()
@@ -48,6 +49,8 @@ class Rescale(Adapter):
 
 class RescaleInput(Rescale):
     """W0 (l ⊙ x) + b; l ``[1, in]``."""
+
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"ia3_l": (None, "in")}
 
     def before(
         self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -27,6 +27,10 @@ class LoHaAdapter(Adapter):
     """h = W0 x + scale · ((W1a W1b) ⊙ (W2a W2b)) x; Wa ``[out, r]``, Wb ``[r, in]``: of a rank up to r²."""
 
     mergeable = True
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        **{"hada_w1_a": ("out", None), "hada_w1_b": (None, "in")},
+        **{"hada_w2_a": ("out", None), "hada_w2_b": (None, "in")},
+    }
 
     def __init__(self, host: nn.Module, r: int, scale: float, seed: int, name: str) -> None:
         super().__init__()

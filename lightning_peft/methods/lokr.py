@@ -19,6 +19,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.targets.select import select
 from lightning_peft.tensors.seeding import fill
+from lightning_peft.tensors.sharding import in_one_piece
 from lightning_peft.tensors.weights import features, is_linear, tensor_options
 
 Shape = tuple[int, int]
@@ -28,6 +29,9 @@ class LoKrAdapter(Adapter):
     """h = W0 x + scale · (W1 ⊗ W2) x; W1 ``[l, m]`` and W2 ``[out / l, in / m]``, each whole or a product of rank r."""
 
     mergeable = True
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        f"lokr_{factor}{half}": (None, None) for factor in ("w1", "w2") for half in ("", "_a", "_b")
+    }
 
     def __init__(
         self,
@@ -63,11 +67,12 @@ class LoKrAdapter(Adapter):
 
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Add what the Kronecker product makes of the input to ``output`` ``[..., out]``; it is never made itself."""
-        x = input_of(args, kwargs)
+        # Rows and columns of a factor need not be divisible by a number of processes.
+        x = in_one_piece(input_of(args, kwargs))
         left, right = (self._factor(factor, x.dtype) for factor in ("lokr_w1", "lokr_w2"))
         columns = x.unflatten(-1, (left.shape[1], right.shape[1]))  # [..., m, in / m]
         delta = (left @ (columns @ right.T)).flatten(-2)  # [..., l, out / l], then [..., out]
-        return torch.add(output, delta, alpha=self.scale).to(output.dtype)
+        return torch.add(output, in_one_piece(delta), alpha=self.scale).to(output.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return W0 + scale · (W1 ⊗ W2)."""

@@ -47,6 +47,10 @@ class VeRAAdapter(Adapter):
     """h = W0 x + b ⊙ B (d ⊙ A x) (equation 2); d ``[r]``, b ``[out]``, and the corners of A and B that fit."""
 
     mergeable = True
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        **{"vera_lambda_d": (None,), "vera_lambda_b": ("out",)},
+        **{"projections.vera_A": (None, None), "projections.vera_B": (None, None)},
+    }
 
     def __init__(self, host: nn.Module, projections: Projections, r: int, d_initial: float, dropout: float) -> None:
         super().__init__()

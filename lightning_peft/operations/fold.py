@@ -213,17 +213,18 @@ def _owners(host: nn.Module, adapter: Adapter) -> list[nn.Module]:
 
 
 def _whole_adapter(adapter: Adapter) -> Adapter:
-    """Return ``adapter``, or a copy of it whose parameters are whole if they are in pieces, and which nothing hooks."""
+    """Return ``adapter``, or a copy of it whose tensors are whole if they are in pieces, and which nothing hooks."""
     in_pieces = any(isinstance(p, DTensor) or hasattr(p, "ds_tensor") for p in adapter.parameters())
-    return cast(Adapter, _with_whole_parameters(adapter)) if in_pieces else adapter
+    return cast(Adapter, _with_whole_tensors(adapter)) if in_pieces else adapter
 
 
-def _with_whole_parameters(module: nn.Module) -> nn.Module:
+def _with_whole_tensors(module: nn.Module) -> nn.Module:
     # A deep copy would follow what an adapter knows of others.
     twin, own = copy.copy(module), module._parameters
     whole_of = {n: None if p is None else nn.Parameter(whole(p), requires_grad=False) for n, p in own.items()}
-    children = {n: None if m is None else _with_whole_parameters(m) for n, m in module._modules.items()}
+    buffers = {n: None if b is None else whole(b) for n, b in module._buffers.items()}
+    children = {n: None if m is None else _with_whole_tensors(m) for n, m in module._modules.items()}
     # ZeRO-3's would put parameters back into pieces.
     unhooked = {hooks: OrderedDict[int, Any]() for hooks in ("_forward_pre_hooks", "_forward_hooks")}
-    twin.__dict__.update(_parameters=whole_of, _modules=children, **unhooked)
+    twin.__dict__.update(_parameters=whole_of, _buffers=buffers, _modules=children, **unhooked)
     return twin

@@ -248,7 +248,8 @@ def _refuse_sharded(model: ModelView) -> None:
         if wrapped or isinstance(parameter, DTensor):
             raise PEFTError(
                 f"{parameter_name!r} is already sharded: adapters injected now would not be kept equal between "
-                "ranks. Inject first, then shard (in configure_model: self.trainer.strategy.inject())."
+                "ranks. Inject first, then shard (in configure_model: self.trainer.strategy.inject()); beside layers "
+                "that parallelize_module has split, the strategy alone injects, one adapter."
             )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 _SHAPE = "_peft_full_shape"
@@ -159,6 +159,11 @@ def like(target: Tensor, value: Tensor) -> Tensor:
 def shard(value: Tensor, mesh: Any, placements: Any) -> Tensor:
     """Return ``value``, a whole tensor that every process has, in pieces over ``mesh``."""
     return distribute_tensor(value, mesh, placements, src_data_rank=None)
+
+
+def in_one_piece(x: Tensor) -> Tensor:
+    """Return an activation whole that layers split by tensor parallelism may hand on in pieces, within its graph."""
+    return x.redistribute(placements=[Replicate()] * x.device_mesh.ndim) if isinstance(x, DTensor) else x
 
 
 def map_tensors(content: Any, function: Callable[[Tensor], Tensor]) -> Any:

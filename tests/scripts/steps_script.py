@@ -87,6 +87,11 @@ class Clipping(Net):
         self.norms.append(float(whole(nn.utils.clip_grad_norm_(parameters, LIMIT))))
 
 
+class ClippingLater(Net):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        nn.utils.clip_grad_norm_(self.parameters(), LIMIT)
+
+
 class ByHand(Net):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -100,6 +105,18 @@ class ByHand(Net):
 
     def differentiate(self, loss: Tensor) -> None:
         self.manual_backward(loss)
+
+
+class ClippingByHand(ByHand):
+    def differentiate(self, loss: Tensor) -> None:
+        super().differentiate(loss)
+        self.clip_gradients(self.optimizers(), LIMIT, "norm")
+
+
+class ClippingByTorch(ByHand):
+    def differentiate(self, loss: Tensor) -> None:
+        super().differentiate(loss)
+        nn.utils.clip_grad_value_(self.parameters(), LIMIT)
 
 
 class Bypassing(ByHand):
@@ -124,6 +141,10 @@ CASES: dict[str, dict[str, Any]] = {
     "line search": {**LORA, "optimizer": "lbfgs"},
     "rows and columns": {**LORA, "optimizer": "adafactor"},
     "clipped in a hook": {**LORA, "optimizer": "sgd", "kind": Clipping},
+    "mixture in a hook": {**BESIDE_NORMS, "optimizer": "sgd", "kind": Clipping},
+    "mixture in a later hook": {**BESIDE_NORMS, "optimizer": "sgd", "kind": ClippingLater},
+    "mixture by torch": {**BESIDE_NORMS, "optimizer": "sgd", "kind": ClippingByTorch},
+    "mixture by hand": {**BESIDE_NORMS, "optimizer": "sgd", "kind": ClippingByHand},
     "by hand": {**LORA, "optimizer": "sgd", "kind": ByHand},
     "bypassed": {**LORA, "optimizer": "sgd", "kind": Bypassing},
     "beside norms fused": {**BESIDE_NORMS, "optimizer": "fused sgd"},
@@ -138,6 +159,10 @@ BASES: dict[str, Callable[[], Any]] = {
 }
 PIECES = "are in pieces on several processes"
 REFUSED: dict[tuple[str, str], str] = {
+    **{
+        ("fsdp2_late", f"mixture {where}"): r"call self\.clip_gradients\(optimizer"
+        for where in ("in a hook", "in a later hook", "by torch")
+    },
     ("fsdp2", "rows and columns"): f"Adafactor looks at more than one element .* {PIECES}",
     **{(base, "line search"): "LBFGS decides by .*Use another optimizer" for base in BASES},
     **{(base, "beside norms fused"): f"SGD has fused=True, .* {PIECES}" for base in ("fsdp2", "fsdp2_late")},

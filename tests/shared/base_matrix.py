@@ -127,6 +127,24 @@ class Window(nn.Module):
         return self.conv(x[:, None]).tanh().mean(1)
 
 
+class Counting(nn.Module):
+    """Counts the batches of training in what is neither parameter nor buffer, and has its outputs depend on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += self.training
+        return x * (1 + 0.1 * self.count)
+
+    def get_extra_state(self) -> int:
+        return self.count
+
+    def set_extra_state(self, state: int) -> None:
+        self.count = state
+
+
 Build = Callable[[], nn.Module]
 HEAD = ["up", "down"]
 CELLS: dict[str, tuple[Build, PEFTMethod | list[PEFTMethod], list[str] | None]] = {
@@ -179,6 +197,7 @@ CELLS: dict[str, tuple[Build, PEFTMethod | list[PEFTMethod], list[str] | None]] 
     "LoRA on a convolution": (lambda: Net(Window), LoRA(r=2, target_modules=["body.conv", *HEAD]), None),
     "LoRA beside a head trained whole": (lambda: Net(nn.Identity), LoRA(r=2, target_modules=["up"]), ["down"]),
     "NewTokens on tied weights": (Words, NewTokens(token_indices=[1, 2, 9], target_modules=["words"]), None),
+    "LoRA beside extra state": (lambda: Net(Counting), LoRA(r=2), None),
 }
 BASES: dict[str, Callable[[], Strategy | str]] = {
     "ddp": lambda: "ddp",
@@ -193,7 +212,6 @@ BASES: dict[str, Callable[[], Strategy | str]] = {
 STAGES = ("stage1", "stage2", "stage3")
 
 TOO_LATE = "ZeRO-3 takes transformers' mixtures for one module each, and would not wait for adapters inside"
-SPLIT = "beside a layer that is split, only LoRA says how it would be"
 # Why a cell is refused: in the words of a page, and as a pattern of the error.
 REASONS: dict[str, str] = {
     "DeepSpeed keeps gradients to itself": "reads and changes gradients",
@@ -201,11 +219,10 @@ REASONS: dict[str, str] = {
     TOO_LATE: "adapters on them would be trained too late",
     "the MLP of the prefix is in shards, unless it is injected after": "in shards, and cannot be folded",
     "a prefix is for all heads": "Tensor parallelism has split .* for all of them",
-    SPLIT: "does not say how .* is split beside a layer that tensor parallelism",
     "it starts from weights in shards, unless it is injected before": "computed here: its weights are in shards",
     "what is trained is whole on every process": "keeps what is trained whole on every process",
 }
-GRADIENTS, CALLS, _, SHARDS, HEADS, _, START, WHOLE = REASONS
+GRADIENTS, CALLS, _, SHARDS, HEADS, START, WHOLE = REASONS
 PREFIXES = ("PrefixTuning", "PrefixTuning(prefix_projection=True)", "PrefixTuning with ParallelAdapter")
 REFUSED: dict[tuple[str, str], str] = {
     **{(base, "AdaLoRA"): GRADIENTS for base in STAGES},
@@ -214,26 +231,10 @@ REFUSED: dict[tuple[str, str], str] = {
     ("fsdp", "FullFinetuning"): WHOLE,
     ("fsdp2", "PrefixTuning(prefix_projection=True)"): SHARDS,
     **{("tensor", cell): HEADS for cell in PREFIXES},
-    **{
-        ("tensor", cell): SPLIT
-        for cell in (
-            "AdaLoRA",
-            "BitFit(create_missing=True)",
-            "Compacter",
-            "DoRA",
-            "IA3",
-            "LoHa",
-            "LoKr",
-            'LoRA(init="pissa")',
-            "ParallelAdapter",
-            "SeriesAdapter",
-            "VeRA",
-        )
-    },
-    **{(base, "PromptTuning(every_layer=True)"): START for base in ("fsdp2_late", "tensor")},
+    ("fsdp2_late", "PromptTuning(every_layer=True)"): START,
 }
 # New biases are merged where the layers are whole: a parameter that comes new into shards belongs to none.
-ATTACHED = {(base, "BitFit(create_missing=True)") for base in ("fsdp", "fsdp2", "fsdp2_late", "stage3")}
+ATTACHED = {(base, "BitFit(create_missing=True)") for base in ("fsdp", "fsdp2", "fsdp2_late", "tensor", "stage3")}
 EVERY = [(base, cell) for base in BASES for cell in CELLS]
 QUICK = [
     (base, cell)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,10 @@ class Shape:
 
 class Bottleneck(Adapter):
     """s · (f(x W_down + b_down) W_up + b_up); x ``[..., in]``, down ``[b, in]``, up ``[out, b]``."""
+
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        **{"down": (None, None), "up": (None, None), "down_bias": (None,), "up_bias": (None,)}
+    }
 
     def __init__(self, d_in: int, d_out: int, shape: Shape, options: dict[str, Any], seed: int, name: str) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from lightning_peft.tensors.seeding import fill
 
 class EmbeddingLoRAAdapter(LoRAAdapter):
     """e = E[i] + scale · B A[:, i]; i ``[...]``, A ``[r, tokens]``, B ``[dim, r]``. There is no dropout."""
+
+    # Split by its tokens, A would be looked up with a mask of its own, of which torch 2.13 keeps one for each input.
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {**LoRAAdapter.axes, "lora_A": (None, None)}
 
     @staticmethod
     def serves(module: nn.Module) -> bool:

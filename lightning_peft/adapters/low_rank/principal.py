@@ -37,7 +37,10 @@ class PrincipalAdapter(LoRAAdapter):
     nothing but rounding while the change is small. So it is zero exactly at the start, and dropout concerns the change.
     """
 
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        **LoRAAdapter.axes,
+        **{"start_A": LoRAAdapter.axes["lora_A"], "minus_start_B": LoRAAdapter.axes["lora_B"]},
+    }
     before = Adapter.before
     start_A: Tensor
     minus_start_B: Tensor

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_peft.adapters.virtual_tokens.virtual_tokens import Decoder
 from lightning_peft.core.disable import disable
@@ -108,7 +108,8 @@ def observed(method: str, model: ModelView, decoder: Decoder, **inputs: Any) -> 
         PEFTError: It is in shards.
     """
     parameters = list(decoder.module.parameters())
-    if any(isinstance(parameter, DTensor) or in_zero_pieces(parameter) for parameter in parameters):
+    # Layers that tensor parallelism has split compute as ever, if every process asks them.
+    if any(isinstance(m, FSDPModule) for m in model.modules.values()) or any(map(in_zero_pieces, parameters)):
         raise PEFTError(
             f"{method} starts from what the model makes of tokens, which cannot be computed here: its weights are in "
             "shards. Inject before they are sharded, or start at random."

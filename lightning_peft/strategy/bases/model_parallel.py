@@ -11,11 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch import nn
+from torch.distributed.tensor import DTensor
 
-from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.registry import registries
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
@@ -24,10 +22,9 @@ from lightning_peft.storage.base_weights import materialise
 from lightning_peft.storage.fingerprint import record_base
 from lightning_peft.strategy.bases.plain import PlainState
 from lightning_peft.strategy.bases.sharded import OnShards
-from lightning_peft.tensors.sharding import shard
-from lightning_peft.tensors.weights import is_transposed
+from lightning_peft.strategy.bases.tensor_parallel import TENSOR, split_adapters
 
-_DATA, _TENSOR = "data_parallel", "tensor_parallel"
+_DATA = "data_parallel"
 
 
 class OnModelParallel(OnShards, PlainState, ModelParallelStrategy):
@@ -52,18 +49,12 @@ class OnModelParallel(OnShards, PlainState, ModelParallelStrategy):
     def _inject(self) -> None:
         new = not registries(ModelView(self._module))
         super()._inject()
-        for name, host, slot in ModelView(self._module).slots if new else ():
-            weight = host._parameters.get("weight")
-            for adapter in slot.values():
-                assert isinstance(adapter, Adapter)
-                if adapter.of_heads and any(map(_is_split, host.parameters())):
-                    raise PEFTError(
-                        f"Tensor parallelism has split {name!r}, so that each process has some of its heads. What "
-                        f"{type(adapter).__name__} adds is for all of them. Use LoRA or PromptTuning there, or shard "
-                        "with fully_shard alone."
-                    )
-                if isinstance(weight, DTensor) and _is_split(weight):
-                    _split(adapter, host, weight, self.device_mesh[_TENSOR])
+        if new:
+            try:
+                split_adapters(ModelView(self._module), self.device_mesh[TENSOR])
+            except PEFTError:
+                eject(self._module)
+                raise
 
     def _place_adapters(self) -> None:
         for _, _, slot in ModelView(self._module).slots:
@@ -86,27 +77,5 @@ def _is_shared(module: nn.Module) -> bool:
     return len(every) != len(set(every))
 
 
-def _is_split(parameter: Tensor) -> bool:
-    return isinstance(parameter, DTensor) and _TENSOR in (parameter.device_mesh.mesh_dim_names or ())
-
-
 def _is_split_only(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, DTensor) and _DATA not in (parameter.device_mesh.mesh_dim_names or ())
-
-
-def _split(adapter: Adapter, host: nn.Module, weight: DTensor, mesh: DeviceMesh) -> None:
-    """Split the parameters of ``adapter`` along the features along which ``weight`` is split."""
-    placement = weight.placements[(weight.device_mesh.mesh_dim_names or ()).index(_TENSOR)]
-    axis = None
-    if isinstance(placement, Shard):
-        axis = ("in", "out")[(placement.dim == 0) != is_transposed(host)]
-    if missing := [name for name, _ in adapter.named_parameters() if name not in adapter.axes]:
-        raise PEFTError(
-            f"{type(adapter).__name__} does not say how {missing[0]!r} is split beside a layer that tensor parallelism "
-            "has split. Use LoRA there, or shard with fully_shard alone."
-        )
-    for name, parameter in list(adapter.named_parameters(recurse=False)):
-        axes = adapter.axes[name]
-        split = Shard(axes.index(axis)) if axis in axes else Replicate()
-        pieces = shard(parameter.detach(), mesh, [split])
-        adapter.register_parameter(name, nn.Parameter(pieces, requires_grad=parameter.requires_grad))

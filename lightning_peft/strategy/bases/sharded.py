@@ -14,7 +14,13 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.strategy import refusals
 from lightning_peft.strategy.lifecycle import Lifecycle
 from lightning_peft.strategy.optimizers.averages import average_gradients
-from lightning_peft.strategy.optimizers.kinds import clip_by_norm, clip_by_value, refuse_pieces, stepped_by_kind
+from lightning_peft.strategy.optimizers.kinds import (
+    clip_by_norm,
+    clip_by_value,
+    mixture_explained,
+    refuse_pieces,
+    stepped_by_kind,
+)
 
 
 class OnShards(Lifecycle):
@@ -60,7 +66,8 @@ class OnShards(Lifecycle):
 
         plugin.post_backward = average_first  # type: ignore[method-assign, assignment]
         try:
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
+            with mixture_explained():
+                return super().backward(closure_loss, optimizer, *args, **kwargs)
         finally:
             del plugin.post_backward
 
@@ -69,9 +76,14 @@ class OnShards(Lifecycle):
         for optimizer in optimizers:
             refuse_pieces(optimizer)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own, in which manual optimization may clip."""
+        with mixture_explained():
+            return super().training_step(*args, **kwargs)
+
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Step parameters that are whole and parameters in pieces each by themselves."""
-        with stepped_by_kind(optimizer):
+        with mixture_explained(), stepped_by_kind(optimizer):
             return super().optimizer_step(optimizer, *args, **kwargs)
 
     def _written(self, view: ModelView) -> set[str]:

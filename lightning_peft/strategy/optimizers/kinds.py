@@ -36,6 +36,25 @@ def clip_by_value(optimizer: Optimizer, limit: float) -> None:
 
 
 @contextmanager
+def mixture_explained() -> Iterator[None]:
+    """Within it the user's own clipping of parameters of several kinds at once fails in words.
+
+    Raises:
+        PEFTError: What torch refuses there.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "aten._foreach_" not in str(error) or "mixed torch.Tensor and DTensor" not in str(error):
+            raise
+        raise PEFTError(
+            "Of what is trained, some is whole on every process and some in pieces, which torch's kernels for many "
+            f"tensors do not take together ({error}). Instead of torch.nn.utils.clip_grad_norm_ or clip_grad_value_ "
+            "call self.clip_gradients(optimizer, gradient_clip_val=…), or set the Trainer's gradient_clip_val."
+        ) from error
+
+
+@contextmanager
 def stepped_by_kind(optimizer: Optimizer) -> Iterator[None]:
     """Within it ``optimizer.step`` takes the parameters of each kind by themselves, where a param group has several.
 
