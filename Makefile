@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 INSTALLED := $(VENV)/.installed
 BENCH := $(VENV)/.bench
+MUTMUT := $(VENV)/.mutmut
 
 # Nothing here may wait for a model hub: the data and the model come with installed packages.
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart quickstart-fast test test-slow coverage fuzz test-gpu bench lint format clean
+.PHONY: help install quickstart quickstart-fast test test-slow coverage mutants fuzz compat test-gpu bench lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +51,16 @@ test-slow: $(INSTALLED) ## Run the tests that take minutes
 
 coverage: $(INSTALLED) ## Run the tests and show which lines and branches none of them runs
 	$(PYTEST) --cov=lightning_peft --cov=callbacks --cov-branch --cov-report=term-missing:skip-covered
+
+$(MUTMUT): $(INSTALLED)
+	@echo "==> $(VENV): installing what changes code"
+	@$(PIP) --editable '.[mutants]'
+	@touch $@
+
+MUTANTS ?= 300
+SEED ?= 0
+mutants: $(MUTMUT) ## Change the code in MUTANTS=300 places, one by one, and list what no test notices (an hour)
+	$(BIN)/python -W ignore tests/mutants.py $(MUTANTS) --seed $(SEED)
 
 fuzz: $(INSTALLED) ## Look for files and values that are neither read nor refused (an hour)
 	$(BIN)/python -m pytest -m slow tests/storage/test_fuzz.py -s
