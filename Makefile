@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 INSTALLED := $(VENV)/.installed
 BENCH := $(VENV)/.bench
+MUTMUT := $(VENV)/.mutmut
 
 # Nothing here may wait for a model hub: the data and the model come with installed packages.
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart quickstart-fast test test-slow coverage fuzz test-gpu bench lint format clean
+.PHONY: help install quickstart quickstart-fast test test-slow coverage mutants fuzz compat test-gpu bench lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -51,8 +52,38 @@ test-slow: $(INSTALLED) ## Run the tests that take minutes
 coverage: $(INSTALLED) ## Run the tests and show which lines and branches none of them runs
 	$(PYTEST) --cov=lightning_peft --cov=callbacks --cov-branch --cov-report=term-missing:skip-covered
 
+$(MUTMUT): $(INSTALLED)
+	@echo "==> $(VENV): installing what changes code"
+	@$(PIP) --editable '.[mutants]'
+	@touch $@
+
+MUTANTS ?= 300
+SEED ?= 0
+mutants: $(MUTMUT) ## Change the code in MUTANTS=300 places, one by one, and list what no test notices (an hour)
+	$(BIN)/python -W ignore tests/mutants.py $(MUTANTS) --seed $(SEED)
+
 fuzz: $(INSTALLED) ## Look for files and values that are neither read nor refused (an hour)
 	$(BIN)/python -m pytest -m slow tests/storage/test_fuzz.py -s
+
+# Each in an environment of its own under .compat, made anew once pyproject.toml has changed. The oldest versions are
+# those that pyproject.toml says after `>=`; the newest are what pip finds.
+COMPAT_TESTS := $(addprefix tests/,adapters callbacks core files formats methods operations storage structure targets \
+	strategy/test_optim.py strategy/test_restore.py strategy/test_strategy.py strategy/test_trainer_arguments.py)
+
+compat: compat-oldest compat-newest ## Run tests with the oldest and the newest versions of what is needed (gigabytes)
+
+compat-%: .compat/%/.installed
+	.compat/$*/bin/python -m pytest $(COMPAT_TESTS)
+
+.PRECIOUS: .compat/%/.installed
+.compat/%/.installed: pyproject.toml
+	@echo "==> .compat/$*: making a virtual environment"
+	@$(PYTHON) -m venv --clear .compat/$*
+	@sed -nE '/^dependencies = \[/,/^\]/ s/^ *"([a-z]+)(\[[a-z]+\])?>=([0-9.]+).*/\1==\3/p' $< > .compat/oldest.txt
+	@.compat/$*/bin/python -m pip --disable-pip-version-check install --quiet \
+		$(if $(filter oldest,$*),--constraint .compat/oldest.txt) \
+		--editable . hypothesis loralib peft pytest pytest-timeout
+	@touch $@
 
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
@@ -76,5 +107,5 @@ format: $(INSTALLED) ## Rewrite the sources in the project's style
 	$(BIN)/ruff format .
 
 clean: ## Remove .venv and everything that was built or written by a run
-	rm -rf $(VENV) build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .quickstart .bench lightning_logs
+	rm -rf $(VENV) .compat .mutants build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .quickstart .bench lightning_logs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
@@ -12,6 +11,8 @@ from lightning_peft.errors import PEFTError
 
 _LARGEST = 2**63
 """No whole number of a configuration is as large."""
+_LARGEST_FLOAT = 2.0**128
+"""No other number is: from here on float32 has none, and torch refuses to multiply by it."""
 _SHOWN = 100
 
 
@@ -62,7 +63,7 @@ def _is(value: Any, kind: Any) -> bool:
     if kind is float:
         if not isinstance(value, Real) or isinstance(value, bool):
             return False
-        return abs(int(value)) < _LARGEST if isinstance(value, Integral) else math.isfinite(value)
+        return abs(int(value)) < _LARGEST if isinstance(value, Integral) else abs(float(value)) < _LARGEST_FLOAT
     return True
 
 

@@ -35,8 +35,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             f"{sparse[0]!r} has changed and is sparse, which safetensors files cannot hold. Checkpoints of a Trainer "
             "have it; for a directory of the adapter alone make it dense, or register it with persistent=False."
         )
-    # A view (a slice, a transpose, a shard of a flat parameter) has to become a tensor of its own.
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
+    save_file(_apart(tensors), path, metadata={"format": "pt"})
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``tensors`` without the memory that they share: a view (a slice, a transpose) becomes one of its own."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        memory = own.untyped_storage().data_ptr()
+        found[name] = own.clone() if memory in taken else own
+        taken.add(memory)
+    return found
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

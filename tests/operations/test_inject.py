@@ -3,6 +3,7 @@
 import copy
 import pickle
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -378,3 +379,15 @@ def test_what_is_trained_whole_may_have_any_of_its_names() -> None:
     inject(model, LoRA(r=2, target_modules=["0"]), train_also=["last"])
     assert model.last.weight.requires_grad
     assert not model.stack[0].weight.requires_grad
+
+
+@pytest.mark.parametrize(("rank", "told"), [(None, True), (0, True), (1, False)])
+def test_of_several_processes_the_first_tells(rank: int | None, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that stands alone, without a group."""
+    model, _ = build("sequential")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: rank is not None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        inject(model, LoRA(r=6))
+    assert any("'2'" in str(warning.message) for warning in caught) is told

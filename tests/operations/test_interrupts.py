@@ -29,11 +29,12 @@ class Interruption:
         self.left, self.came = at, False
 
     def __enter__(self) -> "Interruption":
+        self._before = sys.gettrace()  # of who measures which lines run
         sys.settrace(self._trace)
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> bool:
-        sys.settrace(None)
+        sys.settrace(self._before)
         return bool(self.came and kind in (KeyboardInterrupt, MemoryError))
 
     def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:

@@ -1,6 +1,6 @@
 """What is done to a model in a state in which it cannot be done: an error that says why, and nothing has changed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from families import build, randomise
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from unchanged import assert_unchanged, snapshot
 
 from lightning_peft import (
@@ -106,6 +109,28 @@ def part() -> nn.Module:
     return nn.Sequential(adapted()[0], nn.ReLU())  # type: ignore[index]
 
 
+def sharded(model: nn.Module) -> nn.Module:
+    """Cut a model up by FSDP2, on a mesh of this process alone."""
+    mesh = init_device_mesh("cpu", (1,))
+    for part in (model[0], model[2], model):  # type: ignore[index]
+        fully_shard(part, mesh=mesh)  # type: ignore[arg-type]
+    return model
+
+
+def sharded_first() -> nn.Module:
+    model = sharded(build("sequential")[0])
+    inject(model, LoRA(r=3), allow_sharded=True)
+    inject(model, LoRA(r=2), name="b", allow_sharded=True)
+    randomise(model)
+    return model
+
+
+def sharded_and_merged() -> nn.Module:
+    model = sharded(two())
+    merge(model)
+    return model
+
+
 STATES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], AbstractContextManager[Any]]]] = {
     "plain": (lambda: build("sequential")[0], nullcontext),
     "adapted": (two, nullcontext),
@@ -116,6 +141,10 @@ STATES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], AbstractC
     "disabled": (two, disable),
     "not finite": (not_finite, nullcontext),
     "a part of another": (part, nullcontext),
+    "sharded": (lambda: sharded(build("sequential")[0]), nullcontext),
+    "sharded, then adapted": (sharded_first, nullcontext),
+    "adapted, then sharded": (lambda: sharded(two()), nullcontext),
+    "sharded and merged": (sharded_and_merged, nullcontext),
 }
 
 NONE, PART, NOBODY = "has no adapters", "shares a part with", "There is no adapter 'nobody'"
@@ -125,16 +154,19 @@ OF_ADAPTERS = (
 )
 NEVER = {"inject and train also": WHOLE, "inject into a part": PART, "switch to none": NOBODY, "rows of none": NOBODY}
 SHAPE = {"load over another rank": "has shape [2, 8], this model's has [3, 8]"}
+PIECES = "is already sharded: adapters injected now would not be kept equal between ranks"
+IN_PIECES = {**NEVER, **SHAPE, **dict.fromkeys(("inject", "combine", "load"), PIECES)}
+IS_MERGED = {
+    **NEVER,
+    **dict.fromkeys(("inject", "switch", "combine", "rows", "rows of none", "disable"), MERGED),
+    **dict.fromkeys(("load", "load over another rank"), MERGED),
+}
 WITHIN = {**NEVER, **SHAPE, **dict.fromkeys(("inject", "switch", "combine", "merge", "eject", "load"), INSIDE)}
 # By state, what is refused there, with words of the error; everything else works.
 REFUSED: dict[str, dict[str, str]] = {
     "plain": dict.fromkeys(OF_ADAPTERS, NONE),
     "adapted": {**NEVER, **SHAPE},
-    "merged": {
-        **NEVER,
-        **dict.fromkeys(("inject", "switch", "combine", "rows", "rows of none", "disable"), MERGED),
-        **dict.fromkeys(("load", "load over another rank"), MERGED),
-    },
+    "merged": IS_MERGED,
     "merged for good": {
         **dict.fromkeys(OF_ADAPTERS, NONE),
         **dict.fromkeys(("load", "load over another rank"), "was written for another base model"),
@@ -156,7 +188,24 @@ REFUSED: dict[str, dict[str, str]] = {
         "inject and train also": "'2' matches no module",
         **dict.fromkeys(("load", "load over another rank"), "that this Sequential does not have"),
     },
+    "sharded": {
+        **dict.fromkeys(OF_ADAPTERS, NONE),
+        **dict.fromkeys((action for action in ACTIONS if "inject" in action or "load" in action), PIECES),
+    },
+    "sharded, then adapted": IN_PIECES,
+    "adapted, then sharded": {**IN_PIECES, "rows": "'default' is in pieces on several processes"},
+    "sharded and merged": IS_MERGED,
 }
+
+
+@pytest.fixture(autouse=True)
+def _group(state: str) -> Iterator[None]:
+    """Have this process be a group of one where models are sharded."""
+    if "sharded" in state:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if "sharded" in state:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("state", STATES)

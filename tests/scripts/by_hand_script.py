@@ -13,7 +13,6 @@ from typing import Any
 import deepspeed_script
 import lightning as L
 import torch
-from deepspeed import zero
 from distributed_script import CPUFSDPStrategy, Recorded, Sharded, Split, finish, fsdp1, parallel
 from modules import inputs, loader, trainer
 from torch import Tensor
@@ -109,6 +108,8 @@ def by_hand(out: Path, base: str) -> dict[str, Any]:
         seen["another trainer"] = other_trainer(out, base, module)
         module.trainer = fitted
     if base == "stage3":
+        from deepspeed import zero
+
         with zero.GatheredParameters([module.net[2].weight], modifier_rank=0):
             seen["in a context"] = deepspeed_script.error(lambda: merge(module))
     merge(module)

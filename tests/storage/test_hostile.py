@@ -54,6 +54,8 @@ CORPUS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "a hundred thousand targets": ("series", CONFIG, put("methods", 0, "target_modules", value=["mlp"] * 100_000)),
     "d_initial of nothing": ("vera", CONFIG, put("d_initial", value=None)),
     "a dropout of nothing": ("adalora", CONFIG, put("lora_dropout", value=None)),
+    "an alpha that float32 has not": ("adalora", CONFIG, put("lora_alpha", value=5e265)),
+    "a ratio that float32 has not": ("two", CONFIG, put("methods", 0, "alpha", value=1e39)),
     "deep lists": ("lora", CONFIG, put("lora_alpha", value=DEEP)),
 }  # fmt: skip
 
