@@ -10,7 +10,7 @@ from lightning_peft.core.registry import registries, several_adapters, was_unloa
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import NotFiniteError, PEFTError
 from lightning_peft.operations.merge import is_merged, merge
-from lightning_peft.operations.unload import refuse_unloading
+from lightning_peft.operations.mergeable import refuse_unloading
 from lightning_peft.strategy.inventory import Inventory
 
 UNLOAD = "unload"

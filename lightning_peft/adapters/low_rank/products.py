@@ -62,6 +62,7 @@ def product_dtype(base: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> torch.dty
         and len(base._forward_pre_hooks) == len(base._forward_hooks) == 1
         and not base._backward_hooks
         and not _has_any_global_hook()
+        and type(base.weight) in _WHOLE
         and type(x) in _WHOLE
         and type(a) in _WHOLE
         and type(b) in _WHOLE
