@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -42,6 +42,13 @@ class MergeReport:
     """Modules whose adapters cannot be merged: they stay attached."""
     dequantized: int = 0
     """Number of quantised layers that are float ones now."""
+
+    @classmethod
+    def of(cls, merged: int, losses: Mapping[str, float], kept: tuple[str, ...] = (), unpacked: int = 0) -> MergeReport:
+        """Return the report for ``losses`` by module."""
+        worst = max(losses, key=lambda name: losses[name], default="")
+        mean = sum(losses.values()) / len(losses) if losses else 0.0
+        return cls(merged, mean, losses.get(worst, 0.0), worst, kept, unpacked)
 
     def __str__(self) -> str:
         if not self.merged:
@@ -103,9 +110,7 @@ def merge(model: nn.Module, *, unload: bool = False, dequantize: bool = False) -
         raise
     if unload:
         to_the_end(partial(_remove, view, roots))
-    worst = max(losses, key=lambda name: losses[name], default="")
-    mean = sum(losses.values()) / len(losses) if losses else 0.0
-    return MergeReport(len(todo), mean, losses.get(worst, 0.0), worst, kept, unpacked)
+    return MergeReport.of(len(todo), losses, kept, unpacked)
 
 
 @torch.no_grad()

@@ -107,10 +107,10 @@ def read_matrix(module: nn.Module) -> Tensor:
     return as_matrix(module, whole(weight_of(module)))
 
 
-def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
-    """Return ``matrix`` ``[out, in]`` in the layout and dtype in which the module stores its weight."""
+def as_stored(module: nn.Module, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``matrix`` ``[out, in]`` in the layout in which the module stores its weight."""
     matrix = matrix.T if is_transposed(module) else matrix.view(full_shape(weight_of(module)))
-    return matrix.to(weight_of(module).dtype)
+    return matrix.to(dtype)
 
 
 def is_same(tensor: Tensor, other: Tensor) -> bool:
