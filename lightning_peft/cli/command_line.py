@@ -26,6 +26,7 @@ import lightning_peft.tasks  # noqa: F401
 from lightning_peft.cli import commands
 from lightning_peft.cli.convert import convert
 from lightning_peft.cli.errors import method_error
+from lightning_peft.cli.merge import merge
 from lightning_peft.cli.plan import show_plan
 from lightning_peft.core.method import registered_methods
 from lightning_peft.errors import PEFTError
@@ -36,7 +37,7 @@ PROG = "lightning-peft"
 DESCRIPTION = "Parameter-efficient fine-tuning for any LightningModule, as one Trainer flag."
 COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": commands.inspect,
-    "merge": commands.merge,
+    "merge": merge,
     "export": commands.export,
     "convert": convert,
 }

@@ -1,4 +1,4 @@
-"""The commands of ``lightning-peft`` about adapters: showing one, merging it into its base, copying it for servers."""
+"""The commands of ``lightning-peft`` about adapters: showing one, copying it for servers."""
 
 from __future__ import annotations
 
@@ -21,16 +21,14 @@ from lightning_peft.files.contents import (
 )
 from lightning_peft.files.leftovers import restore_interrupted
 from lightning_peft.files.manifest import check_manifest, write_manifest
-from lightning_peft.files.writing import atomic_directory, require_space
+from lightning_peft.files.writing import atomic_directory
 from lightning_peft.formats import own
 from lightning_peft.formats.configuration import read_config, read_marker
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
 from lightning_peft.formats.serving import serving_copy
-from lightning_peft.operations.merge import merge as merge_adapters
 from lightning_peft.storage.checkpoint import KEY
-from lightning_peft.storage.loading import load_adapter
 from lightning_peft.storage.saving import BESIDE_FILE, FILES
-from lightning_peft.tasks.pretrained import Dtype, load_model, load_tokenizer
+from lightning_peft.tasks.pretrained import Dtype
 
 # HF PEFT's task types, for adapters that do not say what class their base is.
 _TASK_CLASSES = {
@@ -64,34 +62,6 @@ def inspect(path: str) -> None:
             _show(str(directory), _describe_directory(directory))
     else:
         _show(path, _describe_checkpoint(place))
-
-
-def merge(adapter: str, model: str | None = None, out: str = "merged", dtype: Dtype = "float32") -> None:
-    """Merge an adapter into its base model and write the result as an ordinary Transformers model.
-
-    Args:
-        adapter: The adapter directory.
-        model: The base model: a directory, a name on the Hugging Face hub, or package:NAME. The one that the adapter
-            names, if not given.
-        out: The directory to write. One that this command wrote before is replaced.
-        dtype: Of the weights written. In bfloat16, rounding takes a part of a small adapter.
-
-    Raises:
-        PEFTError: The adapter does not belong to the model, or the directory cannot be written.
-    """
-    model = model or base_name(Path(adapter))
-    with atomic_directory(out) as directory:  # refused before the work, if it cannot be written
-        base = load_model(model, model_class(Path(adapter)), dtype=dtype)
-        require_space(directory, sum(p.numel() * p.element_size() for p in base.parameters()))
-        load_adapter(base, adapter)
-        print(merge_adapters(base, unload=True))
-        base.save_pretrained(directory)
-        write_json(directory / MARKER, {"version": 1, "merged": str(adapter)})
-        try:
-            load_tokenizer(model).save_pretrained(directory)
-        except PEFTError:
-            print(f"{model} has no tokenizer: the model is written without one.")
-    print(f"Wrote {out}. Load it with {type(base).__name__}.from_pretrained({out!r}).")
 
 
 def export(adapter: str, out: str = "exported", rank: int | None = None, dtype: Dtype | None = None) -> None:

@@ -13,7 +13,8 @@ from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.errors import PEFTError
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.structure.plain import nature
-from lightning_peft.tensors.weights import as_matrix, is_packed, read_matrix, weight_of
+from lightning_peft.tensors.packed import is_packed
+from lightning_peft.tensors.weights import as_matrix, read_matrix, weight_of
 
 
 class DoRAAdapter(LoRAAdapter):

@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
+from lightning_peft.errors import PEFTError
+from lightning_peft.tensors.packed import is_packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,16 @@ class FullFinetuning(PEFTMethod):
     everything: ClassVar[bool] = True
 
     def trained(self, model: ModelView) -> Iterable[str]:
-        """Return the parameters that are not frozen in ``model`` already."""
+        """Return the parameters that are not frozen in ``model`` already.
+
+        Raises:
+            PEFTError: A weight is quantised.
+        """
+        if packed := next((name for name, module in model.modules.items() if is_packed(module)), None):
+            raise PEFTError(
+                f"FullFinetuning trains every weight, and that of {packed!r} is quantised, so that no gradient reaches "
+                "it. Load the model in a floating-point dtype, or train adapters beside it, such as LoRA()."
+            )
         found = [name for name, p in model.parameters.items() if p.requires_grad and p.is_floating_point()]
         if not found:
             model.remark(

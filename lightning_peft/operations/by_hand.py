@@ -19,8 +19,9 @@ from lightning_peft.core.registry import Registry, changed, trained_whole
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import NotFiniteError, PEFTError
 from lightning_peft.operations.fold import fold_into, has_effect, restore, weight_names
+from lightning_peft.tensors.packed import is_packed
 from lightning_peft.tensors.sharding import in_flat_pieces, whole, write
-from lightning_peft.tensors.weights import is_packed, is_same
+from lightning_peft.tensors.weights import is_same
 
 State = dict[str, Any]
 

@@ -83,15 +83,19 @@ def fold_into(
     return loss
 
 
-def merged_values(host: nn.Module, adapter: Adapter, values: Mapping[str, Tensor], name: str = "") -> dict[str, Tensor]:
-    """Return what a merge would make of the weights and the bias ``values`` of ``host``, whole and as it stores them.
+def merged_values(
+    host: nn.Module, adapter: Adapter, values: Mapping[str, Tensor], name: str = ""
+) -> tuple[dict[str, Tensor], float]:
+    """Return what a merge would make of the weights and the bias ``values`` of ``host``, and what rounding would take.
+
+    They are whole and as it stores them.
 
     Raises:
         NotFiniteError: They would hold NaN or infinity.
     """
     weights = {name: values[name] for name in weight_names(adapter)}
-    stored, bias, _ = _folded(name, host, _whole_adapter(adapter), weights, values.get("bias"))
-    return stored if bias is None else {**stored, "bias": bias.to(next(iter(weights.values())).dtype)}
+    stored, bias, loss = _folded(name, host, _whole_adapter(adapter), weights, values.get("bias"))
+    return (stored if bias is None else {**stored, "bias": bias.to(next(iter(weights.values())).dtype)}), loss
 
 
 def has_effect(host: nn.Module, adapter: Adapter, given: Mapping[str, Tensor]) -> bool:
@@ -108,7 +112,7 @@ def has_effect(host: nn.Module, adapter: Adapter, given: Mapping[str, Tensor]) -
     if any(tensor.is_meta for tensor in (*before.values(), *adapter.parameters())):
         return False
     try:
-        after = merged_values(host, adapter, before)
+        after, _ = merged_values(host, adapter, before)
     except NotFiniteError:
         return True
     return any(name not in before or not torch.equal(value, before[name]) for name, value in after.items())
@@ -167,7 +171,7 @@ def _folded(
         return stored, bias, _loss([(before[n], after[n], stored[n]) for n in before])
     matrix = as_matrix(host, weights["weight"])
     folded, bias = adapter.fold(matrix, bias)
-    new = as_stored(host, folded)
+    new = as_stored(host, folded, weights["weight"].dtype)
     _refuse_non_finite(name, folded, new)
     if bias is not None:
         _refuse_non_finite(f"{name}.bias", bias, bias.to(new.dtype))

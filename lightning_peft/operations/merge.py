@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -11,19 +11,20 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lightning_peft.core.adapter import Adapter, Slot, is_overtaken
+from lightning_peft.core.adapter import Adapter, Slot
 from lightning_peft.core.refusals import refuse_stand_in
 from lightning_peft.core.registry import Registry, note_unloaded, required
 from lightning_peft.core.to_the_end import to_the_end
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import NotFiniteError, PEFTError
-from lightning_peft.operations.fold import check_fold, fold_into, restore, weight_names
+from lightning_peft.operations.by_hand import watch
+from lightning_peft.operations.fold import check_fold, fold_into, restore
 from lightning_peft.operations.inject import remove
+from lightning_peft.operations.mergeable import can_merge, not_unloaded, refuse_pieces, refuse_ties, weights_of, why_not
 from lightning_peft.operations.shards import in_pieces, resharded
 from lightning_peft.structure.inner_models import transformers_models
-from lightning_peft.structure.kept import why_kept
+from lightning_peft.tensors.packed import forget_quantiser, holds_codes, is_packed, is_packed_linear, unpack
 from lightning_peft.tensors.sharding import whole
-from lightning_peft.tensors.weights import is_packed, weight_of
 
 _Host = tuple[str, nn.Module, Slot, Adapter]
 
@@ -40,12 +41,22 @@ class MergeReport:
     """The module with the largest loss."""
     kept: tuple[str, ...]
     """Modules whose adapters cannot be merged: they stay attached."""
+    dequantized: int = 0
+    """Number of quantised layers that are float ones now."""
+
+    @classmethod
+    def of(cls, merged: int, losses: Mapping[str, float], kept: tuple[str, ...] = (), unpacked: int = 0) -> MergeReport:
+        """Return the report for ``losses`` by module."""
+        worst = max(losses, key=lambda name: losses[name], default="")
+        mean = sum(losses.values()) / len(losses) if losses else 0.0
+        return cls(merged, mean, losses.get(worst, 0.0), worst, kept, unpacked)
 
     def __str__(self) -> str:
         if not self.merged:
             kept = f": {len(self.kept)} adapters cannot be merged and stay attached" if self.kept else ""
             return f"Nothing to merge{kept or ': what was trained is in the weights'}."
-        text = (
+        text = f"Made {self.dequantized} quantised layers float ones. " if self.dequantized else ""
+        text += (
             f"Merged {self.merged} adapters into the weights; rounding took {self.mean_loss:.2%} of their effect on "
             f"average, {self.largest_loss:.2%} at most ({self.worst or 'none'})."
         )
@@ -53,7 +64,7 @@ class MergeReport:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
+def merge(model: nn.Module, *, unload: bool = False, dequantize: bool = False) -> MergeReport:
     """Fold the active adapters into the weights they adapt, computed in at least float32.
 
     A weight that is tied to another module's is untied first (its twin keeps the old values). Merging a merged model
@@ -64,6 +75,9 @@ def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
         model: A model with adapters.
         unload: Also remove the adapters for good, and keep no copies: the model is a plain one with the adapters'
             effect in its weights.
+        dequantize: First make every quantised linear layer of the model a float one, with the weight that it computes
+            with, in the dtype of the model's other weights. It then takes the memory of one. The layers stay float,
+            also after :func:`unmerge`.
 
     Raises:
         PEFTError: There are no adapters; one holds NaN or infinity, or merged would make a weight hold it; ``unload``
@@ -73,16 +87,17 @@ def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
     view = resharded(model)
     roots = required(view)
     refuse_stand_in(view, "merge")
+    unpacked = _unpack(view) if dequantize else 0
     active = [(n, h, s, a) for n, h, s in view.slots if isinstance(a := s.active_adapter, Adapter)]
     todo = [found for found in active if can_merge(found[1], found[3])]
     kept = tuple(name for name, _, slot, _ in active if not any(slot is found[2] for found in todo))
     if unload and kept:
-        raise PEFTError(next(_not_unloaded(n, host, adapter) for n, host, _, adapter in active if n == kept[0]))
+        raise PEFTError(next(not_unloaded(n, host, adapter) for n, host, _, adapter in active if n == kept[0]))
     _tell_late(active, kept)
     _refuse_non_finite(todo)
     if any(in_pieces(host) for _, host, _, _ in todo):
         refuse_ties(view)
-    _refuse_pieces(todo)
+    refuse_pieces((name, host) for name, host, _, _ in todo)
     new = [found for found in todo if found[2].merged is None]
     if unload:
         # Without copies there is no way back: what each weight will be is worked out beforehand.
@@ -97,9 +112,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
         raise
     if unload:
         to_the_end(partial(_remove, view, roots, [host for _, host, _, _ in todo]))
-    worst = max(losses, key=lambda name: losses[name], default="")
-    mean = sum(losses.values()) / len(losses) if losses else 0.0
-    return MergeReport(len(todo), mean, losses.get(worst, 0.0), worst, kept)
+    return MergeReport.of(len(todo), losses, kept, unpacked)
 
 
 @torch.no_grad()
@@ -130,6 +143,21 @@ def _restore(hosts: Iterable[tuple[nn.Module, Slot]]) -> None:
         slot.merged = None
 
 
+def _unpack(model: ModelView) -> int:
+    """Make the packed linear layers of ``model`` float ones, and return how many there were."""
+    packed = [module for _, module in model.walked if is_packed_linear(module)]
+    _refuse_non_finite([(n, h, s, a) for n, h, s in model.slots if (a := s.active_adapter) is not None])
+    others = (p for name, p in model.parameters.items() if p.is_floating_point() and not holds_codes(p))
+    dtype = next((parameter.dtype for parameter in others), torch.get_default_dtype())
+    for module in packed:
+        unpack(module, dtype)
+    for prefix, root, registry in required(model):
+        watch(root, registry, [host for _, host, _ in model.part(prefix).slots])
+    for name in transformers_models(model) if packed else ():
+        forget_quantiser(model.modules[name])
+    return len(packed)
+
+
 def _remove(view: ModelView, roots: Sequence[tuple[str, nn.Module, Registry]], hosts: Iterable[nn.Module]) -> None:
     for host in hosts:
         note_unloaded(host)  # which may become a part of another model
@@ -143,37 +171,11 @@ def is_merged(model: nn.Module) -> bool:
     return any(slot.merged is not None for _, _, slot in ModelView(model).slots)
 
 
-def refuse_ties(model: ModelView) -> None:
-    """Raise :class:`PEFTError` if merging would have to untie a weight, which cannot be done when it is in pieces."""
-    shared = model.shared
-    for name, host, slot in model.slots:
-        adapter = slot.active_adapter
-        if adapter is None or adapter.follows_ties or not can_merge(host, adapter):
-            continue
-        if any(id(weight) in shared for weight in weights_of(host, adapter)):
-            raise PEFTError(
-                f"{name!r} is adapted and shares its weight with another module. A sharded weight cannot be untied to "
-                "merge the adapter: leave the module out with exclude_modules, or set merge_on_train_end=False."
-            )
-
-
 def _tell_late(active: Sequence[_Host], kept: Collection[str]) -> None:
     """Say why adapters that could be merged when they were injected cannot be now."""
     for name, host, _, adapter in active:
         if name in kept and adapter.mergeable and not is_packed(host) and (reason := why_not(host, adapter)):
             warnings.warn(f"The adapter of {name!r} cannot be merged and stays attached: {reason}.", stacklevel=3)
-
-
-def _not_unloaded(name: str, host: nn.Module, adapter: Adapter) -> str:
-    """Return the message for an adapter of ``host`` that cannot be merged and would be lost."""
-    reason = why_not(host, adapter)
-    why = f" ({reason})" if reason else ""
-    quantised = is_packed(host) and not weight_of(host).is_complex()
-    advice = "; or load the adapter into the model as it was before it was quantised" if quantised else ""
-    return (
-        f"merge(unload=True): the adapter of {name!r} cannot be merged{why}, so removing it would change the "
-        f"model's outputs. Call merge(model) to merge the others, or eject(model) to remove them all{advice}."
-    )
 
 
 def _fold_all(model: ModelView, hosts: Sequence[_Host], keep: bool) -> dict[str, float]:
@@ -201,44 +203,6 @@ def _note(slot: Slot, tied: list[Any], backup: dict[str, Any]) -> None:
     slot.merged = {**backup, "tied": tied}
     for config in tied:
         config.tie_word_embeddings = False
-
-
-def can_merge(host: nn.Module, adapter: Adapter) -> bool:
-    """Whether ``adapter`` can be folded into a weight of ``host``, which may be in pieces."""
-    # A weight may have been packed, or become one that is worked out from others, since the injection.
-    if not adapter.mergeable or is_packed(host) or not _has_weights(host, adapter) or is_overtaken(host):
-        return False
-    # A parameter that comes new into a sharded module belongs to no shard.
-    adds_bias = adapter.adds_bias and host._parameters.get("bias") is None
-    return not (adds_bias and in_pieces(host))
-
-
-def why_not(host: nn.Module, adapter: Adapter) -> str | None:
-    """Return why ``adapter`` cannot be merged into ``host``, if it is not for what it is itself."""
-    if is_overtaken(host):
-        return "a forward hook of others runs before the adapter's, or in place of it"
-    return why_kept(host, adapter)
-
-
-def _refuse_pieces(hosts: Sequence[_Host]) -> None:
-    for name, host, _, _ in hosts:
-        if in_pieces(host):
-            continue
-        if isinstance(host, nn.Linear) and weight_of(host).shape != (host.out_features, host.in_features):
-            raise PEFTError(
-                f"The weight of {name!r} is in pieces on several processes ({list(weight_of(host).shape)} here), so it "
-                "cannot be merged into. Leave the sharding to PEFTStrategy, or load the adapter into the base model in "
-                "one process and merge there."
-            )
-
-
-def _has_weights(host: nn.Module, adapter: Adapter) -> bool:
-    return set(weight_names(adapter)) <= dict(host.named_parameters()).keys()
-
-
-def weights_of(host: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
-    """Return the parameters of ``host`` that merging ``adapter`` changes."""
-    return [host.get_parameter(name) for name in weight_names(adapter)]
 
 
 def _refuse_non_finite(hosts: Sequence[_Host]) -> None:

@@ -16,7 +16,7 @@ from lightning_peft.structure.frozen import frozen_apart
 from lightning_peft.structure.kept import why_kept
 from lightning_peft.structure.plain import obstacle
 from lightning_peft.targets.patterns import Matcher, as_list, nothing_matched
-from lightning_peft.tensors.weights import is_packed
+from lightning_peft.tensors.packed import is_packed
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,23 @@ def whole_names(model: ModelView, patterns: Sequence[str]) -> tuple[str, ...]:
     outermost = [n for n in modules if n in names and not any(n.startswith(f"{o}.") for o in names)]
     inside = parameter_names(model, outermost)
     alone = [name for name in parameters if name in names and name not in inside]
+    _refuse_packed(model, outermost, alone)
     if empty := [name for name in outermost if not model.part(name).parameters]:
         kind = type(modules[empty[0]]).__name__
         raise PEFTError(f"train_also: {empty[0]!r} ({kind}) has no parameters to train.")
     _refuse_shared(model, [*outermost, *alone])
     return (*outermost, *alone)
+
+
+def _refuse_packed(model: ModelView, whole: Sequence[str], alone: Sequence[str]) -> None:
+    inside = [f"{name}.{part}".rstrip(".") for name in whole for part in model.part(name).modules]
+    owners = [name.rpartition(".")[0] for name in alone if name.rpartition(".")[2] == "weight"]
+    if packed := next((name for name in (*inside, *owners) if is_packed(model.modules[name])), None):
+        raise PEFTError(
+            f"train_also: the weight of {packed!r} is quantised, so it cannot be trained whole. Leave it out of what "
+            "is quantised (ignore_modules, llm_int8_skip_modules, modules_to_not_convert), or adapt it by naming it in "
+            "target_modules."
+        )
 
 
 def _refuse_shared(model: ModelView, whole: Sequence[str]) -> None:

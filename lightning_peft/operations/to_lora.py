@@ -17,7 +17,7 @@ from lightning_peft.errors import PEFTError, listed
 from lightning_peft.operations.combine import lora_with, set_factors
 from lightning_peft.operations.eject import eject
 from lightning_peft.operations.inject import inject
-from lightning_peft.operations.merge import can_merge
+from lightning_peft.operations.mergeable import can_merge
 from lightning_peft.tensors.weights import as_matrix, is_linear, read_matrix, weight_of
 
 _Made = dict[str, tuple[Tensor, Tensor, float]]

@@ -43,8 +43,8 @@ def load_base_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     root = _root(unwrap(model))
     _restore_buffers(root)
     with ExitStack() as stack:
-        files = list(_open_all(Path(path), stack))
-        stored = {name: _Stored(file.get_slice(name)) for file in files for name in file.keys()}  # noqa: SIM118
+        entries = [entry for file in weight_files(Path(path)) for entry in _named(stack, file)]
+        stored = {name: _Stored(file.get_slice(name)) for file, name in entries}
         fill(root, stored, str(path))
 
 
@@ -69,6 +69,54 @@ def fill(root: nn.Module, stored: Mapping[str, Any], source: str) -> None:
                         "Load the weights of the model that this one's configuration describes."
                     )
                 local_part(target).copy_(stored[name][local_slices(target)])
+
+
+def map_base_weights(root: nn.Module, directory: Path) -> None:
+    """Give a transformers model that was made on the meta device the tensors of files, as they lie in them.
+
+    Of what is not used nothing is read: the system maps files into memory.
+
+    Raises:
+        PEFTError: A file is missing or damaged, or its names or shapes are not those of ``root``.
+    """
+    slots = _slots(root)
+    with ExitStack() as stack:
+        stored = {name: file for path in weight_files(directory) for file, name in _named(stack, path)}
+        _check(root, slots, stored, str(directory))
+        for module, own in slots:
+            for attribute, aliases in own.items():
+                if (name := next((alias for alias in aliases if alias in stored), None)) is not None:
+                    _put(module, attribute, stored[name].get_tensor(name), f"{directory}: {name}")
+    cast(Any, root).tie_weights()
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the files in which ``save_pretrained`` has written weights.
+
+    Raises:
+        PEFTError: One lies outside of ``directory``.
+    """
+    names = [_FILE]
+    if (directory / _INDEX).is_file():
+        entries = read_json(directory / _INDEX).get("weight_map")
+        names = sorted(set(map(str, entries.values()))) if isinstance(entries, dict) else []
+    return [inside(directory, name) for name in names]
+
+
+def _named(stack: ExitStack, path: Path) -> Iterator[tuple[Any, str]]:
+    file = stack.enter_context(open_tensors(path))
+    return ((file, name) for name in file.keys())  # noqa: SIM118 (no dict)
+
+
+def _put(module: nn.Module, attribute: str, tensor: Tensor, source: str) -> None:
+    present = getattr(module, attribute)
+    if present.shape != tensor.shape:
+        raise PEFTError(
+            f"{source} has shape {list(tensor.shape)}, the model's {list(present.shape)}. Take the files of the model "
+            "that the configuration describes."
+        )
+    is_parameter = isinstance(present, nn.Parameter)
+    setattr(module, attribute, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
 
 class _Stored:
@@ -120,16 +168,6 @@ def _restore_buffers(root: nn.Module) -> None:
         for module in root.modules():
             if module._non_persistent_buffers_set:
                 initialise(module)
-
-
-def _open_all(directory: Path, stack: ExitStack) -> Iterator[Any]:
-    if (directory / _INDEX).is_file():
-        entries = read_json(directory / _INDEX).get("weight_map")
-        files = sorted(set(map(str, entries.values()))) if isinstance(entries, dict) else []
-    else:
-        files = [_FILE]
-    for file in files:
-        yield stack.enter_context(open_tensors(inside(directory, file)))
 
 
 def _slots(root: nn.Module) -> list[tuple[nn.Module, dict[str, set[str]]]]:

@@ -16,8 +16,9 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.structure.inner_models import transformers_models
 from lightning_peft.structure.layers import listed_blocks
+from lightning_peft.tensors.packed import holds_codes
 from lightning_peft.tensors.sharding import full_shape, in_flat_pieces, in_zero_pieces, whole
-from lightning_peft.tensors.weights import holds_codes, own_parameter
+from lightning_peft.tensors.weights import own_parameter
 
 Samples = dict[str, list[float]]
 """A few elements of the weights of modules, by the modules' names, or of other parameters by their own."""

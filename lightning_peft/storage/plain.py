@@ -51,7 +51,7 @@ def leave_plain(checkpoint: dict[str, Any], model: ModelView, full: bool) -> Non
         if any(alias in beside for aliases in own.values() for alias in aliases):
             continue  # The second of two hosts of one weight.
         values = {name: state[aliases[0]] for name, aliases in own.items()}
-        for name, value in merged_values(host, adapter, values, host_name).items():
+        for name, value in merged_values(host, adapter, values, host_name)[0].items():
             beside.update({alias: state[alias] for alias in own[name]})
             state.update(dict.fromkeys(own[name], value))
     names_of_torch = {clean_name(name): name for name in model.module.state_dict()}

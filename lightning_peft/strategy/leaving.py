@@ -11,8 +11,8 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.registry import registries, several_adapters, was_unloaded
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import NotFiniteError, PEFTError, listed
-from lightning_peft.operations.merge import can_merge, is_merged, merge, weights_of
-from lightning_peft.operations.unload import refuse_unloading
+from lightning_peft.operations.merge import is_merged, merge
+from lightning_peft.operations.mergeable import can_merge, refuse_unloading, weights_of
 from lightning_peft.strategy.inventory import Inventory
 from lightning_peft.structure.read_weights import WeightReads
 

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_peft.core.adapter import clean_name
 from lightning_peft.core.view import ModelView, own_state
 from lightning_peft.errors import PEFTError
-from lightning_peft.tensors.weights import is_packed
+from lightning_peft.tensors.packed import is_packed
 
 
 def extra_state(model: ModelView) -> dict[str, dict[str, Any]]:

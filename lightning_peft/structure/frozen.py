@@ -18,8 +18,8 @@ from torch import nn
 
 from lightning_peft.core.registry import registries
 from lightning_peft.core.view import ModelView, is_inside, once
+from lightning_peft.tensors.packed import is_packed
 from lightning_peft.tensors.sharding import full_shape, whole
-from lightning_peft.tensors.weights import is_packed
 
 REASON = "frozen before, beside what is trained; name it to adapt it all the same"
 

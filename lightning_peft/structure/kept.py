@@ -6,7 +6,8 @@ from torch import nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.structure.plain import is_weighted, nature
-from lightning_peft.tensors.weights import is_packed, weight_of
+from lightning_peft.tensors.packed import is_packed
+from lightning_peft.tensors.weights import is_complex
 
 
 def why_kept(host: nn.Module, adapter: Adapter) -> str | None:
@@ -14,7 +15,7 @@ def why_kept(host: nn.Module, adapter: Adapter) -> str | None:
     if not type(adapter).mergeable:
         return None
     if is_packed(host):
-        if weight_of(host).is_complex():
+        if is_complex(host):
             return "its weight is complex, and a merge is worked out in real numbers"
         return "its weight is quantised, and the sum, quantised anew, would lose most of it"
     # What an adapter replaces is read by its host just as it is once merged.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lightning_peft.core.view import ModelView
 from lightning_peft.structure.attention import surrounding
 from lightning_peft.structure.inner_models import head_modules, input_embedding, transformers_models
+from lightning_peft.tensors.packed import is_packed
 from lightning_peft.tensors.sharding import full_shape
-from lightning_peft.tensors.weights import is_packed
 
 # transformers marks what it has loaded, in order not to draw values for it.
 _LOADED = "_is_hf_initialized"

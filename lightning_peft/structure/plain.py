@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from lightning_peft.core.to_the_end import to_the_end
+from lightning_peft.tensors.packed import is_packed
 from lightning_peft.tensors.shadow import shadow, unshadow
 from lightning_peft.tensors.sharding import full_shape, in_zero_pieces
 from lightning_peft.tensors.weights import (
@@ -26,7 +27,6 @@ from lightning_peft.tensors.weights import (
     is_conv,
     is_conv1d,
     is_linear,
-    is_packed,
     is_script,
     tensor_options,
     weight_of,

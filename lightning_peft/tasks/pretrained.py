@@ -144,7 +144,9 @@ def meta_model(
     try:
         settings = AutoConfig.from_pretrained(source.path, trust_remote_code=False, **where, **config)
         with torch.device("meta"):
-            made: PreTrainedModel = auto_class.from_config(settings, dtype=getattr(torch, dtype))
+            # A model's own class is called; those that choose one are asked.
+            make = getattr(auto_class, "from_config", auto_class)
+            made: PreTrainedModel = make(settings).to(getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise PEFTError(f"model={model!r} does not load as {auto_class.__name__}: {error}; {EXPECTED}") from error
     return made

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from lightning_peft.tensors.packed import is_packed_linear
 from lightning_peft.tensors.sharding import full_shape, whole
 
 
@@ -26,8 +26,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` computes ``x Wᵀ + b``."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    """Whether ``module`` computes ``x Wᵀ + b``, with a weight that may be packed."""
+    return isinstance(module, nn.Linear) or is_conv1d(module) or is_packed_linear(module)
 
 
 def is_conv(module: nn.Module) -> bool:
@@ -46,8 +46,10 @@ def features(module: nn.Module) -> tuple[int, int]:
     What a convolution gets for one output are the channels of its group at each place of its kernel.
     """
     # From attributes where there are some: a weight that is worked out anew may change state when it is read.
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
+    if isinstance(module, nn.Linear) or is_packed_linear(module):
+        return module.in_features, module.out_features  # type: ignore[return-value]
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return module.in_channels // module.groups * math.prod(module.kernel_size), module.out_channels
     first, second = full_shape(weight_of(module))
@@ -67,32 +69,22 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     return dict(module._parameters.items()).get(name)
 
 
+def is_complex(module: nn.Module) -> bool:
+    """Whether the weight holds complex numbers."""
+    weight = own_parameter(module, "weight")
+    return weight is not None and weight.is_complex()
+
+
 def is_script(module: nn.Module) -> bool:
     """Whether ``module`` is TorchScript, scripted or traced: nothing can be attached to it."""
     return isinstance(module, torch.jit.ScriptModule)
 
 
-def is_packed(module: nn.Module) -> bool:
-    """Whether the weight :func:`holds_codes`."""
-    weight = own_parameter(module, "weight")
-    return weight is not None and holds_codes(weight)
-
-
-def holds_codes(tensor: Tensor) -> bool:
-    """Whether ``tensor`` holds codes of a quantiser, from which its values have to be worked out first.
-
-    Such are integers, floating-point numbers of fewer than 16 bits, and tensor classes of a quantiser's own.
-    """
-    if isinstance(tensor, DTensor):
-        return False
-    codes = not tensor.is_floating_point() or tensor.dtype.itemsize < 2
-    return codes or hasattr(tensor, "__tensor_flatten__")
-
-
 def tensor_options(module: nn.Module) -> dict[str, Any]:
     """Return dtype (never below float32) and device for the adapter of any module: those of its first parameter."""
-    parameters = list(module.parameters())
-    first = next((p for p in parameters if p.is_floating_point()), parameters[0] if parameters else None)
+    # Quantisers keep codes and scales in buffers as well.
+    tensors = list(module.parameters()) or list(module.buffers())
+    first = next((tensor for tensor in tensors if tensor.is_floating_point()), tensors[0] if tensors else None)
     if first is None:
         return {"dtype": torch.float32}
     wide = first.dtype in (torch.float32, torch.float64)
@@ -115,10 +107,10 @@ def read_matrix(module: nn.Module) -> Tensor:
     return as_matrix(module, whole(weight_of(module)))
 
 
-def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
-    """Return ``matrix`` ``[out, in]`` in the layout and dtype in which the module stores its weight."""
+def as_stored(module: nn.Module, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``matrix`` ``[out, in]`` in the layout in which the module stores its weight."""
     matrix = matrix.T if is_transposed(module) else matrix.view(full_shape(weight_of(module)))
-    return matrix.to(weight_of(module).dtype)
+    return matrix.to(dtype)
 
 
 def is_same(tensor: Tensor, other: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Adapters beside linear layers whose weights a quantiser has packed: trained and saved as any, never merged into."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,20 @@ import torch
 from families import randomise
 from torch import Tensor, nn
 
-from lightning_peft import IA3, DoRA, LoRA, PEFTError, VeRA, eject, inject, load_adapter, merge, save_adapter, unmerge
+from lightning_peft import (
+    IA3,
+    DoRA,
+    FullFinetuning,
+    LoRA,
+    PEFTError,
+    VeRA,
+    eject,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+    unmerge,
+)
 
 
 class Packed(nn.Linear):
@@ -21,17 +35,48 @@ class Packed(nn.Linear):
         self.weight = nn.Parameter((codes[::2] * 16 + codes[1::2])[:, None], requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self._matrix(), self.bias)
+
+    def _matrix(self) -> Tensor:
         codes = torch.stack([self.weight[:, 0] // 16, self.weight[:, 0] % 16], dim=1).view(self.out_features, -1)
-        return nn.functional.linear(x, (codes.to(x.dtype) - 8) * 0.05, self.bias)
+        return (codes.float() - 8) * 0.05
+
+
+class Elsewhere(nn.Module):
+    """As layers of GPTQ and AWQ are: no linear layer of torch's, without a ``weight``, its tensors are buffers."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = d_in, d_out
+        self.register_buffer("qweight", torch.randint(-8, 8, (d_in, d_out), dtype=torch.int32))
+        self.register_buffer("scales", torch.full((1, d_out), 0.05))
+        self.register_buffer("bias", torch.randn(d_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = x @ (self.qweight * self.scales).to(x.dtype)
+        return found if self.bias is None else found + self.bias
 
 
 def packed() -> list[nn.Module]:
     return [Packed(64, 128), Packed(128, 64)]
 
 
-def four_bits() -> list[nn.Module]:
+def elsewhere() -> list[nn.Module]:
+    return [Elsewhere(64, 128), Elsewhere(128, 64)]
+
+
+def _four_bits(**options: Any) -> list[nn.Module]:
     bnb = pytest.importorskip("bitsandbytes")
-    return [bnb.nn.Linear4bit(*size, compute_dtype=torch.float32).to("cpu") for size in ((64, 128), (128, 64))]
+    layers = [bnb.nn.Linear4bit(*size, compute_dtype=torch.float32, **options) for size in ((64, 128), (128, 64))]
+    return [layer.to("cpu") for layer in layers]
+
+
+def nf4_double() -> list[nn.Module]:
+    return _four_bits(quant_type="nf4", compress_statistics=True)
+
+
+def fp4() -> list[nn.Module]:
+    return _four_bits(quant_type="fp4", compress_statistics=False)
 
 
 def eight_bits() -> list[nn.Module]:
@@ -39,15 +84,36 @@ def eight_bits() -> list[nn.Module]:
     return [bnb.nn.Linear8bitLt(*size, has_fp16_weights=False).to("cpu") for size in ((64, 128), (128, 64))]
 
 
-def tensor_class() -> list[nn.Module]:
+def _torchao(config: str, **options: Any) -> list[nn.Module]:
     ao = pytest.importorskip("torchao.quantization")
     layers = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64))
-    ao.quantize_(layers, ao.Int8WeightOnlyConfig())
+    ao.quantize_(layers, getattr(ao, config)(**options))
     return list(layers)
 
 
+def torchao_int8() -> list[nn.Module]:
+    return _torchao("Int8WeightOnlyConfig")
+
+
+def torchao_int4() -> list[nn.Module]:
+    """Four bits in the layout that needs no kernels of a GPU's."""
+    return _torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4)
+
+
+def torchao_float8() -> list[nn.Module]:
+    return _torchao("Float8WeightOnlyConfig")
+
+
+def hqq() -> list[nn.Module]:
+    quantize = pytest.importorskip("hqq.core.quantize")
+    config = quantize.BaseQuantizeConfig(nbits=4, group_size=32)
+    options = {"compute_dtype": torch.float32, "device": "cpu"}
+    return [quantize.HQQLinear(nn.Linear(*size), config, **options) for size in ((64, 128), (128, 64))]
+
+
 QUANTISERS: dict[str, Callable[[], list[nn.Module]]] = {
-    f.__name__: f for f in (packed, four_bits, eight_bits, tensor_class)
+    f.__name__: f
+    for f in (packed, elsewhere, nf4_double, fp4, eight_bits, torchao_int8, torchao_int4, torchao_float8, hqq)
 }
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
 
@@ -64,8 +130,20 @@ def make(request: Any) -> Callable[[], nn.Module]:
     return build
 
 
-def values(weight: Any) -> Tensor:
-    return weight if weight.dtype in (torch.uint8, torch.int8) else weight.dequantize()
+def values(layer: nn.Module) -> Tensor:
+    """The weight ``[out, in]`` as the quantiser itself works it out."""
+    if isinstance(layer, Packed):
+        return layer._matrix()
+    if isinstance(layer, Elsewhere):
+        return (layer.qweight * layer.scales).T
+    kind, weight = type(layer).__name__, getattr(layer, "weight", None)
+    if kind == "HQQLinear":
+        return layer.dequantize()  # type: ignore[operator]
+    if kind == "Linear4bit":
+        return sys.modules["bitsandbytes"].functional.dequantize_4bit(weight.data, weight.quant_state)
+    if kind == "Linear8bitLt":
+        return layer.state.CB * layer.state.SCB[:, None] / 127  # type: ignore[operator,union-attr]
+    return weight.dequantize()  # type: ignore[union-attr]
 
 
 def test_they_train_and_are_saved(make: Callable[[], nn.Module], tmp_path: Path) -> None:
@@ -104,16 +182,16 @@ def test_nothing_is_merged_into_them(make: Callable[[], nn.Module]) -> None:
     model = make()
     inject(model, LoRA(r=4, target_modules=["0", "3"]))
     randomise(model)
-    tuned, weight = model(X), model[0].weight  # type: ignore[index]
-    codes = values(weight).clone()
+    tuned, parts = model(X), list(model[0].state_dict().values())  # type: ignore[index]
+    codes = values(model[0]).clone()  # type: ignore[index]
     with pytest.raises(PEFTError, match=r"adapter of '0' cannot be merged \(its weight is quantised"):
         merge(model, unload=True)
     assert torch.equal(model(X), tuned)
     report = merge(model)
     assert (report.merged, report.kept) == (1, ("0",))
     assert "stay attached" in str(report)
-    assert model[0].weight is weight  # type: ignore[index]
-    assert torch.equal(values(weight), codes)
+    assert len(model[0].state_dict()) == len(parts)  # type: ignore[index]
+    assert torch.equal(values(model[0]), codes)  # type: ignore[index]
     assert (model(X) - tuned).abs().max() <= 1e-5
     unmerge(model)
     assert torch.equal(model(X), tuned)
@@ -122,7 +200,46 @@ def test_nothing_is_merged_into_them(make: Callable[[], nn.Module]) -> None:
 def test_what_needs_the_weights_values_is_refused(make: Callable[[], nn.Module]) -> None:
     with pytest.raises(PEFTError, match=r"'0' cannot be adapted: its weight is quantised.*DoRA"):
         inject(make(), DoRA(r=4, target_modules=["0"]))
+    with pytest.raises(PEFTError, match=r"'0' cannot be adapted: A and B start in its weight, which is quantised"):
+        inject(make(), LoRA(r=4, init="pissa", target_modules=["0"]))
     assert inject(make(), DoRA(r=4, target_modules=["3"])) == ["3"]
+
+
+def test_they_are_not_trained_whole(make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(PEFTError, match="FullFinetuning trains every weight, and that of '0' is quantised"):
+        inject(make(), FullFinetuning())
+    with pytest.raises(PEFTError, match="train_also: the weight of '2' is quantised"):
+        inject(make(), LoRA(r=4, target_modules=["0"]), train_also=["2"])
+
+
+def test_merged_on_request(make: Callable[[], nn.Module]) -> None:
+    """Against the weight that the quantiser itself works out, plus scale · B A."""
+    model = make()
+    inject(model, LoRA(r=4, alpha=8, target_modules=["0"]))
+    randomise(model)
+    tuned, before = model(X).detach(), [values(model[n]).clone() for n in (0, 2)]  # type: ignore[index]
+    pair = [getattr(model[0].peft.default, f"lora_{letter}").detach() for letter in "AB"]  # type: ignore[index]
+    report = merge(model, unload=True, dequantize=True)
+    assert (report.merged, report.kept, report.dequantized) == (1, (), 2)
+    assert "Made 2 quantised layers float ones" in str(report)
+    assert [type(model[n]) for n in (0, 2)] == [nn.Linear, nn.Linear]  # type: ignore[index]
+    close = 1e-5
+    assert (model[0].weight - before[0] - 2 * pair[1] @ pair[0]).abs().max() <= close  # type: ignore[index]
+    assert (model[2].weight - before[1]).abs().max() <= close  # type: ignore[index]
+    assert (model(X) - tuned).abs().max() <= 10 * close
+    assert not [name for name, _ in model.named_modules() if "peft" in name]
+
+
+def test_unmerged_they_stay_float(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    inject(model, LoRA(r=4, target_modules=["0"]))
+    randomise(model)
+    merge(model, dequantize=True)
+    merged = model(X)
+    unmerge(model)
+    assert (model(X) - merged).abs().max() <= 1e-4
+    assert type(model[0]) is nn.Linear  # type: ignore[index]
+    model.load_state_dict(model.state_dict())
 
 
 def test_other_methods_beside_them(make: Callable[[], nn.Module]) -> None:

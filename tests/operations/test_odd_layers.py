@@ -35,7 +35,7 @@ from lightning_peft import (
 )
 from lightning_peft.core.view import ModelView
 from lightning_peft.operations.merge import is_merged
-from lightning_peft.operations.unload import refuse_unloading
+from lightning_peft.operations.mergeable import refuse_unloading
 
 METHODS: dict[str, PEFTMethod] = {
     "lora": LoRA(r=2, target_modules="layer"),

@@ -18,9 +18,10 @@ from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of
 from lightning_peft.errors import PEFTError
+from lightning_peft.tensors.packed import is_packed
 from lightning_peft.tensors.seeding import fill
 from lightning_peft.tensors.sharding import write
-from lightning_peft.tensors.weights import is_packed, read_matrix
+from lightning_peft.tensors.weights import read_matrix
 
 _INIT = re.compile(r"olora|pissa(?:_niter_(\d+))?")
 

@@ -69,6 +69,7 @@ def product_dtype(base: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> torch.dty
         and len(base._forward_pre_hooks) == len(base._forward_hooks) == 1
         and not base._backward_hooks
         and not any(_GLOBAL_HOOKS)
+        and type(base.weight) in _WHOLE
         and type(x) in _WHOLE
         and type(a) in _WHOLE
         and type(b) in _WHOLE

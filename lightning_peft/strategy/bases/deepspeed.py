@@ -24,7 +24,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.deepspeed import TAG, is_deepspeed, read_deepspeed, require_layout, with_state, write_layout
 from lightning_peft.operations.by_hand import watch
-from lightning_peft.operations.merge import refuse_ties
+from lightning_peft.operations.mergeable import refuse_ties
 from lightning_peft.storage import checkpoint_directory as directories
 from lightning_peft.storage.base_weights import materialise
 from lightning_peft.storage.fingerprint import record_base

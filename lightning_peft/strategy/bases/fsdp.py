@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from lightning_peft.core.adapter import clean_name
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
-from lightning_peft.operations.merge import refuse_ties
+from lightning_peft.operations.mergeable import refuse_ties
 from lightning_peft.operations.shards import keep_units, knows_units, resharded
 from lightning_peft.storage.base_weights import allocate, has_meta, materialise
 from lightning_peft.storage.fingerprint import record_base

@@ -1,0 +1,132 @@
+"""``lightning-peft merge``: what HF PEFT's ``merge_and_unload`` makes, file by file, in little memory."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import merge_memory_script
+import peft
+import pytest
+import torch
+import transformers
+from families import build, randomise
+from launch import run_script
+from safetensors import safe_open
+
+import lightning_peft.cli.merge as command
+from lightning_peft import LoRA, PEFTError, inject, save_adapter
+
+IDS = torch.arange(2, 10)[None]
+CONFIGS: dict[str, Any] = {
+    "lora": peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "dora": peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True, task_type="CAUSAL_LM"),
+    "loha": peft.LoHaConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    "head": peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
+}
+
+
+def tuned(base: Path, out: Path, config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Write an adapter of HF PEFT's on a base that it is given as a directory, and return the merged model."""
+    model = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype), copy.deepcopy(config)
+    )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with torch.no_grad():
+                seed = torch.Generator().manual_seed(len(name))
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=seed).to(parameter))
+    model.save_pretrained(out)
+    return model.merge_and_unload().eval()
+
+
+def shards(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_as_hf_peft_merges(family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if family == "gpt2" and kind != "lora":
+        pytest.skip("the names are Llama's")
+    whole: list[str] = []
+    load = command.load_model
+    monkeypatch.setattr(command, "load_model", lambda *a, **k: whole.append("whole") or load(*a, **k))
+    build(family)[0].save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    judge = tuned(tmp_path / "base", tmp_path / "adapter", CONFIGS[kind])
+    command.merge(str(tmp_path / "adapter"), str(tmp_path / "base"), str(tmp_path / "out"))
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert (merged(input_ids=IDS).logits - judge(input_ids=IDS).logits).abs().max() <= 2e-5
+    state = merged.state_dict()
+    assert all((state[name] - value).abs().max() <= 1e-6 for name, value in judge.state_dict().items())
+    assert whole == (["whole"] if kind == "head" else [])
+    if kind != "head":
+        assert shards(tmp_path / "out") == shards(tmp_path / "base")
+
+
+def test_in_the_bases_dtype_or_another(tmp_path: Path) -> None:
+    build("llama")[0].to(torch.bfloat16).save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    judge = tuned(tmp_path / "base", tmp_path / "adapter", CONFIGS["lora"], torch.bfloat16)
+    for dtype, expected in ((None, torch.bfloat16), ("float32", torch.float32)):
+        command.merge(str(tmp_path / "adapter"), str(tmp_path / "base"), str(tmp_path / "out"), dtype)  # type: ignore[arg-type]
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+        assert {p.dtype for p in merged.parameters()} == {expected}
+        for name, value in judge.state_dict().items():
+            assert (merged.state_dict()[name] - value).abs().max() <= 0.01, name
+
+
+def test_a_file_is_read_by_others(tmp_path: Path) -> None:
+    build("llama")[0].save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    tuned(tmp_path / "base", tmp_path / "adapter", CONFIGS["lora"])
+    command.merge(str(tmp_path / "adapter"), str(tmp_path / "base"), str(tmp_path / "out"))
+    for name, file in shards(tmp_path / "out").items():
+        with safe_open(tmp_path / "out" / file, "pt") as ours, safe_open(tmp_path / "base" / file, "pt") as theirs:
+            assert (ours.metadata(), sorted(ours.keys())) == (theirs.metadata(), sorted(theirs.keys()))
+            assert ours.get_slice(name).get_shape() == theirs.get_slice(name).get_shape()
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    model = build("llama")[0]
+    model.save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    inject(model, LoRA(r=4))
+    randomise(model)
+    save_adapter(model, tmp_path / "adapter")
+    with torch.no_grad():
+        other = build("llama")[0]
+        for parameter in other.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    other.save_pretrained(tmp_path / "other", max_shard_size="60KB")
+    with pytest.raises(PEFTError, match="was written for another base model"):
+        command.merge(str(tmp_path / "adapter"), str(tmp_path / "other"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_takes_the_memory_of_a_file_and_a_change(tmp_path: Path) -> None:
+    def write(folder: Path, width: int, layers: int, shard: str) -> int:
+        config = transformers.LlamaConfig(
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            vocab_size=512,
+        )
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, 0.01)
+        model.save_pretrained(folder / "base", max_shard_size=shard)
+        peft.get_peft_model(model, copy.deepcopy(CONFIGS["lora"])).save_pretrained(folder / "adapter")
+        return 2 * sum(parameter.numel() for parameter in model.parameters())
+
+    tiny, large = tmp_path / "tiny", tmp_path / "large"
+    write(tiny, 64, 2, "60KB")
+    size = write(large, 1024, 10, "40MB")
+    files = [file.stat().st_size for file in (large / "base").glob("*.safetensors")]
+    assert len(files) >= 4
+    out = run_script(merge_memory_script.__file__, tiny, large / "adapter", large / "base", large / "out")
+    rose = int(out.split("rose by")[1].split()[0])
+    # Of the largest weight there are copies in float32 (as it was, its change, their sum), and of some of them pages
+    # that the allocator keeps.
+    change = 4 * 2 * 1024 * 1024
+    assert rose <= max(files) + 10 * change < 0.6 * size, (rose, max(files), size)
