@@ -1,11 +1,24 @@
 """Ready LightningModules and DataModules, so that a config alone can run.
 
-Imports tensors, core, structure and adapters.virtual_tokens.
+Imports core, structure, adapters.virtual_tokens, tasks.data, tasks.examples and tasks.pretrained.
 """
 
 from lightning_peft.tasks.causal_lm import CausalLM
-from lightning_peft.tasks.classification_data import ClassificationData
-from lightning_peft.tasks.instruction_data import InstructionData
+from lightning_peft.tasks.data import ClassificationData, InstructionData, PreferenceData, Seq2SeqData, TokenData
+from lightning_peft.tasks.preference_tuning import PreferenceTuning
+from lightning_peft.tasks.seq2seq import Seq2Seq
 from lightning_peft.tasks.sequence_classification import SequenceClassification
+from lightning_peft.tasks.token_classification import TokenClassification
 
-__all__ = ["CausalLM", "ClassificationData", "InstructionData", "SequenceClassification"]
+__all__ = [
+    "CausalLM",
+    "ClassificationData",
+    "InstructionData",
+    "PreferenceData",
+    "PreferenceTuning",
+    "Seq2Seq",
+    "Seq2SeqData",
+    "SequenceClassification",
+    "TokenClassification",
+    "TokenData",
+]

@@ -8,10 +8,15 @@ import torch
 from transformers import PreTrainedModel
 
 from lightning_peft.adapters.virtual_tokens.infix import IGNORED, answers
+from lightning_peft.adapters.virtual_tokens.initial_tokens import evaluating
 
 
 def answer_logits(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Score the tokens whose label is not `IGNORED`, each from the tokens before it.
 
@@ -23,8 +28,9 @@ def answer_logits(
     Args:
         model: A causal language model.
         input_ids: Token ids, (batch, time), padded on either side.
-        attention_mask: 1 for tokens, 0 for padding, (batch, time).
+        attention_mask: 1 for tokens, 0 for padding, (batch, time); None where rows hold several texts.
         labels: The token ids of the answers, `IGNORED` elsewhere, (batch, time).
+        position_ids: The place of each token in its text, (batch, time); by default counted without padding.
 
     Returns:
         The logits, (answer tokens, vocabulary) in float32, and the tokens they should predict.
@@ -35,11 +41,47 @@ def answer_logits(
     is_answer = labels[:, 1:] != IGNORED
     keep = time - int(is_answer.any(dim=0).to(torch.int8).argmax())
     extra: dict[str, object] = {"use_cache": False}
-    if "position_ids" in accepted:  # padding on the left must not count
-        extra["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    if position_ids is None and attention_mask is not None:  # padding on the left must not count
+        position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    if "position_ids" in accepted:
+        extra["position_ids"] = position_ids
     if "logits_to_keep" in accepted:
         extra["logits_to_keep"] = keep
     with answers(labels):
         logits = model(input_ids=input_ids, attention_mask=attention_mask, **extra).logits[:, -keep:]
     chosen = is_answer[:, -(keep - 1) :]
     return logits[:, :-1][chosen].float(), labels[:, -(keep - 1) :][chosen]
+
+
+@torch.no_grad()
+def packing_error(
+    model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor
+) -> tuple[float, float]:
+    """Compare the scores of a text that shares its row with those of the same text alone.
+
+    It shows whether a model keeps texts apart: neither recurrent layers, nor a prompt in front of a row, nor an
+    attention that does not read positions does.
+
+    Args:
+        model: A causal language model.
+        input_ids: Token ids, (batch, time), of which the second text of the first row is taken.
+        position_ids: The place of each token in its text, (batch, time).
+        labels: As for `answer_logits`, (batch, time).
+
+    Returns:
+        The norm of the difference relative to that of the scores, and what rounding makes of it at most.
+    """
+    starts = [*(position_ids[0] == 0).nonzero()[:, 0].tolist(), input_ids.shape[1]]
+    # A row with a single text is compared with itself: every process calls the model as often.
+    start, end = (starts[1], starts[2]) if len(starts) > 2 else (0, starts[1])
+
+    def scores(begin: int) -> torch.Tensor:
+        part = slice(0, 1), slice(begin, end)
+        with answers(labels[part]):
+            logits = model(input_ids=input_ids[part], position_ids=position_ids[part], use_cache=False).logits
+        return logits[0, start - begin :]
+
+    with evaluating(model):
+        shared, alone = scores(0), scores(start)
+    difference = torch.linalg.vector_norm((shared - alone).float()) / torch.linalg.vector_norm(alone.float())
+    return difference.item(), torch.finfo(alone.dtype).eps ** 0.5

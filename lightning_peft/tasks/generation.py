@@ -1,8 +1,8 @@
-"""Greedy completion of a list of prompts."""
+"""Completion of a list of prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from lightning_peft.adapters.virtual_tokens.initial_tokens import evaluating
+from lightning_peft.errors import PEFTError
 
 
 class StopAtText(StoppingCriteria):
@@ -41,41 +42,53 @@ class StopAtText(StoppingCriteria):
 def complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     batch_size: int,
     stop: StopAtText | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Complete prompts with the likeliest token at each step.
+    """Complete prompts, by default with the likeliest token at each step.
 
     Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer, padding on the left.
-        prompts: Texts, used as they are.
+        model: A language model, causal or an encoder-decoder.
+        tokenizer: Its tokenizer.
+        prompts: Their tokens.
         max_new_tokens: Tokens after which an answer ends in any case.
         batch_size: Prompts per call of the model. Prompts of like length are put together.
         stop: Ends an answer, beside the model's own end-of-text token.
+        settings: What else transformers' `generate` is told.
 
     Returns:
         The answers, in the order of the prompts, without white space around them.
+
+    Raises:
+        PEFTError: transformers refuses the settings.
     """
+    options = {"do_sample": False, **(settings or {}), "max_new_tokens": max_new_tokens}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = tokenizer([prompts[i] for i in chosen], padding=True, return_tensors="pt").to(model.device)
-        prompt_length = batch["input_ids"].shape[1]
+        rows = {"input_ids": [list(prompts[i]) for i in chosen]}
+        batch = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(model.device)
+        # A decoder goes on with the prompt; behind an encoder it begins with one token of its own.
+        prompt_length = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
         if stop is not None:
             stop.prompt_length = prompt_length
         with evaluating(model):
-            tokens = cast(Any, model).generate(
-                **batch,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-                stopping_criteria=None if stop is None else [stop],
-            )
+            try:
+                tokens = cast(Any, model).generate(
+                    **batch,
+                    pad_token_id=tokenizer.pad_token_id,
+                    stopping_criteria=None if stop is None else [stop],
+                    **options,
+                )
+            except (ValueError, TypeError) as error:
+                if not settings:
+                    raise
+                raise PEFTError(f"generation={dict(settings)}: transformers refuses it: {error}") from error
         texts = tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
             answers[i] = (text if stop is None else stop.cut(text)).strip()

@@ -35,10 +35,22 @@ MAY_IMPORT = {
     "strategy.optimizers strategy.bases",
     "strategy.optimizers": "tensors core operations storage",
     "strategy.bases": "tensors core operations formats storage strategy strategy.optimizers",
-    "tasks": "tensors core structure adapters.virtual_tokens",
-    "cli": "core operations files formats storage planning callbacks strategy strategy.bases tasks",
+    "tasks": "core structure adapters.virtual_tokens tasks.data tasks.examples tasks.pretrained",
+    "tasks.data": "adapters.virtual_tokens tasks.examples tasks.pretrained",
+    "tasks.examples": "tensors adapters.virtual_tokens",
+    "tasks.pretrained": "",
+    "cli": "core operations files formats storage planning callbacks strategy strategy.bases tasks tasks.pretrained",
 }
-KNOW_LIGHTNING = {"callbacks", "strategy", "strategy.bases", "strategy.optimizers", "tasks", "cli"}
+KNOW_LIGHTNING = {
+    "callbacks",
+    "strategy",
+    "strategy.bases",
+    "strategy.optimizers",
+    "tasks",
+    "tasks.data",
+    "tasks.examples",
+    "cli",
+}
 AT_THE_TOP = {"__init__.py", "__main__.py", "errors.py", "py.typed"}
 # The judges in tests, and the other distribution of Lightning, whose classes pass no isinstance check of ours.
 NEVER = {"peft", "loralib", "adapters", "pytorch_lightning", "lightning_fabric", "callbacks"}

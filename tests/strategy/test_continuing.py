@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import AdaLoRA, LoRA, PEFTError, PEFTStrategy
 from lightning_peft.callbacks import AdapterCheckpoint
-from lightning_peft.tasks.resumable import ResumableLoader
+from lightning_peft.tasks.examples.resumable import ResumableLoader
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 STEPS, EPOCH = 12, 5

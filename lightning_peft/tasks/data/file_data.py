@@ -1,0 +1,121 @@
+"""What the DataModules share: a file for each stage, the module's tokenizer, loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lightning_peft.errors import PEFTError
+from lightning_peft.tasks.examples.records import Record, read_records
+from lightning_peft.tasks.pretrained import load_tokenizer
+
+
+class FileData(LightningDataModule):
+    """Examples from files.
+
+    Args:
+        train_file: Training examples, for `fit`.
+        val_file: Validation examples, for `fit` (without it there is no validation) and `validate`.
+        test_file: Test examples, for `test`.
+        predict_file: Examples without answers, for `predict`.
+        tokenizer: Where the tokenizer comes from, as the model's argument `model`. By default it is the
+            `tokenizer` of the module that the trainer runs.
+        batch_size: Examples per batch and process.
+        num_workers: Processes that put batches together; 0 does it in the training process.
+        cache_dir: Where dequantised GGUF models are kept. The user's cache folder by default.
+    """
+
+    def __init__(
+        self,
+        train_file: str | None = None,
+        val_file: str | None = None,
+        test_file: str | None = None,
+        predict_file: str | None = None,
+        tokenizer: str | None = None,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.files = {"train": train_file, "val": val_file, "test": test_file, "predict": predict_file}
+        self.tokenizer_source = tokenizer
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.cache_dir = cache_dir
+
+    def splits(self, stage: str) -> list[str]:
+        """Return which files a stage reads: validation examples are read in `fit` if there are any."""
+        splits = {"fit": ["train"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}[stage]
+        return [*splits, "val"] if stage == "fit" and self.files["val"] else splits
+
+    def read(self, split: str) -> list[Record]:
+        """Return the records of a file.
+
+        Raises:
+            PEFTError: It was not given, or cannot be read.
+        """
+        path = self.files[split]
+        if path is None:
+            raise PEFTError(f"{split}_file of {type(self).__name__} is missing; give the path of a data file")
+        return read_records(path, f"{split}_file")
+
+    def classes(self, labels: Iterable[str]) -> list[str]:
+        """Return the classes of the training file in sorted order.
+
+        Args:
+            labels: All that stand in it.
+
+        Raises:
+            PEFTError: They are not as many as the module that the trainer runs was given.
+        """
+        found = sorted(set(labels))
+        expected = getattr(getattr(self.module, "hparams", None), "num_labels", len(found))
+        if expected != len(found):
+            raise PEFTError(
+                f"num_labels={expected} was given, but {self.files['train']} has {len(found)} labels: "
+                f"{', '.join(found[:10])}. Give num_labels={len(found)}."
+            )
+        return found
+
+    def number(self, label: str, classes: Sequence[str], record: Record) -> int:
+        """Return the number of a label.
+
+        Raises:
+            PEFTError: The training file has no such label.
+        """
+        if label not in classes:
+            raise PEFTError(
+                f"{record.where}: label {label!r} does not occur in {self.files['train']}; its labels are "
+                f"{', '.join(classes[:10])}"
+            )
+        return classes.index(label)
+
+    @property
+    def module(self) -> Any:
+        """The module that the trainer runs, if there is a trainer."""
+        return self.trainer and self.trainer.lightning_module
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer that was given, or the module's.
+
+        Raises:
+            PEFTError: There is neither.
+        """
+        if self.tokenizer_source is not None:
+            return load_tokenizer(self.tokenizer_source, self.cache_dir)
+        tokenizer: PreTrainedTokenizerBase | None = getattr(self.module, "tokenizer", None)
+        if tokenizer is None:
+            raise PEFTError(f"{type(self).__name__} found no tokenizer on the trainer's module; give tokenizer=MODEL")
+        return tokenizer
+
+    def loader(self, rows: Sequence[Any], collate: Callable[[Any], Any], shuffle: bool = False) -> DataLoader[Any]:
+        """Return a loader over examples."""
+        return DataLoader(rows, shuffle=shuffle, **self.options(collate))  # type: ignore[arg-type]
+
+    def options(self, collate: Callable[[Any], Any]) -> dict[str, Any]:
+        """Return what loaders are made with."""
+        return {"batch_size": self.batch_size, "num_workers": self.num_workers, "collate_fn": collate}

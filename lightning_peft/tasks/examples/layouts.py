@@ -1,0 +1,170 @@
+"""The layouts in which people keep examples for a language model, and the one form that the rest works with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from lightning_peft.errors import PEFTError
+from lightning_peft.tasks.examples.records import Record
+
+Message = dict[str, Any]
+"""One turn: `role`, `content`, and whatever else the chat template reads, such as `tool_calls`."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""What ShareGPT's files call the speakers."""
+
+
+class Conversation(NamedTuple):
+    """An example: turns of a conversation, or a plain text."""
+
+    where: str
+    messages: list[Message]
+    tools: list[Any] | None = None
+    text: str | None = None
+
+    @property
+    def prompt(self) -> Conversation:
+        """The turns before the last answer, or all if there is none."""
+        answered = bool(self.messages) and self.messages[-1]["role"] == "assistant"
+        return self._replace(messages=self.messages[:-1]) if answered else self
+
+
+def conversation(record: Record, *, answered: bool = True) -> Conversation:
+    """Read a record in whichever layout it is.
+
+    Args:
+        record: With the fields of one of `LAYOUTS`.
+        answered: Whether the last turn has to be an answer, as for training.
+
+    Raises:
+        PEFTError: The fields are those of no layout, or do not hold what they should.
+    """
+    for names, read in LAYOUTS.items():
+        if names[0] in record.fields:
+            found = read(record, answered)
+            if answered and found.text is None and found.messages[-1]["role"] != "assistant":
+                raise PEFTError(
+                    f"{record.where}: the last turn is the {found.messages[-1]['role']}'s; expected an answer"
+                )
+            return found
+    layouts = "; ".join(" + ".join(names) for names in LAYOUTS)
+    raise PEFTError(
+        f"{record.where}: expected the fields of one of these layouts: {layouts}. Found {sorted(record.fields)}"
+    )
+
+
+def _messages(record: Record, answered: bool) -> Conversation:
+    return _turns(record, "messages", lambda turn: turn)
+
+
+def _sharegpt(record: Record, answered: bool) -> Conversation:
+    def message(turn: Message) -> Message:
+        if "from" not in turn:
+            return turn
+        speaker = turn["from"]
+        if speaker not in SHAREGPT:
+            raise PEFTError(f"{record.where}: a turn is from {speaker!r}; expected one of {', '.join(SHAREGPT)}")
+        return {"role": SHAREGPT[speaker], "content": turn.get("value")}
+
+    return _turns(record, "conversations", message)
+
+
+def _prompt(record: Record, answered: bool) -> Conversation:
+    prompt, answer = record.fields["prompt"], next((name for name in ANSWERS if name in record.fields), None)
+    if isinstance(prompt, list):
+        turns = prompt + (record.fields[answer] if answer and answered else [])
+        return _turns(record._replace(fields={**record.fields, "prompt": turns}), "prompt", lambda turn: turn)
+    return _one_answer(record, record.text("prompt"), answered)
+
+
+def _question(record: Record, answered: bool) -> Conversation:
+    return _one_answer(record, record.text("question", "source", "document", "dialogue"), answered)
+
+
+def _alpaca(record: Record, answered: bool) -> Conversation:
+    instruction = record.text("instruction")
+    return _one_answer(
+        record, f"{instruction}\n{record.text('input')}" if record.fields.get("input") else instruction, answered
+    )
+
+
+def _text(record: Record, answered: bool) -> Conversation:
+    return Conversation(record.where, [], text=record.text("text"))
+
+
+ANSWERS = ("answer", "completion", "output", "response", "target", "summary")
+LAYOUTS: dict[tuple[str, ...], Callable[[Record, bool], Conversation]] = {
+    ("messages",): _messages,
+    ("conversations",): _sharegpt,
+    ("prompt", "completion (or answer)"): _prompt,
+    ("question", "answer"): _question,
+    ("source", "target"): _question,
+    ("document", "summary"): _question,
+    ("dialogue", "summary"): _question,
+    ("instruction", "input (may be missing)", "output"): _alpaca,
+    ("text",): _text,
+}
+"""What a record of each layout has; the first name tells them apart."""
+
+
+def _one_answer(record: Record, prompt: str, answered: bool) -> Conversation:
+    messages = [{"role": "user", "content": prompt}]
+    if record.fields.get("system"):
+        messages.insert(0, {"role": "system", "content": record.text("system")})
+    if answered:
+        messages.append({"role": "assistant", "content": record.text(*ANSWERS)})
+    return Conversation(record.where, messages)
+
+
+def _turns(record: Record, field: str, message: Callable[[Message], Message]) -> Conversation:
+    turns = _parsed(record, field)
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise PEFTError(
+            f"{record.where}: field {field!r} is {_short(turns)}; expected a list of turns that is not empty"
+        )
+    messages = [message(turn) for turn in turns]
+    for number, turn in enumerate(messages, start=1):
+        where = f"{record.where}, turn {number}"
+        role, content = turn.get("role"), turn.get("content")
+        if role not in ROLES:
+            raise PEFTError(f"{where}: the role is {role!r}; expected one of {', '.join(ROLES)}")
+        if not isinstance(content, str | None):
+            raise PEFTError(f"{where}: the content is {_short(content)}; expected a text")
+        if not (content or "").strip() and not turn.get("tool_calls"):
+            raise PEFTError(f"{where}: the {role}'s turn is empty; expected a text")
+    if messages[0]["role"] == "assistant":
+        raise PEFTError(
+            f"{record.where}: the conversation begins with an answer; expected a turn of the user before it"
+        )
+    tools = _parsed(record, "tools")
+    if not isinstance(tools, list | None):
+        raise PEFTError(f"{record.where}: field 'tools' is {_short(tools)}; expected a list of JSON schemas")
+    return Conversation(record.where, messages, tools or None)
+
+
+def _parsed(record: Record, field: str) -> Any:
+    # CSV has no lists, and tables often keep them as text since their objects are not all of one kind.
+    value = record.fields.get(field)
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise PEFTError(f"{record.where}: field {field!r} is {_short(value)}; expected JSON ({error})") from error
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
