@@ -55,4 +55,4 @@ def stream_tensors(path: Path, kinds: Mapping[str, Kind], values: Iterable[tuple
         file.write(text)
         for name, tensor in values:
             assert (tensor.dtype, tuple(tensor.shape)) == kinds[name]
-            file.write(memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy()))
+            file.write(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)

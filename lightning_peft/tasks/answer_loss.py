@@ -78,7 +78,8 @@ def packing_error(
     def scores(begin: int) -> torch.Tensor:
         part = slice(0, 1), slice(begin, end)
         with answers(labels[part]):
-            logits = model(input_ids=input_ids[part], position_ids=position_ids[part], use_cache=False).logits
+            output = model(input_ids=input_ids[part], position_ids=position_ids[part], use_cache=False)
+        logits: torch.Tensor = output.logits
         return logits[0, start - begin :]
 
     with evaluating(model):

@@ -51,15 +51,15 @@ class _OneReference:
         super().update(answers, [[text] for text in expected])  # type: ignore[misc]
 
 
-class Bleu(_OneReference, BLEUScore):
+class Bleu(_OneReference, BLEUScore):  # type: ignore[misc]
     """BLEU over white space, of all answers together."""
 
 
-class SacreBleu(_OneReference, SacreBLEUScore):
+class SacreBleu(_OneReference, SacreBLEUScore):  # type: ignore[misc]
     """BLEU over sacreBLEU's tokens, of all answers together."""
 
 
-class Chrf(_OneReference, CHRFScore):
+class Chrf(_OneReference, CHRFScore):  # type: ignore[misc]
     """chrF++: characters and words, of all answers together."""
 
 

@@ -83,7 +83,7 @@ def is_script(module: nn.Module) -> bool:
 def tensor_options(module: nn.Module) -> dict[str, Any]:
     """Return dtype (never below float32) and device for the adapter of any module: those of its first parameter."""
     # Quantisers keep codes and scales in buffers as well.
-    tensors = list(module.parameters()) or list(module.buffers())
+    tensors: list[Tensor] = [*module.parameters()] or [*module.buffers()]
     first = next((tensor for tensor in tensors if tensor.is_floating_point()), tensors[0] if tensors else None)
     if first is None:
         return {"dtype": torch.float32}

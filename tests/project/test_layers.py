@@ -97,7 +97,12 @@ def modules_of_ours(names: set[str]) -> set[str]:
 IMPORTED = {module: imported(module) for module in SOURCES}
 USES = {module: modules_of_ours(names) - {module} for module, names in IMPORTED.items()}
 PACKAGES = {package_of(module) for module in SOURCES}
-LOWER = sorted(module for module in SOURCES if module == "errors" or package_of(module) not in {"", *KNOW_LIGHTNING})
+# Whoever imports a part of a package imports the package.
+LOWER = sorted(
+    module
+    for module in SOURCES
+    if module == "errors" or (package_of(module) and package_of(module).partition(".")[0] not in KNOW_LIGHTNING)
+)
 
 
 def said(package: str) -> str:

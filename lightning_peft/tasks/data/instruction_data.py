@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -99,7 +99,8 @@ class InstructionData(FileData):
         """Training examples, grouped by length and shuffled; resumed within an epoch, those that are left of it."""
         examples = self.examples["train"]
         rows: Sequence[Any] = examples
-        lengths, together = [len(example.ids) for example in examples], self._collate
+        together: Callable[[Any], dict[str, Any]] = self._collate
+        lengths = [len(example.ids) for example in examples]
         if self.packing:
             packed = pack(lengths, self.max_length)
             rank_zero_info(f"packing: {len(examples)} examples in {len(packed)} rows of {self.max_length} tokens")
@@ -166,7 +167,7 @@ def _shown(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> s
     for end in range(1, len(ids) + 1):
         learned = labels[start] != IGNORED
         if end == len(ids) or (labels[end] != IGNORED) != learned:
-            piece = tokenizer.decode(ids[start:end])
+            piece = str(tokenizer.decode(ids[start:end]))
             text += f"[[{piece}]]" if learned else piece
             start = end
     shown = text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
