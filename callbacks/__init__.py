@@ -4,6 +4,7 @@ Imports tensors, core, structure, files and storage.
 """
 
 from lightning_peft.callbacks.checkpoint import AdapterCheckpoint
+from lightning_peft.callbacks.predictions import PredictionWriter
 from lightning_peft.callbacks.summary import PEFTSummary
 
-__all__ = ["AdapterCheckpoint", "PEFTSummary"]
+__all__ = ["AdapterCheckpoint", "PEFTSummary", "PredictionWriter"]

@@ -23,7 +23,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 # Imported for its classes, which then go by their short names in a config, and for the strategies' registration.
 import lightning_peft.callbacks
 import lightning_peft.tasks  # noqa: F401
+from lightning_peft.callbacks import PredictionWriter
 from lightning_peft.cli import commands
+from lightning_peft.cli.chat import chat
 from lightning_peft.cli.convert import convert
 from lightning_peft.cli.errors import method_error
 from lightning_peft.cli.merge import merge
@@ -36,6 +38,7 @@ from lightning_peft.strategy.bases.names import base_names
 PROG = "lightning-peft"
 DESCRIPTION = "Parameter-efficient fine-tuning for any LightningModule, as one Trainer flag."
 COMMANDS: dict[str, Callable[..., None]] = {
+    "chat": chat,
     "inspect": commands.inspect,
     "merge": merge,
     "export": commands.export,
@@ -46,7 +49,7 @@ RUNS = {
     "fit": "Train: inject adapters, train them alone, save them alone, merge them at the end.",
     "validate": "Run one epoch over the validation data.",
     "test": "Run one epoch over the test data.",
-    "predict": "Compute predictions.",
+    "predict": "Compute predictions and write them, one JSON object for each example.",
 }
 
 
@@ -146,6 +149,10 @@ class PEFTCLI(LightningCLI):
             self._subcommand_parsers[name] = self._prepare_subcommand_parser(
                 Trainer, name, description=description, usage=usage
             )
+            if name == "predict":
+                self._subcommand_parsers[name].add_argument(
+                    "--output", type=str, default="predictions.jsonl", help="The file of JSON lines to write."
+                )
             commands.add_subcommand(name, self._subcommand_parsers[name], help=description)
         summary = parse(show_plan.__doc__ or "").short_description
         usage = f"{PROG} plan [--config FILE] [--devices N] [--num_nodes N] [--gpu_memory GIB] --model CLASS"
@@ -188,6 +195,13 @@ class PEFTCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Make every object that Lightning does not make by a function of its own."""
         self.parser.add_instantiator(lambda kind, *args, **kwargs: kind(*args, **kwargs), object, subclasses=True)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the Trainer; one that predicts writes what it predicts."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand == "predict":
+            trainer.callbacks.append(PredictionWriter(self._get(self.config, "output")))  # type: ignore[attr-defined]
+        return trainer
 
     def instantiate_classes(self) -> None:
         """Make model, data and Trainer."""

@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "tasks.data": "adapters.virtual_tokens tasks.examples tasks.pretrained",
     "tasks.examples": "tensors adapters.virtual_tokens",
     "tasks.pretrained": "",
-    "cli": "core operations files formats storage planning callbacks strategy strategy.bases tasks tasks.pretrained",
+    "cli": "core operations files formats storage planning callbacks strategy strategy.bases tasks tasks.examples "
+    "tasks.pretrained",
 }
 KNOW_LIGHTNING = {
     "callbacks",

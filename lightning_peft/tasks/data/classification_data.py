@@ -66,9 +66,9 @@ class ClassificationData(FileData):
         """Texts in the file's order."""
         return self._loader("predict")
 
-    def readable(self, prediction: Any) -> list[str]:
+    def readable(self, predictions: list[Any]) -> list[Any]:
         """Return the labels that numbers of classes stand for."""
-        return [self.labels[number] for number in prediction]
+        return [self.labels[number] for number in predictions]
 
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
         tokenizer = self.load_tokenizer()

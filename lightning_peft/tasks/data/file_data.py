@@ -94,6 +94,20 @@ class FileData(LightningDataModule):
             )
         return classes.index(label)
 
+    def predicted(self, predictions: Sequence[Any]) -> list[dict[str, Any]]:
+        """Return what is written of predictions: the fields of their records, and ``prediction``.
+
+        Args:
+            predictions: One for each record of the file, in its order, or for those that come first.
+        """
+        records = self.read("predict")[: len(predictions)]
+        values = self.readable(list(predictions))
+        return [{**record.fields, "prediction": value} for record, value in zip(records, values, strict=True)]
+
+    def readable(self, predictions: list[Any]) -> list[Any]:
+        """Return predictions as users read them."""
+        return predictions
+
     @property
     def module(self) -> Any:
         """The module that the trainer runs, if there is a trainer."""

@@ -75,9 +75,9 @@ class TokenData(FileData):
         """Words in the file's order."""
         return self._loader("predict")
 
-    def readable(self, prediction: Any) -> list[list[str]]:
+    def readable(self, predictions: list[Any]) -> list[Any]:
         """Return the labels that numbers of classes stand for, of each word."""
-        return [[self.labels[number] for number in numbers] for numbers in prediction]
+        return [[self.labels[number] for number in numbers] for numbers in predictions]
 
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
         tokenizer = self.load_tokenizer()
