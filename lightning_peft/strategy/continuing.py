@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.distributed import all_gather_object
+from torch.utils.data import IterableDataset
 
 from lightning_peft.errors import PEFTError
 from lightning_peft.strategy.leaving import Leaving
@@ -25,9 +28,7 @@ class Continuing(Leaving):
 
     def _note_generators(self) -> dict[str, Any] | None:
         """Return what a checkpoint is to hold of the generators of all processes; nothing, before a run has begun."""
-        try:
-            trainer = self._module.trainer
-        except RuntimeError:  # it is attached to none
+        if (trainer := self._attached_to) is None:
             return None
         states = [generator_states(self.root_device)] * trainer.world_size
         if trainer.world_size > 1:
@@ -36,7 +37,7 @@ class Continuing(Leaving):
 
     def _continue_from(self, saved: Mapping[str, Any] | None) -> None:
         """Go on from what :meth:`_note_generators` returned, if training is about to begin and as many processes do."""
-        trainer = None if self.lightning_module is None else self.lightning_module.trainer
+        trainer = self._attached_to
         if saved is None or trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return
         states = saved.get(_STATES) if isinstance(saved, Mapping) else None
@@ -50,6 +51,13 @@ class Continuing(Leaving):
                 "numbers (dropout, shuffling) are not those that would have come next."
             )
 
+    @property
+    def _attached_to(self) -> pl.Trainer | None:
+        """The trainer of the module, if there are both."""
+        with suppress(RuntimeError):
+            return None if self.lightning_module is None else self.lightning_module.trainer
+        return None
+
     def on_train_start(self) -> None:
         """Put the generators back: nothing is drawn between this and the next step but what that step draws."""
         super().on_train_start()
@@ -62,6 +70,9 @@ class Continuing(Leaving):
             # Lightning has begun to iterate over the next epoch, with what a new process draws and samplers of another
             # epoch. In all other cases it ends the last epoch first, and will begin when that has been done.
             assert loop._combined_loader is not None
-            for loader in loop._combined_loader.flattened:
+            loaders = loop._combined_loader.flattened
+            if any(isinstance(getattr(loader, "dataset", None), IterableDataset) for loader in loaders):
+                return  # which may have handed out by now what it has only once
+            for loader in loaders:
                 _set_sampler_epoch(loader, trainer.current_epoch)
             iter(loop._data_fetcher)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -83,23 +84,21 @@ class Training(FiniteSteps):
         states = [state_by_position(o, s, self._module) for o, s in zip(self.optimizers, saved, strict=True)]
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Differentiate the loss.
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Check that there is something to differentiate, where the module leaves that to Lightning.
 
         Raises:
-            PEFTError: It depends on no adapter.
+            PEFTError: The loss depends on no adapter.
         """
-        try:
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
-        except RuntimeError as error:
-            if closure_loss.requires_grad or not ModelView(self._module).slots:
-                raise
-            raise PEFTError(
-                "The loss depends on no adapter, so nothing can be trained: their modules were not called, or under "
-                "no_grad. Gradient checkpointing with use_reentrant=True loses adapters as well, where what a model is "
-                "given requires no gradient: set gradient_checkpointing_kwargs={'use_reentrant': False}, or call "
-                "model.enable_input_require_grads()."
-            ) from error
+        super().pre_backward(closure_loss)
+        if closure_loss.requires_grad or is_overridden("backward", self._module) or not ModelView(self._module).slots:
+            return
+        raise PEFTError(
+            "The loss depends on no adapter, so nothing can be trained: their modules were not called, or under "
+            "no_grad. Gradient checkpointing with use_reentrant=True loses adapters as well, where what a model is "
+            "given requires no gradient: set gradient_checkpointing_kwargs={'use_reentrant': False}, or call "
+            "model.enable_input_require_grads()."
+        )
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Step; after the first one, name the adapters that got no gradient.

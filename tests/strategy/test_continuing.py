@@ -1,6 +1,7 @@
 """A resumed run equals the run without a break, bit for bit, also where random numbers are drawn."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from launch import run_script
 from lightning.pytorch.callbacks import ModelCheckpoint
 from modules import BATCH, Regression, Stop, adapter_state, assert_same, trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_peft import AdaLoRA, LoRA, PEFTError, PEFTStrategy
 from lightning_peft.callbacks import AdapterCheckpoint
@@ -196,3 +197,41 @@ def test_fifty_kills_end_in_what_no_kill_ends_in(tmp_path: Path) -> None:
     assert "50 kills" in said
     straight, killed = (torch.load(tmp_path / f"{run}.pt", weights_only=True) for run in ("straight", "killed"))
     assert_same(killed, straight)
+
+
+class Once(IterableDataset[Tensor]):
+    """Hands out what it has once, as a queue or a socket does."""
+
+    def __init__(self, left: list[Tensor]) -> None:
+        self.left = left
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _ in range(2 * BATCH):
+            yield self.left.pop()
+
+
+@pytest.mark.parametrize("strategy", ["stock", "adapters"])
+def test_a_resumed_run_takes_no_more_from_a_stream_than_without_the_strategy(tmp_path: Path, strategy: str) -> None:
+    left = list(torch.randn(8 * BATCH, 8))
+
+    class Rows(Regression):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.loss(batch)
+
+    for epochs in (1, 2):
+        saver = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+        peft = "auto" if strategy == "stock" else PEFTStrategy(LoRA(r=2))
+        run = trainer(tmp_path, peft, max_epochs=epochs, callbacks=[saver])
+        last = tmp_path / "last.ckpt"
+        run.fit(Rows(), DataLoader(Once(left), batch_size=BATCH), ckpt_path=last if last.exists() else None)
+    # An epoch takes two batches.
+    assert len(left) == (8 - 2 * 2) * BATCH
+
+
+def test_a_checkpoint_is_read_for_a_module_without_a_trainer(tmp_path: Path) -> None:
+    run = trainer(tmp_path, PEFTStrategy(LoRA(r=2)))
+    run.fit(Regression(), DataLoader(DATA, batch_size=BATCH))
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    strategy = trainer(tmp_path, PEFTStrategy(LoRA(r=2))).strategy
+    strategy.connect(Regression())
+    assert "state_dict" in strategy.load_checkpoint(tmp_path / "one.ckpt")
