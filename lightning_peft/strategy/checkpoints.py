@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_peft.callbacks.ending import listen, save_last
 from lightning_peft.callbacks.last import WritesDirectories
@@ -182,38 +184,61 @@ class Checkpoints(WritesDirectories, Continuing):
                 "No run could go on from such a checkpoint, so it was not written, and earlier ones stay."
             )
 
+    def _together(self, write: Callable[[], T]) -> T:
+        """Call ``write`` on every process and return what it does; where it fails on one, it fails on all.
+
+        Raises:
+            PEFTError: It failed: none waits for one that has gone.
+        """
+        error: Exception | None = None
+        try:
+            written = write()
+        except Exception as caught:
+            error = caught
+        messages: list[str | None] = [None if error is None else str(error)]
+        if dist.is_initialized():
+            messages *= dist.get_world_size()
+            dist.all_gather_object(messages, messages[0])
+        if isinstance(error, PEFTError):
+            raise error
+        if failed := [(rank, message) for rank, message in enumerate(messages) if message is not None]:
+            raise PEFTError("Rank {} failed: {}".format(*failed[0])) from error
+        return written
+
     def _on_rank_zero(self, write: Callable[[], T]) -> T | None:
-        """Call ``write`` there and return what it does; where it fails, every process does, and none waits for it.
+        """Call ``write`` there and return what it does, as :meth:`_together` does.
 
         Raises:
             PEFTError: It failed.
         """
-        written, error = None, None
-        if self.is_global_zero:
-            try:
-                written = write()
-            except PEFTError as caught:
-                error = caught
-        message = self.broadcast(None if error is None else str(error))
-        if message is not None:
-            raise error or PEFTError(f"Rank 0 failed: {message}")
-        return written
+        return self._together(lambda: write() if self.is_global_zero else None)
 
     def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None) -> None:
         """Write a checkpoint as the base strategy does."""
+        write = super().save_checkpoint
         if not self._saves_shards or _is_remote(filepath):
-            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-            return
-        with self._staged(filepath, checkpoint) as directory:
-            super().save_checkpoint(checkpoint, directory, storage_options=storage_options)
+            self._together(lambda: write(checkpoint, filepath, storage_options=storage_options))
+        else:
+            self._write_pieces(filepath, checkpoint, lambda d: write(checkpoint, d, storage_options=storage_options))
 
-    @contextmanager
-    def _staged(self, filepath: Any, checkpoint: Mapping[str, Any]) -> Iterator[Path]:
-        """Yield where all processes write of ``checkpoint`` what then becomes the directory ``filepath``."""
+    def _write_pieces(self, filepath: Any, checkpoint: Mapping[str, Any], write: Callable[[Path], None]) -> None:
+        """Have every process ``write`` its pieces of ``checkpoint`` into what becomes the directory ``filepath``."""
         with ExitStack() as stack:
             staging = self._on_rank_zero(lambda: stack.enter_context(atomic_directory(filepath)))
-            yield (directory := Path(self.broadcast(staging)))  # type: ignore[arg-type]
-            self.barrier()
+            directory = Path(self.broadcast(staging))  # type: ignore[arg-type]
+
+            def write_here() -> None:
+                try:
+                    with os_errors("write", Path(filepath)):
+                        write(directory)
+                except CheckpointException as error:  # which is no Exception; all processes get it
+                    rank, (cause, _) = next(iter(error.failures.items()))
+                    raise PEFTError(
+                        f"Cannot write {filepath}: rank {rank} failed: {cause}. There is no half of it. Check the "
+                        "path, its permissions and the free space."
+                    ) from error
+
+            self._together(write_here)
             self._on_rank_zero(lambda: write_manifest(directory, about(ModelView(self._module), checkpoint)))
 
     def remove_checkpoint(self, filepath: Any) -> None:
