@@ -43,7 +43,7 @@ STORE = Path(".mutants").resolve()
 TREE, DATA, SECONDS = STORE / "tree", STORE / "coverage", STORE / "seconds.json"
 QUICK = 20.0
 """Seconds: tests that take longer are left out."""
-BUDGET = 60.0
+BUDGET = 30.0
 """Seconds that the tests of one mutant took when they were recorded, together."""
 
 
@@ -204,13 +204,15 @@ def main() -> None:
     )
     every = [make for path in files if options.only in path for make in mutants_of(path)]
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for make in random.Random(options.seed).sample(every, min(options.number, len(every))):
-        mutant = make()
-        tests = tests_for(mutant, recorded["tests"])
-        outcome = "unreached" if not tests else "survived" if survives(mutant, tests) else "killed"
-        counts[mutant.path][outcome] += 1
-        if outcome != "killed":
-            print(f"{outcome} ({len(tests)} tests): {mutant.path}:{mutant.line}\n{mutant.shown}", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):  # what was tried by then is reported
+        for make in random.Random(options.seed).sample(every, min(options.number, len(every))):
+            mutant = make()
+            tests = tests_for(mutant, recorded["tests"])
+            outcome = "not reached" if not tests else "survived" if survives(mutant, tests) else "killed"
+            counts[mutant.path][outcome] += 1
+            print(f"{outcome}: {mutant.path}:{mutant.line} ({len(tests)} tests)", flush=True)
+            if outcome != "killed":
+                print(mutant.shown, flush=True)
     report(counts)
 
 
@@ -219,7 +221,7 @@ def report(counts: dict[str, Counter[str]]) -> None:
     for path, count in [*sorted(counts.items()), ("all", total)]:
         tried = count["killed"] + count["survived"]
         score = f"{100 * count['killed'] / tried:.0f} %" if tried else "-"
-        print(f"{path:50} {score:>6} of {tried:4} killed; {count['unreached']} not reached")
+        print(f"{path:50} {score:>6} of {tried:4} killed; {count['not reached']} not reached")
 
 
 if __name__ == "__main__":

@@ -188,6 +188,7 @@ def run(
 ) -> None:
     """Train; two devices see together the batches that one device sees alone."""
     fitted, module = make(base, out, tag, devices, epochs)
+    torch.manual_seed(fitted.global_rank)  # that of the first process counts
     fitted.fit(module, loader(batch_size=8), ckpt_path=resume, weights_only=weights_only)
     states = [tensor for optimizer in fitted.optimizers for s in optimizer.state.values() for tensor in s.values()]
     count = sum(local_part(tensor).numel() for tensor in states)

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -590,3 +591,34 @@ def test_a_step_that_is_skipped_is_no_word(tmp_path: Path, recwarn: pytest.Warni
 
     trainer(tmp_path).fit(Skipping(), loader())
     assert not [w for w in recwarn if "no gradient" in str(w.message)]
+
+
+class Growing(Regression):
+    """Lacks the layer that is to be adapted, until somebody adds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.net[2]
+
+    def loss(self, x: Tensor) -> Tensor:
+        return self(x).square().mean()
+
+
+def test_a_second_run_after_a_failed_setup_is_as_the_first(tmp_path: Path) -> None:
+    """Also the precision plugin, which may be the user's, is what it was."""
+    plugin, states = Precision(), {}
+    for fails in (True, False):
+        module = Growing()
+        strategy = PEFTStrategy(LoRA(r=2, target_modules=["net.2"]), merge_on_train_end=False)
+        run = trainer(tmp_path, strategy, plugins=[plugin])
+        if fails:
+            with pytest.raises(PEFTError, match=r"'net\.2' matches no module"):
+                run.fit(module, loader())
+            assert "convert_module" not in vars(plugin)
+            assert all(parameter.requires_grad for parameter in module.parameters())
+        module.net.append(Regression().net[2])
+        torch.manual_seed(0)
+        run.fit(module, loader())
+        assert "convert_module" not in vars(plugin)
+        states[fails] = module.state_dict()
+    assert_same(states[True], states[False])
