@@ -10,6 +10,7 @@ import sys
 import textwrap
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,10 +27,12 @@ import lightning_peft.tasks  # noqa: F401
 from lightning_peft.cli import commands
 from lightning_peft.cli.convert import convert
 from lightning_peft.cli.errors import method_error
+from lightning_peft.cli.export import export
 from lightning_peft.cli.merge import merge
 from lightning_peft.cli.plan import show_plan
 from lightning_peft.core.method import registered_methods
 from lightning_peft.errors import PEFTError
+from lightning_peft.formats.serving.readers import READERS
 from lightning_peft.strategy import PEFTStrategy
 from lightning_peft.strategy.bases.names import base_names
 
@@ -38,10 +41,12 @@ DESCRIPTION = "Parameter-efficient fine-tuning for any LightningModule, as one T
 COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": commands.inspect,
     "merge": merge,
-    "export": commands.export,
+    "export": export,
     "convert": convert,
 }
 """Commands that need no Trainer."""
+_WRITTEN = {"reader": ("--for", "Who is to read it: " + ", ".join(READERS))}
+"""Arguments whose options no argument of Python's can be called after, with these and what help says."""
 RUNS = {
     "fit": "Train: inject adapters, train them alone, save them alone, merge them at the end.",
     "validate": "Run one epoch over the validation data.",
@@ -155,7 +160,10 @@ class PEFTCLI(LightningCLI):
         for name, function in COMMANDS.items():
             summary = parse(function.__doc__ or "").short_description
             command = ArgumentParser(description=summary)
-            command.add_function_arguments(function, as_group=False, as_positional=True)
+            command.add_function_arguments(function, as_group=False, as_positional=True, skip=set(_WRITTEN))
+            for argument, (option, text) in _WRITTEN.items():
+                if argument in signature(function).parameters:
+                    command.add_argument(option, dest=argument, type=str, help=text)
             commands.add_subcommand(name, command, help=summary)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
