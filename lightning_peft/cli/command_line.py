@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import lightning_peft.callbacks
 import lightning_peft.tasks  # noqa: F401
 from lightning_peft.cli import commands
+from lightning_peft.cli.compare import diff, verify
 from lightning_peft.cli.convert import convert
 from lightning_peft.cli.errors import method_error
 from lightning_peft.cli.export import export
@@ -43,10 +44,15 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "merge": merge,
     "export": export,
     "convert": convert,
+    "verify": verify,
+    "diff": diff,
 }
 """Commands that need no Trainer."""
-_WRITTEN = {"reader": ("--for", "Who is to read it: " + ", ".join(READERS))}
-"""Arguments whose options no argument of Python's can be called after, with these and what help says."""
+_WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "reader": ("--for", {"type": str, "help": f"Who is to read it: {', '.join(READERS)}."}),
+    "json": ("--json", {"action": "store_true", "help": "Print JSON, for programs."}),
+}
+"""Arguments whose options are written in a way of their own."""
 RUNS = {
     "fit": "Train: inject adapters, train them alone, save them alone, merge them at the end.",
     "validate": "Run one epoch over the validation data.",
@@ -161,9 +167,9 @@ class PEFTCLI(LightningCLI):
             summary = parse(function.__doc__ or "").short_description
             command = ArgumentParser(description=summary)
             command.add_function_arguments(function, as_group=False, as_positional=True, skip=set(_WRITTEN))
-            for argument, (option, text) in _WRITTEN.items():
+            for argument, (option, how) in _WRITTEN.items():
                 if argument in signature(function).parameters:
-                    command.add_argument(option, dest=argument, type=str, help=text)
+                    command.add_argument(option, dest=argument, **how)
             commands.add_subcommand(name, command, help=summary)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
+from json import dumps
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,20 @@ _TASK_CLASSES = {
 }
 
 _Row = tuple[str, str]
+_SEVERAL = ("method", "to resume")
 
 
-def inspect(path: str) -> None:
+def inspect(path: str, json: bool = False) -> None:
     """Show what an adapter directory or a checkpoint holds.
 
     Args:
         path: An adapter directory, of this package or of Hugging Face PEFT, or a Lightning checkpoint (.ckpt).
+        json: Print JSON, for programs.
 
     Raises:
         PEFTError: It is neither, or damaged.
     """
+    show = _show_json if json else _show
     place = Path(path)
     if not place.exists():
         raise PEFTError(f"{path} does not exist: expected an adapter directory or a .ckpt file.")
@@ -50,9 +54,9 @@ def inspect(path: str) -> None:
         if not directories:
             raise PEFTError(f"{path} holds no {CONFIG_FILE}: expected an adapter directory or a .ckpt file.")
         for directory in directories:
-            _show(str(directory), _describe_directory(directory))
+            show(str(directory), _describe_directory(directory))
     else:
-        _show(path, _describe_checkpoint(place))
+        show(path, _describe_checkpoint(place))
 
 
 def refuse_place(source: Path, out: Path) -> None:
@@ -65,6 +69,18 @@ def _show(title: str, rows: Iterable[_Row]) -> None:
     print(title)
     for key, value in rows:
         print(f"  {key:<12} {value}")
+
+
+def _show_json(title: str, rows: Iterable[_Row]) -> None:
+    """Print an object in a line; what a row may be there several times for is a list."""
+    content: dict[str, Any] = {"path": title}
+    for key, value in rows:
+        content[key] = [*content.get(key, []), value] if key in _SEVERAL else value
+    directory = Path(title)
+    if directory.is_dir():
+        config = read_config(directory)
+        content |= {"config": config, "shapes": read_shapes(directory / TENSOR_FILE), "base": _recorded_base(directory)}
+    print(dumps(content))
 
 
 def _describe_directory(directory: Path) -> list[_Row]:
