@@ -31,6 +31,7 @@ from lightning_peft.cli.errors import method_error
 from lightning_peft.cli.export import export
 from lightning_peft.cli.merge import merge
 from lightning_peft.cli.plan import show_plan
+from lightning_peft.cli.push import push
 from lightning_peft.core.method import registered_methods
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.serving.readers import READERS
@@ -46,10 +47,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "verify": verify,
     "diff": diff,
+    "push": push,
 }
 """Commands that need no Trainer."""
 _WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
     "reader": ("--for", {"type": str, "help": f"Who is to read it: {', '.join(READERS)}."}),
+    "private": ("--private", {"action": "store_true", "help": "Make a repository that others do not see."}),
     "json": ("--json", {"action": "store_true", "help": "Print JSON, for programs."}),
 }
 """Arguments whose options are written in a way of their own."""
