@@ -1,6 +1,6 @@
 """The command ``lightning-peft``.
 
-Imports core, operations, files, formats, storage, planning, callbacks, strategy, strategy.bases, tasks,
+Imports core, operations, files, formats, formats.serving, storage, planning, callbacks, strategy, strategy.bases, tasks,
 tasks.examples and tasks.pretrained.
 """
 

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,12 +27,16 @@ import lightning_peft.tasks  # noqa: F401
 from lightning_peft.callbacks import PredictionWriter
 from lightning_peft.cli import commands
 from lightning_peft.cli.chat import chat
+from lightning_peft.cli.compare import diff, verify
 from lightning_peft.cli.convert import convert
 from lightning_peft.cli.errors import method_error
+from lightning_peft.cli.export import export
 from lightning_peft.cli.merge import merge
 from lightning_peft.cli.plan import show_plan
+from lightning_peft.cli.push import push
 from lightning_peft.core.method import registered_methods
 from lightning_peft.errors import PEFTError
+from lightning_peft.formats.serving.readers import READERS
 from lightning_peft.strategy import PEFTStrategy
 from lightning_peft.strategy.bases.names import base_names
 
@@ -41,10 +46,19 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "inspect": commands.inspect,
     "merge": merge,
-    "export": commands.export,
+    "export": export,
     "convert": convert,
+    "verify": verify,
+    "diff": diff,
+    "push": push,
 }
 """Commands that need no Trainer."""
+_WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "reader": ("--for", {"type": str, "help": f"Who is to read it: {', '.join(READERS)}."}),
+    "private": ("--private", {"action": "store_true", "help": "Make a repository that others do not see."}),
+    "json": ("--json", {"action": "store_true", "help": "Print JSON, for programs."}),
+}
+"""Arguments whose options are written in a way of their own."""
 RUNS = {
     "fit": "Train: inject adapters, train them alone, save them alone, merge them at the end.",
     "validate": "Run one epoch over the validation data.",
@@ -162,7 +176,10 @@ class PEFTCLI(LightningCLI):
         for name, function in COMMANDS.items():
             summary = parse(function.__doc__ or "").short_description
             command = ArgumentParser(description=summary)
-            command.add_function_arguments(function, as_group=False, as_positional=True)
+            command.add_function_arguments(function, as_group=False, as_positional=True, skip=set(_WRITTEN))
+            for argument, (option, how) in _WRITTEN.items():
+                if argument in signature(function).parameters:
+                    command.add_argument(option, dest=argument, **how)
             commands.add_subcommand(name, command, help=summary)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

@@ -1,9 +1,10 @@
-"""The commands of ``lightning-peft`` about adapters: showing one, copying it for servers."""
+"""The commands of ``lightning-peft`` about adapters: showing one, and what the others find of it."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
+from json import dumps
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,13 @@ import transformers
 
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import (
-    MARKER,
     read_shapes,
-    read_tensors,
-    write_json,
-    write_tensors,
 )
-from lightning_peft.files.leftovers import restore_interrupted
-from lightning_peft.files.manifest import check_manifest, write_manifest
-from lightning_peft.files.writing import atomic_directory
 from lightning_peft.formats import own
 from lightning_peft.formats.configuration import read_config, read_marker
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
-from lightning_peft.formats.serving import serving_copy
 from lightning_peft.storage.checkpoint import KEY
-from lightning_peft.storage.saving import BESIDE_FILE, FILES
-from lightning_peft.tasks.pretrained import Dtype
+from lightning_peft.storage.saving import BESIDE_FILE
 
 # HF PEFT's task types, for adapters that do not say what class their base is.
 _TASK_CLASSES = {
@@ -40,17 +32,20 @@ _TASK_CLASSES = {
 }
 
 _Row = tuple[str, str]
+_SEVERAL = ("method", "to resume")
 
 
-def inspect(path: str) -> None:
+def inspect(path: str, json: bool = False) -> None:
     """Show what an adapter directory or a checkpoint holds.
 
     Args:
         path: An adapter directory, of this package or of Hugging Face PEFT, or a Lightning checkpoint (.ckpt).
+        json: Print JSON, for programs.
 
     Raises:
         PEFTError: It is neither, or damaged.
     """
+    show = _show_json if json else _show
     place = Path(path)
     if not place.exists():
         raise PEFTError(f"{path} does not exist: expected an adapter directory or a .ckpt file.")
@@ -59,50 +54,9 @@ def inspect(path: str) -> None:
         if not directories:
             raise PEFTError(f"{path} holds no {CONFIG_FILE}: expected an adapter directory or a .ckpt file.")
         for directory in directories:
-            _show(str(directory), _describe_directory(directory))
+            show(str(directory), _describe_directory(directory))
     else:
-        _show(path, _describe_checkpoint(place))
-
-
-def export(adapter: str, out: str = "exported", rank: int | None = None, dtype: Dtype | None = None) -> None:
-    """Copy a LoRA adapter for servers: vLLM, SGLang, llama.cpp and TensorRT-LLM all scale the copy alike.
-
-    The scale is folded into B and lora_alpha is the rank, so that a server that knows neither rsLoRA nor patterns
-    serves what was trained. The base model is not needed. (SGLang adapts the projections of queries and values
-    together: to serve one of them, train both.)
-
-    Args:
-        adapter: The adapter directory, of this package or of Hugging Face PEFT.
-        out: The directory to write. One that this command wrote before is replaced.
-        rank: Pad with zeros to this rank, one that vLLM can serve: 8, 16, 32, 64, 128, 256, 320 or 512. The
-            adapter's largest, if not given.
-        dtype: Of the tensors written. The adapter's own, if not given.
-
-    Raises:
-        PEFTError: It is no plain LoRA, has modules trained whole, or the directory cannot be written.
-    """
-    source, target = Path(adapter), Path(out)
-    restore_interrupted(source)
-    check_manifest(source, FILES)
-    refuse_place(source, target)
-    if (target / MARKER).is_file() and "exported" not in read_marker(target):
-        raise PEFTError(f"out={out!r} is no earlier export, perhaps a checkpoint. Choose another directory.")
-    marker = read_marker(source)
-    if "parts" in marker:
-        parts = ", ".join(str(source / str(part)) for part in marker["parts"])
-        raise PEFTError(f"{adapter} holds adapters for several models: {parts}. Export each of them.")
-    if beside := sorted(file.name for file in source.glob("*.safetensors") if file.name != TENSOR_FILE):
-        raise PEFTError(f"{adapter} has modules trained whole in {beside[0]}, which a server for LoRA does not read.")
-    kind = None if dtype is None else getattr(torch, dtype)
-    config, tensors = serving_copy(
-        read_config(source), read_tensors(source / TENSOR_FILE), adapter, rank=rank, dtype=kind
-    )
-    with atomic_directory(target) as directory:
-        write_tensors(directory / TENSOR_FILE, tensors)
-        write_json(directory / CONFIG_FILE, config)
-        write_json(directory / MARKER, {**marker, "version": 1, "exported": adapter})
-        write_manifest(directory, {"exported": adapter})
-    print(f"Wrote {out}: rank {config['r']}, the scale is in B. Targets: {', '.join(config['target_modules'])}.")
+        show(path, _describe_checkpoint(place))
 
 
 def refuse_place(source: Path, out: Path) -> None:
@@ -115,6 +69,18 @@ def _show(title: str, rows: Iterable[_Row]) -> None:
     print(title)
     for key, value in rows:
         print(f"  {key:<12} {value}")
+
+
+def _show_json(title: str, rows: Iterable[_Row]) -> None:
+    """Print an object in a line; what a row may be there several times for is a list."""
+    content: dict[str, Any] = {"path": title}
+    for key, value in rows:
+        content[key] = [*content.get(key, []), value] if key in _SEVERAL else value
+    directory = Path(title)
+    if directory.is_dir():
+        config = read_config(directory)
+        content |= {"config": config, "shapes": read_shapes(directory / TENSOR_FILE), "base": _recorded_base(directory)}
+    print(dumps(content))
 
 
 def _describe_directory(directory: Path) -> list[_Row]:

@@ -51,7 +51,7 @@ def merge(adapter: str, model: str | None = None, out: str = "merged", dtype: Dt
     model = model or base_name(Path(adapter))
     kind = model_class(Path(adapter))
     with atomic_directory(out) as directory:  # refused before the work, if it cannot be written
-        base = _mapped(model, kind)
+        base = mapped(model, kind)
         if base is not None:
             load_adapter(base, adapter)
         if base is not None and _changes_weights_alone(ModelView(base)):
@@ -79,7 +79,7 @@ def _dtype(model: str) -> Dtype:
     return named if found in (torch.float16, torch.bfloat16) else "float32"  # type: ignore[no-any-return]
 
 
-def _mapped(model: str, kind: Any) -> PreTrainedModel | None:
+def mapped(model: str, kind: Any) -> PreTrainedModel | None:
     """Return the base with the weights of its files, unread, if it is a directory with all of them."""
     directory = Path(model)
     if not (directory / "config.json").is_file() or "quantization_config" in read_json(directory / "config.json"):

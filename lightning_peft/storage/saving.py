@@ -15,6 +15,7 @@ from lightning_peft.core.adapter import CHILD, Adapter
 from lightning_peft.core.registry import changed, registries, required
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError, listed
+from lightning_peft.files.card import write_card
 from lightning_peft.files.contents import MARKER, write_json, write_tensors
 from lightning_peft.files.manifest import write_manifest
 from lightning_peft.files.writing import atomic_directory
@@ -38,7 +39,13 @@ FILES = (CONFIG_FILE, TENSOR_FILE, MARKER, BESIDE_FILE)
 """What is read of a directory, and of those in it."""
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> None:
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    card: bool | Mapping[str, Any] = False,
+) -> None:
     """Write an adapter as a directory, in HF PEFT's format if HF PEFT has the method.
 
     ``PeftModel.from_pretrained(base, path)`` reads that. Other methods, and several methods together but for LoRA with
@@ -51,6 +58,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str | 
         model: A model with adapters, merged or not.
         path: The directory to write; one that this function wrote before is replaced, atomically.
         name: Which adapter; the active one if not given.
+        card: Whether to write a model card beside the adapter, a README.md for a model hub; or what it is to say that
+            the adapter does not tell: ``{"data": "my-data", "metrics": {"accuracy": 0.93}}``.
 
     Raises:
         PEFTError: There is no such adapter, or ``path`` cannot be written or is not ours to replace.
@@ -70,6 +79,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str | 
         )
     with atomic_directory(path) as directory:
         write_adapters(directory, view, state, names=[name])
+        for config in directory.rglob(CONFIG_FILE) if card else ():
+            write_card(config.parent, CONFIG_FILE, TENSOR_FILE, {} if isinstance(card, bool) else card)
         write_manifest(directory, about(view))
 
 

@@ -28,9 +28,10 @@ MAY_IMPORT = {
     "formats": "core structure targets adapters.low_rank files formats.counterparts formats.additions",
     "formats.counterparts": "tensors core targets adapters.low_rank adapters.virtual_tokens methods formats",
     "formats.additions": "core structure targets adapters.low_rank methods formats formats.counterparts",
+    "formats.serving": "formats.counterparts",
     "storage": "tensors core structure targets operations files formats",
     "planning": "core structure adapters.virtual_tokens",
-    "callbacks": "tensors core structure files storage",
+    "callbacks": "tensors core structure files formats formats.serving storage",
     "strategy": "tensors core structure targets operations files formats storage callbacks "
     "strategy.optimizers strategy.bases",
     "strategy.optimizers": "tensors core operations storage",
@@ -39,7 +40,8 @@ MAY_IMPORT = {
     "tasks.data": "adapters.virtual_tokens tasks.examples tasks.pretrained",
     "tasks.examples": "tensors adapters.virtual_tokens",
     "tasks.pretrained": "",
-    "cli": "core operations files formats storage planning callbacks strategy strategy.bases tasks tasks.examples "
+    "cli": "core operations files formats formats.serving storage planning callbacks strategy strategy.bases tasks "
+    "tasks.examples "
     "tasks.pretrained",
 }
 KNOW_LIGHTNING = {

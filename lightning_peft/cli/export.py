@@ -1,0 +1,118 @@
+"""The command ``lightning-peft export``: a copy of an adapter that another program reads as it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.cli.commands import refuse_place
+from lightning_peft.errors import PEFTError
+from lightning_peft.files.contents import MARKER, read_tensors, write_json, write_tensors
+from lightning_peft.files.leftovers import restore_interrupted
+from lightning_peft.files.manifest import check_manifest, write_manifest
+from lightning_peft.files.writing import atomic_directory
+from lightning_peft.formats import own
+from lightning_peft.formats.configuration import read_config, read_marker
+from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
+from lightning_peft.formats.serving import serving_copy
+from lightning_peft.formats.serving.readers import Reader, rank_for, reader_named
+from lightning_peft.storage.saving import FILES
+from lightning_peft.tasks.pretrained import Dtype
+
+
+def export(
+    adapter: str,
+    out: str = "exported",
+    reader: str | None = None,
+    rank: int | None = None,
+    dtype: Dtype | None = None,
+) -> None:
+    """Copy an adapter for another program, so that it reads what was trained.
+
+    For servers (vllm, sglang, llama.cpp, tensorrt-llm; all of them, if none is named) the copy is a plain LoRA: the
+    scale is folded into B and lora_alpha is the rank, so that one that knows neither rsLoRA nor patterns serves what
+    was trained. The base model is not needed.
+
+    Args:
+        adapter: The adapter directory, of this package or of Hugging Face PEFT.
+        out: The directory to write. One that this command wrote before is replaced.
+        reader: Who is to read it, written --for: vllm, sglang, llama.cpp, tensorrt-llm, transformers or peft.
+        rank: Pad with zeros to this rank, one that vLLM can serve: 8, 16, 32, 64, 128, 256, 320 or 512. The
+            adapter's largest, or the next that the reader has room for, if not given.
+        dtype: Of the tensors written. The adapter's own, if not given.
+
+    Raises:
+        PEFTError: There is no such reader, or none that reads the adapter; or the directory cannot be written.
+    """
+    found = None if reader is None else reader_named(reader)
+    source, target = Path(adapter), Path(out)
+    marker = _checked(source, target)
+    config, tensors = read_config(source), read_tensors(source / TENSOR_FILE)
+    if found is not None and not found.lora_alone:
+        _refuse_unread(found, reader or "", config, adapter)
+        copied = config, {n: t if dtype is None else t.to(getattr(torch, dtype)) for n, t in tensors.items()}
+        what = f"type {config['peft_type']}"
+    else:
+        copied = _plain(reader, config, tensors, adapter, rank, dtype)
+        what = f"rank {copied[0]['r']}, the scale is in B. Targets: {', '.join(copied[0]['target_modules'])}"
+    with atomic_directory(target) as directory:
+        write_tensors(directory / TENSOR_FILE, copied[1])
+        write_json(directory / CONFIG_FILE, copied[0])
+        write_json(directory / MARKER, {**marker, "version": 1, "exported": adapter})
+        write_manifest(directory, {"exported": adapter})
+    print(f"Wrote {out}: {what}.{'' if found is None else ' ' + found.note.format(rank=copied[0].get('r'))}")
+
+
+def _checked(source: Path, target: Path) -> dict[str, Any]:
+    """Return the marker of the adapter in ``source``, after what can be said against copying it to ``target``."""
+    restore_interrupted(source)
+    check_manifest(source, FILES)
+    refuse_place(source, target)
+    if (target / MARKER).is_file() and "exported" not in read_marker(target):
+        raise PEFTError(f"out={str(target)!r} is no earlier export, perhaps a checkpoint. Choose another directory.")
+    marker = read_marker(source)
+    if "parts" in marker:
+        parts = ", ".join(str(source / str(part)) for part in marker["parts"])
+        raise PEFTError(f"{source} holds adapters for several models: {parts}. Export each of them.")
+    if beside := sorted(file.name for file in source.glob("*.safetensors") if file.name != TENSOR_FILE):
+        raise PEFTError(f"{source} has modules trained whole in {beside[0]}, which a server for LoRA does not read.")
+    return marker
+
+
+def _refuse_unread(reader: Reader, name: str, config: Mapping[str, Any], adapter: str) -> None:
+    kind = _kind(config)
+    if kind == own.PEFT_TYPE:
+        raise PEFTError(
+            f"{adapter} is in lightning_peft's own format, for what HF PEFT does not have: {name} reads none of it. If "
+            f"it changes weights alone, `lightning-peft convert {adapter} --out lora --energy 0.99` makes a LoRA of it."
+        )
+    if kind in reader.unread:
+        raise PEFTError(f"{adapter} is of type {kind}, which {name} does not read. HF PEFT does: export it --for peft.")
+
+
+def _kind(config: Mapping[str, Any]) -> Any:
+    return "DoRA" if config.get("use_dora") else config.get("peft_type")
+
+
+def _plain(
+    name: str | None,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    adapter: str,
+    rank: int | None,
+    dtype: Dtype | None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return configuration and tensors of the copy for a server."""
+    if (kind := _kind(config)) != "LORA":
+        raise PEFTError(
+            f"{adapter} is of type {kind}; {name or 'servers'} read{'s' if name else ''} plain LoRA alone. "
+            f"`lightning-peft convert {adapter} --out lora --energy 0.99` makes the nearest one of what changes "
+            f"weights, and `lightning-peft merge {adapter} --out merged` a whole model."
+        )
+    if name is not None:
+        rank = rank_for(name, config, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, adapter, rank)
+    return serving_copy(config, tensors, adapter, rank=rank, dtype=None if dtype is None else getattr(torch, dtype))

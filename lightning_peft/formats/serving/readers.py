@@ -1,0 +1,120 @@
+"""Programs that read adapters in HF PEFT's format, and what each reads of it: one table, with where that stands."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_peft.errors import PEFTError
+from lightning_peft.formats.counterparts.lora import read_low_rank
+from lightning_peft.formats.serving.plain import RANKS
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What a program reads."""
+
+    source: str
+    """Where that stands, and in which state of it."""
+    seen: str
+    """When it was looked at."""
+    lora_alone: bool = True
+    """Whether it reads LoRA alone and scales it by ``lora_alpha / r`` or less: it is given a serving copy."""
+    ranks: tuple[int, ...] | None = None
+    """The ranks that it has room for, if not all."""
+    embeddings: bool = True
+    """Whether it reads LoRA of embeddings."""
+    together: tuple[str, ...] = ()
+    """Last names of modules that it reads together or not at all."""
+    unread: tuple[str, ...] = ()
+    """What of HF PEFT's types it does not read, or not rightly, if it reads more than LoRA."""
+    note: str = ""
+    """What to do there."""
+
+
+READERS = {
+    "vllm": Reader(
+        source="vllm/lora/peft_helper.py of vLLM at e745baf: DoRA and modules_to_save are refused, patterns not read",
+        seen="2026-11-28",
+        ranks=RANKS,
+        note="Start vLLM with --enable-lora --max-lora-rank {rank}.",
+    ),
+    "sglang": Reader(
+        source="python/sglang/srt/lora/lora_config.py of SGLang at 0ceb81f: r, lora_alpha, target_modules",
+        seen="2026-11-28",
+        embeddings=False,
+        together=("q_proj", "v_proj"),
+        note="Start SGLang with --enable-lora --max-lora-rank {rank}.",
+    ),
+    "llama.cpp": Reader(
+        source="convert_lora_to_gguf.py of llama.cpp at 0b03ada: lora_alpha is read, and the rank from the tensors",
+        seen="2026-11-28",
+        note="Convert it with convert_lora_to_gguf.py --base BASE; an adapted head must not be tied to the embedding.",
+    ),
+    "tensorrt-llm": Reader(
+        source="tensorrt_llm/lora_manager.py of TensorRT-LLM at 007e181: layers alone, of one rank; patterns not read",
+        seen="2026-11-28",
+        embeddings=False,
+        note="Name the directory in lora_dir, and {rank} as max_lora_rank.",
+    ),
+    "transformers": Reader(
+        source="transformers/integrations/peft.py of transformers 5.24, which calls HF PEFT; it looks for DoRA's norms "
+        "under another name than files have, and draws them anew",
+        seen="2026-11-28",
+        lora_alone=False,
+        unread=("DoRA", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"),
+        note="Load it with model.load_adapter(PATH).",
+    ),
+    "peft": Reader(
+        source="HF PEFT 0.21.2",
+        seen="2026-11-28",
+        lora_alone=False,
+        note="Load it with PeftModel.from_pretrained(base, PATH).",
+    ),
+}
+
+
+def reader_named(name: str) -> Reader:
+    """Return the reader ``name``.
+
+    Raises:
+        PEFTError: There is none; the message lists those that there are.
+    """
+    if name not in READERS:
+        near = difflib.get_close_matches(name, READERS, n=1)
+        guess = f" Did you mean {near[0]!r}?" if near else ""
+        raise PEFTError(f"There is no reader {name!r}.{guess} Readers are {', '.join(READERS)}.")
+    return READERS[name]
+
+
+def rank_for(
+    name: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], source: str, rank: int | None
+) -> int | None:
+    """Return the rank of a copy of a LoRA for the reader ``name``: ``rank``, or the next that it has room for.
+
+    Raises:
+        PEFTError: It does not read the LoRA, which is not for layers alone, lacks some of them, or is too large.
+    """
+    reader, (pairs, _) = READERS[name], read_low_rank(config, shapes, source)
+    whole = f"Write a whole model with `lightning-peft merge {source}` and serve that."
+    embeddings = [host for host, pair in pairs.items() if pair.a.endswith("lora_embedding_A")]
+    if embeddings and not reader.embeddings:
+        raise PEFTError(f"{source} adapts the embedding {embeddings[0]!r}, of which {name} reads nothing. {whole}")
+    for host in pairs:
+        around, _, leaf = host.rpartition(".")
+        if leaf in reader.together and (lacks := [n for n in reader.together if f"{around}.{n}" not in pairs]):
+            raise PEFTError(
+                f"{source} adapts {host!r} without {lacks[0]!r} beside it; {name} reads them together. Train both, "
+                f"or: {whole}"
+            )
+    largest = max(pair.r for pair in pairs.values())
+    if reader.ranks is None or rank is not None:
+        return rank
+    if largest > reader.ranks[-1]:
+        raise PEFTError(
+            f"{source} has rank {largest}; {name} has room for {reader.ranks[-1]}. `lightning-peft convert {source} "
+            f"--out lora --rank {reader.ranks[-1]}` takes what is nearest."
+        )
+    return next(step for step in reader.ranks if step >= largest)
