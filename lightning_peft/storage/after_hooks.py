@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from lightning_peft.core.adapter import CHILD
 from lightning_peft.storage.checkpoint import EXTRA, KEY, checkpoint_metadata
 
@@ -27,10 +29,16 @@ def follow(checkpoint: dict[str, Any], read: Mapping[str, Any]) -> None:
         PEFTError: It is damaged.
     """
     state = checkpoint["state_dict"]
-    now = {id(tensor): name for name, tensor in state.items()}
-    parts = [_parts(name, now[id(t)]) for name, t in read.items() if name not in state and id(t) in now]
+    # Other values may be one object in several places, as tied weights are: then it is no new name.
+    now = {id(tensor): name for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    renamed = {name: now[id(t)] for name, t in read.items() if name not in state and id(t) in now}
+    parts = [_parts(old, new) for old, new in renamed.items() if new not in read]
     rename = _renaming(dict(parts))
-    taken_out = {name: tensor for name, tensor in read.items() if CHILD in name.split(".") and id(tensor) not in now}
+    taken_out = {
+        name: tensor
+        for name, tensor in read.items()
+        if CHILD in name.split(".") and name not in state and now.get(id(tensor), name) in read
+    }
     checkpoint["state_dict"] = {**{rename(name): tensor for name, tensor in taken_out.items()}, **state}
     if parts:
         _rename(checkpoint, rename)

@@ -259,7 +259,7 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
             checkpoint = with_state(checkpoint, saved_tensors(ModelView(self._module)))
         self._write_pieces(filepath, checkpoint, partial(self._write_engine, checkpoint, self._trained.names()))
 
-    def _write_engine(self, checkpoint: dict[str, Any], names: list[str], directory: Path) -> None:
+    def _write_engine(self, checkpoint: dict[str, Any], names: list[list[str]], directory: Path) -> None:
         """Write this process's part of DeepSpeed's directory, as Lightning does, but for what would fail in between."""
         beside = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
         with _to_its_end(self.deepspeed_engine.checkpoint_engine):
