@@ -8,14 +8,12 @@ in half precision, the copy is what is saved, and they get its values when train
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -33,6 +31,7 @@ from lightning_peft.storage.base_weights import materialise
 from lightning_peft.storage.fingerprint import record_base
 from lightning_peft.storage.state import adapter_parameters_and_whole, saved_tensors
 from lightning_peft.strategy import refusals
+from lightning_peft.strategy.bases.engine_files import save_engine
 from lightning_peft.strategy.bases.plain import PlainState
 from lightning_peft.strategy.bases.zero import ZeroState, refuse_leaves
 from lightning_peft.strategy.lifecycle import Lifecycle
@@ -260,18 +259,9 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         self._write_pieces(filepath, checkpoint, partial(self._write_engine, checkpoint, self._trained.names()))
 
     def _write_engine(self, checkpoint: dict[str, Any], names: list[list[str]], directory: Path) -> None:
-        """Write this process's part of DeepSpeed's directory, as Lightning does, but for what would fail in between."""
-        beside = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-        with _to_its_end(self.deepspeed_engine.checkpoint_engine):
-            self.deepspeed_engine.save_checkpoint(
-                str(directory),
-                tag=TAG,
-                client_state=beside,
-                save_latest=False,
-                exclude_frozen_parameters=not self._full_checkpoints,
-            )
+        """Write this process's part of DeepSpeed's directory."""
+        save_engine(self.deepspeed_engine, directory, checkpoint, frozen=self._full_checkpoints)
         if self.is_global_zero:
-            (directory / "latest").write_text(TAG, encoding="utf-8")
             write_layout(directory, self._stage, self.world_size, names)
 
     def on_train_end(self) -> None:
@@ -281,35 +271,6 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         super().on_train_end()
         if self._is_plain:
             self._trained = None
-
-
-@contextmanager
-def _to_its_end(writer: Any) -> Iterator[None]:
-    """Within it a failure to write is kept until the end: between files, and at last, DeepSpeed waits for everybody.
-
-    Raises:
-        OSError: There was one.
-    """
-    save, failures = writer.save, list[Exception]()
-
-    def save_or_note(*args: Any, **kwargs: Any) -> None:
-        try:
-            save(*args, **kwargs)
-        except Exception as error:
-            failures.append(error)
-
-    writer.save = save_or_note
-    try:
-        yield
-    except OSError:
-        # Rank 0 writes a script last, beside the pieces: what it has not come to is the barrier after that.
-        dist.barrier()
-        raise
-    finally:
-        writer.save = save
-    if failures:
-        # torch's writer of files has an error of its own, which names none of the system's.
-        raise OSError(str(failures[0])) from failures[0]
 
 
 def _refuse_several(model: ModelView) -> None:
