@@ -143,3 +143,10 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(PEFTError, match=r"model\.safetensors does not exist"):
         load_base_weights(build("llama")[0], tmp_path)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_models_are_loaded_one_by_one(count: int, weights: Path) -> None:
+    models = nn.ModuleList([build("llama")[0] for _ in range(count)])
+    with pytest.raises(PEFTError, match=f"ModuleList holds {count} transformers models, so it is not clear whose"):
+        load_base_weights(models, weights / "model")
