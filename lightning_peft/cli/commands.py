@@ -16,6 +16,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import (
     read_shapes,
 )
+from lightning_peft.files.others import refuse_other_tools
 from lightning_peft.formats import own
 from lightning_peft.formats.configuration import read_config, read_marker
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
@@ -49,6 +50,7 @@ def inspect(path: str, json: bool = False) -> None:
     place = Path(path)
     if not place.exists():
         raise PEFTError(f"{path} does not exist: expected an adapter directory or a .ckpt file.")
+    refuse_other_tools(place)
     if place.is_dir():
         directories = sorted(file.parent for file in place.rglob(CONFIG_FILE))
         if not directories:

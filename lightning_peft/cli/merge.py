@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightning_peft.cli.commands import base_name, model_class
 from lightning_peft.core.adapter import Adapter
@@ -26,7 +26,7 @@ from lightning_peft.operations.merge import merge as merge_adapters
 from lightning_peft.operations.mergeable import can_merge
 from lightning_peft.storage.base_weights import map_base_weights, weight_files
 from lightning_peft.storage.loading import load_adapter
-from lightning_peft.tasks.pretrained import Dtype, load_model, load_tokenizer, locate, meta_model
+from lightning_peft.tasks.pretrained import Dtype, load_model, load_tokenizer, meta_model
 
 _INDEX = "model.safetensors.index.json"
 
@@ -57,7 +57,7 @@ def merge(adapter: str, model: str | None = None, out: str = "merged", dtype: Dt
         if base is not None and _changes_weights_alone(ModelView(base)):
             print(_stream(base, Path(model), directory, None if dtype is None else getattr(torch, dtype)))
         else:
-            base = load_model(model, kind, dtype=dtype or _dtype(model))
+            base = load_model(model, kind, dtype=dtype or _dtype(model, kind))
             require_space(directory, sum(p.numel() * p.element_size() for p in base.parameters()))
             load_adapter(base, adapter)
             print(merge_adapters(base, unload=True))
@@ -70,13 +70,11 @@ def merge(adapter: str, model: str | None = None, out: str = "merged", dtype: Dt
     print(f"Wrote {out}. Load it with {type(base).__name__}.from_pretrained({out!r}).")
 
 
-def _dtype(model: str) -> Dtype:
+def _dtype(model: str, kind: Any) -> Dtype:
     """Return the dtype that a model's configuration names."""
-    source = locate(model)
-    where = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
-    found = AutoConfig.from_pretrained(source.path, trust_remote_code=False, **where).dtype
+    found: Any = meta_model(model, kind).config.dtype
     named: Any = str(found).removeprefix("torch.")
-    return named if found in (torch.float16, torch.bfloat16) else "float32"  # type: ignore[no-any-return]
+    return named if named in ("float16", "bfloat16") else "float32"  # type: ignore[no-any-return]
 
 
 def mapped(model: str, kind: Any) -> PreTrainedModel | None:

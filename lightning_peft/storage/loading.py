@@ -20,6 +20,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import inside, read_tensors
 from lightning_peft.files.leftovers import restore_interrupted
 from lightning_peft.files.manifest import check_manifest
+from lightning_peft.files.others import refuse_other_tools
 from lightning_peft.formats import hf, own
 from lightning_peft.formats.configuration import read_config, read_marker
 from lightning_peft.formats.content import TENSOR_FILE, with_adapter, without_adapter
@@ -66,6 +67,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str = 
     check_manifest(directory, FILES)
     marker = read_marker(directory)
     if not marker:
+        refuse_other_tools(directory)
         read_config(directory)  # says so, if there is no adapter at all
     if "parts" in marker:
         places = {prefix: inside(directory, prefix) for prefix in marker["parts"]}

@@ -101,6 +101,22 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_in_the_bases_dtype_where_it_is_loaded_whole(tmp_path: Path) -> None:
+    build("llama")[0].to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tuned(tmp_path / "base", tmp_path / "adapter", CONFIGS["head"], torch.bfloat16)
+    command.merge(str(tmp_path / "adapter"), str(tmp_path / "base"), str(tmp_path / "out"))
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+
+
+def test_a_base_by_a_hubs_name_without_network(tmp_path: Path) -> None:
+    build("llama")[0].save_pretrained(tmp_path / "base")
+    tuned(tmp_path / "base", tmp_path / "adapter", CONFIGS["lora"])
+    with pytest.raises(PEFTError, match="model='someone/not-here' does not load as"):
+        command.merge(str(tmp_path / "adapter"), "someone/not-here", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_it_takes_the_memory_of_a_file_and_a_change(tmp_path: Path) -> None:
     def write(folder: Path, width: int, layers: int, shard: str) -> int:
         config = transformers.LlamaConfig(

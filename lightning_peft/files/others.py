@@ -1,0 +1,101 @@
+"""Adapters in other tools' formats, known by sight: one table, with what to do to have them read here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.errors import PEFTError
+from lightning_peft.files.contents import read_json, read_shapes
+
+_CONFIG = "adapter_config.json"
+_AS_MODEL = "`lightning-peft convert MODEL --model BASE --out lora --energy 0.99` makes a LoRA of the difference"
+
+
+@dataclass(frozen=True)
+class _Tool:
+    name: str
+    sign: Callable[[Path, Mapping[str, Any]], bool]
+    """Whether a directory, with this in its ``adapter_config.json``, or a file is one of the tool's."""
+    advice: str
+
+
+_TOOLS = (
+    _Tool(
+        "LitGPT",
+        lambda path, config: (
+            any((path / f"lit_model.pth{kind}").is_file() for kind in (".lora", ".adapter"))
+            or path.name.startswith("lit_model.pth")
+        ),
+        f"Write a model with `litgpt merge_lora DIR` and `litgpt convert_from_litgpt DIR MODEL`; {_AS_MODEL}.",
+    ),
+    _Tool(
+        "MLX",
+        lambda path, config: "lora_parameters" in config or "fine_tune_type" in config or path.name == "adapters.npz",
+        f"Write a model with `mlx_lm.fuse --model BASE --adapter-path DIR --save-path MODEL`; {_AS_MODEL}.",
+    ),
+    _Tool(
+        "AdapterHub's package adapters",
+        lambda path, config: (
+            str(config.get("version", "")).startswith("adapters.") or (path / "pytorch_adapter.bin").is_file()
+        ),
+        "Its own model.load_adapter reads it. A LoRA can be merged there with model.merge_adapter(NAME) and saved by "
+        f"save_pretrained; {_AS_MODEL}.",
+    ),
+    _Tool(
+        "LLM-Adapters' copy of HF PEFT",
+        lambda path, config: config.get("peft_type") == "BOTTLENECK",
+        "The repository that wrote it reads it; HF PEFT does not. Train a SeriesAdapter or a ParallelAdapter here.",
+    ),
+    _Tool(
+        "NeMo",
+        lambda path, config: path.suffix == ".nemo" or ((path / "weights").is_dir() and (path / "context").is_dir()),
+        "Export it from NeMo in HF PEFT's format.",
+    ),
+    _Tool(
+        "torchtune",
+        lambda path, config: (
+            any(path.glob("adapter_[0-9]*.pt")) or (path.name.startswith("adapter_") and _is(path, ".pt"))
+        ),
+        "torchtune writes HF PEFT's format beside it, as adapter_model.safetensors with adapter_config.json, if its "
+        "checkpointer is that for Hugging Face's models: name that directory.",
+    ),
+    _Tool(
+        "kohya's scripts",
+        lambda path, config: _has_tensor(path, (".lora_down.weight", ".lora_up.weight")),
+        "diffusers reads it: pipeline.load_lora_weights(FILE).",
+    ),
+    _Tool(
+        "diffusers",
+        lambda path, config: (
+            (path / "pytorch_lora_weights.safetensors").is_file() or path.name == "pytorch_lora_weights.safetensors"
+        ),
+        "diffusers reads it: pipeline.load_lora_weights(DIR).",
+    ),
+)
+
+
+def refuse_other_tools(path: Path) -> None:
+    """Raise :class:`PEFTError` if ``path``, a directory or a file, is an adapter in the format of another tool."""
+    config: Mapping[str, Any] = {}
+    if (path / _CONFIG).is_file():
+        config = read_json(path / _CONFIG)
+        if isinstance(config.get("peft_type"), str) and config["peft_type"] != "BOTTLENECK":
+            return
+    for tool in _TOOLS:
+        if path.exists() and tool.sign(path, config):
+            raise PEFTError(f"{path} is in the format of {tool.name}, which is not HF PEFT's. {tool.advice}")
+
+
+def _is(path: Path, suffix: str) -> bool:
+    return path.suffix == suffix and path.is_file()
+
+
+def _has_tensor(path: Path, endings: tuple[str, ...]) -> bool:
+    """Whether a safetensors file, or the only one of a directory, has a tensor whose name ends so."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if len(files) != 1 or not _is(files[0], ".safetensors"):
+        return False
+    return any(name.endswith(endings) for name in read_shapes(files[0]))
