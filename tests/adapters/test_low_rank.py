@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -674,3 +675,15 @@ def test_compiled_without_a_graph_break() -> None:
         torch.testing.assert_close(got, right)
     assert graphs
     assert not any("autograd_function" in graph for graph in graphs)
+
+
+def test_no_memory_of_an_input_outlives_a_step() -> None:
+    """Nor does that of its copies without a graph, which are other tensors in the same memory."""
+    model = block()
+    memory = numpy.ones((3, IN))
+    alive = weakref.ref(memory)
+    x = torch.from_numpy(memory).requires_grad_()
+    model(x).sum().backward()
+    del x, memory
+    gc.collect()
+    assert alive() is None
