@@ -16,6 +16,7 @@ from lightning_peft.formats.addition import Addition, Form, Used, additions_to
 from lightning_peft.formats.content import Content, Part
 from lightning_peft.formats.counterpart import PREFIX, UNSAID, for_config
 from lightning_peft.formats.keys import refuse_values, warn_of_unknown
+from lightning_peft.formats.pieces import whole_of
 from lightning_peft.structure.plain import is_weighted
 from lightning_peft.targets.patterns import ALL_LINEAR, endings, fullmatch
 
@@ -72,6 +73,8 @@ def read_content(
     # then their own bias twice.
     unused = frozenset(name for name in shapes if ".original_module." in name or ".modules_to_save." in name)
     shapes = {name: shape for name, shape in shapes.items() if name not in unused}
+    if pieces := [name for name in shapes if whole_of(name) != name]:
+        raise PEFTError(f"{source}: the tensor {pieces[0]!r} is named as no tensor of a file is. It is damaged.")
     main = Used(method := counterpart.read(root, config, shapes, source), list(method.select(root)))
     rest = [name for name in shapes if not counterpart.owns(name)]
     if strange := [name for name in rest if not name.startswith(PREFIX)]:

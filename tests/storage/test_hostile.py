@@ -150,3 +150,12 @@ def test_a_schema() -> None:
         assert fits(value, hint) is right, (value, hint)
     with pytest.raises(PEFTError, match=r"method 'lora' has r='8'; int was expected"):
         method_from_config({"method": "lora", "r": "8"})
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3", "adalora", "vera", "loha"])
+def test_a_tensor_that_is_named_as_a_piece_is_refused(name: str, tmp_path: Path) -> None:
+    def rename(header: dict[str, Any]) -> None:
+        last = max(header.keys() - {"__metadata__"})
+        header[f"{last}#0:0:9"] = header.pop(last)
+
+    assert not tried(tmp_path / "it", header_changed(seed(name), rename))
