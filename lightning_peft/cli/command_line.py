@@ -27,6 +27,7 @@ import lightning_peft.tasks  # noqa: F401
 from lightning_peft.callbacks import PredictionWriter
 from lightning_peft.cli import commands
 from lightning_peft.cli.chat import chat
+from lightning_peft.cli.combine import combine
 from lightning_peft.cli.compare import diff, verify
 from lightning_peft.cli.convert import convert
 from lightning_peft.cli.errors import method_error
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "merge": merge,
     "export": export,
     "convert": convert,
+    "combine": combine,
     "verify": verify,
     "diff": diff,
     "push": push,

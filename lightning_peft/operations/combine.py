@@ -12,7 +12,8 @@ import regex
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapters.low_rank.combination import How, Term, combined
+from lightning_peft.adapters.low_rank.combination import How as How
+from lightning_peft.adapters.low_rank.combination import Term, combined
 from lightning_peft.adapters.low_rank.embedding import EmbeddingLoRAAdapter
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.core.method import PEFTMethod
