@@ -6,6 +6,7 @@ In the order of classes :class:`Lifecycle` stands above a Lightning strategy, wh
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -33,6 +34,7 @@ from lightning_peft.storage.saving import check_writable
 from lightning_peft.storage.state import adapter_state_dict
 from lightning_peft.strategy import refusals
 from lightning_peft.strategy.checkpoints import Checkpoints
+from lightning_peft.strategy.restore import load_start
 from lightning_peft.strategy.untrained import own_train_also, untrained
 from lightning_peft.structure.inner_models import transformers_models
 
@@ -45,6 +47,8 @@ class Lifecycle(Checkpoints):
     _asked: list[bool]
     _train_mode: bool
     _base_weights: str | None
+    _init_adapter: str | os.PathLike[str] | None
+    _takes_method: bool
 
     _base_class: ClassVar[type[Strategy] | None] = None
     _takes_sharded: ClassVar[bool] = False
@@ -82,6 +86,8 @@ class Lifecycle(Checkpoints):
     def _inject(self) -> None:
         """Do so, on both ways: :meth:`inject` is what the module calls, ``setup`` comes here. Bases extend either."""
         view = ModelView(self._module)
+        if self._init_adapter is not None and not registries(view):
+            view = self._begin_with(self._init_adapter)
         if registries(view):
             refusals.refuse_other_methods(view, self.methods, self._asked)
             self._inject_around(view)
@@ -93,6 +99,16 @@ class Lifecycle(Checkpoints):
         also = own_train_also(self._module, self._train_also)
         inject(self._module, self.methods, train_also=also, seed=seed, allow_sharded=self._takes_sharded)
         self._note_built()
+
+    def _begin_with(self, path: str | os.PathLike[str]) -> ModelView:
+        """Inject an adapter from a file, with its values."""
+        load_start(self._module, path)
+        view = ModelView(self._module)
+        if self._takes_method:
+            found = (methods for _, _, registry in registries(view) for methods in registry.methods.values())
+            self.methods = list(next(found))
+            self._asked = [False] * len(self.methods)
+        return view
 
     def _inject_around(self, view: ModelView) -> None:
         """Do what an injection does beside adapters, where a model or a part of it has some already."""

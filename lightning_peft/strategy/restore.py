@@ -26,6 +26,7 @@ from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage import checkpoint_directory as directories
 from lightning_peft.storage.after_hooks import follow
 from lightning_peft.storage.hyper_parameters import eject_from_modules, without_class_paths
+from lightning_peft.storage.loading import load_adapter
 from lightning_peft.storage.plain import is_plain, leaves_plain
 from lightning_peft.storage.readable import check_sums
 
@@ -173,6 +174,31 @@ def _warn_of_keys(module: LightningModule, state_dict: Mapping[str, Any]) -> Non
     ):
         if names:
             rank_zero_warn(f"Found keys that are {where}: {listed(names)}.")
+
+
+def load_start(module: LightningModule, path: str | os.PathLike[str]) -> None:
+    """Inject the adapters of a directory or a checkpoint into a module without any, and load their values.
+
+    Args:
+        module: The module.
+        path: An adapter directory, of this package or of HF PEFT, or a ``.ckpt`` file of ``PEFTStrategy``.
+
+    Raises:
+        PEFTError: It is neither, or does not fit the module, which is as it was before.
+    """
+    if not os.path.exists(path):
+        raise PEFTError(f"init_adapter={os.fspath(path)!r} does not exist: give an adapter directory or a .ckpt file.")
+    if os.path.isdir(path):
+        load_adapter(module, path)
+        return
+    checkpoint = _load_checked(path, map_location="cpu", weights_only=True)
+    try:
+        files.inject_from(checkpoint, module)
+        files.apply(checkpoint, ModelView(module), True)
+    except BaseException:
+        if registries(ModelView(module)):
+            eject(module)
+        raise
 
 
 def install() -> None:

@@ -7,6 +7,7 @@ one's class, so that Lightning's own ``isinstance`` checks keep their meaning.
 from __future__ import annotations
 
 import dataclasses
+import os
 from contextlib import suppress
 from functools import cache
 from typing import Any, ClassVar, Literal, get_args
@@ -71,6 +72,11 @@ class PEFTStrategy(_Checked):
         base_weights: A directory of safetensors that ``save_pretrained`` wrote, for a model that was built without
             weights (``trainer.init_module(empty_init=True)`` in ``configure_model``): they are loaded at ``setup``, one
             tensor at a time and by each process its own part.
+        init_adapter: An adapter that training begins with, instead of a new one: a directory of this package or of HF
+            PEFT, or a ``.ckpt`` that this strategy wrote. What it is stands in it, so that ``method`` may be left out;
+            one that is given has to be the same. What a directory brings beside an adapted transformers model, such as
+            a head, is loaded, and trained on if ``train_also`` names it. A run that is resumed goes on with its
+            checkpoint.
     """
 
     _own_class: ClassVar[type[PEFTStrategy] | None] = None
@@ -89,6 +95,7 @@ class PEFTStrategy(_Checked):
         train_mode: bool = True,
         on_nonfinite: OnNonfinite = "stop",
         base_weights: str | None = None,
+        init_adapter: str | os.PathLike[str] | None = None,
     ) -> None:
         let_in(PEFTStrategy)
         if base in (AUTO, SINGLE_DEVICE):
@@ -114,6 +121,14 @@ class PEFTStrategy(_Checked):
         self._train_also = None if train_also is None else as_list(train_also)
         self._train_mode = train_mode
         self._base_weights = base_weights
+        if init_adapter is not None and base_weights is not None:
+            raise PEFTError(
+                "init_adapter and base_weights were given: an adapter is compared with its base when it is loaded, "
+                "which a model without weights is not. Load the adapter in a run of its own, or leave out base_weights."
+            )
+        self._init_adapter = init_adapter
+        # Where the method is left out, the adapter says what it is.
+        self._takes_method = init_adapter is not None and method == "lora"
 
     @property
     def accelerator(self) -> Accelerator | None:
