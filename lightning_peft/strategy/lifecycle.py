@@ -106,7 +106,7 @@ class Lifecycle(Checkpoints):
         view = ModelView(self._module)
         if self._takes_method:
             found = (methods for _, _, registry in registries(view) for methods in registry.methods.values())
-            self.methods = list(next(found))
+            self.methods = next(found)
             self._asked = [False] * len(self.methods)
         return view
 
