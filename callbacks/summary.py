@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import html
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelSummary
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from lightning_peft.core.registry import registries
@@ -44,29 +46,61 @@ class PEFTSummary(Callback):
             rank_zero_info(summary_table(pl_module, trainer.optimizers, type(trainer.strategy).__name__))
 
 
+@dataclass(frozen=True)
+class AdapterSummary:
+    """What of a model is adapted, and how much of it is trained. ``str`` and notebooks show it as a table."""
+
+    trained: int
+    """Parameters that require a gradient."""
+    total: int
+    """All parameters, those of adapters included; whole ones where they are sharded."""
+    active: tuple[str, ...]
+    """Names of the adapters that run."""
+    merged: bool
+    """Whether adapters are in the weights at present."""
+    modules: Mapping[str, Mapping[str, int]]
+    """By adapter: the adapted modules, each with its number of parameters of the adapter."""
+    lines: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        return _table(self.lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def adapter_summary(model: nn.Module) -> AdapterSummary:
+    """Count what is adapted and trained in a model, with or without a Trainer.
+
+    Args:
+        model: A model, adapted or not.
+    """
+    view = ModelView(model)
+    lines = list(_adapters(view))
+    trained, total = _count(p for p in model.parameters() if p.requires_grad), _count(model.parameters())
+    found = registries(view)
+    active = tuple(dict.fromkeys(registry.active for _, _, registry in found if registry.methods))
+    merged = any(slot.merged is not None for _, _, slot in view.slots)
+    if found:
+        lines.append(("active", f"{', '.join(active)}{', merged into the weights' if merged else ''}"))
+    lines.append(("parameters", _share(trained, total)))
+    names = dict.fromkeys(name for _, _, registry in found for name in registry.methods)
+    modules = {
+        name: {host: _count(slot[name].parameters()) for host, _, slot in view.slots if name in slot} for name in names
+    }
+    return AdapterSummary(trained, total, active, merged, modules, tuple(lines))
+
+
 def summary_table(module: pl.LightningModule, optimizers: Iterable[Optimizer], strategy: str) -> str:
     """Return the table as text.
 
     Sizes are for one process: an adapter checkpoint against one of the whole model under the same optimizer.
     """
-    lines = [("strategy", strategy)]
     view = ModelView(module)
-    for prefix, _, registry in registries(view):
-        for name, methods in registry.methods.items():
-            where = f" in {prefix}" if prefix else ""
-            lines.append(("method", f"{' + '.join(type(m).__name__ for m in methods)}, adapter {name!r}{where}"))
-            for what, hosts in (("adapted", registry.hosts[name]), ("trained in place", registry.chosen)):
-                kinds = sorted({host.rsplit(".", 1)[-1] for host in hosts})
-                unit = "modules" if what == "adapted" else "parameters"
-                lines += [(what, f"{len(hosts)} {unit}: {', '.join(kinds)}")] if hosts else []
-            lines += _experts(view.part(prefix), name)
-        if registry.train_also:
-            lines.append(("trained whole", ", ".join(registry.train_also)))
+    lines = [("strategy", strategy), *_adapters(view)]
     adapters = {id(p) for p in view.adapter_parameters.values()}
     trained = [p for p in module.parameters() if p.requires_grad]
-    total = sum(full_shape(p).numel() for p in module.parameters())
-    count = sum(full_shape(p).numel() for p in trained)
-    lines.append(("parameters", f"{count:,} trained of {total:,} ({count / total:.2%})"))
+    lines.append(("parameters", _share(_count(trained), _count(module.parameters()))))
     states = [state_elements(optimizer) for optimizer in optimizers]
     if states and None not in states:
         factor = 1 + max(state for state in states if state is not None)
@@ -74,8 +108,36 @@ def summary_table(module: pl.LightningModule, optimizers: Iterable[Optimizer], s
         full = factor * _bytes(p for p in module.parameters() if id(p) not in adapters)
         lines.append(("optimizer state", _size(moments)))
         lines.append(("checkpoint", f"{_size(factor * _bytes(trained))}; of the whole model {_size(full)}"))
+    return _table(lines)
+
+
+def _adapters(view: ModelView) -> Iterator[tuple[str, str]]:
+    """Yield what to say of each adapter of a model, and of what is trained whole."""
+    for prefix, _, registry in registries(view):
+        for name, methods in registry.methods.items():
+            where = f" in {prefix}" if prefix else ""
+            yield "method", f"{' + '.join(type(m).__name__ for m in methods)}, adapter {name!r}{where}"
+            for what, hosts in (("adapted", registry.hosts[name]), ("trained in place", registry.chosen)):
+                kinds = sorted({host.rsplit(".", 1)[-1] for host in hosts})
+                unit = "modules" if what == "adapted" else "parameters"
+                if hosts:
+                    yield what, f"{len(hosts)} {unit}: {', '.join(kinds)}"
+            yield from _experts(view.part(prefix), name)
+        if registry.train_also:
+            yield "trained whole", ", ".join(registry.train_also)
+
+
+def _table(lines: Collection[tuple[str, str]]) -> str:
     width = max(len(key) for key, _ in lines)
     return "\n".join(["", *(f"  {key:<{width}}  {value}" for key, value in lines)])
+
+
+def _share(trained: int, total: int) -> str:
+    return f"{trained:,} trained of {total:,} ({trained / total if total else 0:.2%})"
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(full_shape(p).numel() for p in parameters)
 
 
 def _experts(root: ModelView, adapter: str) -> list[tuple[str, str]]:

@@ -1,6 +1,9 @@
 """Parameter-efficient fine-tuning for any LightningModule, as one Trainer flag."""
 
+from importlib.metadata import version
+
 from lightning_peft.callbacks.other_lightning import replace_pytorch_lightning
+from lightning_peft.callbacks.summary import AdapterSummary, adapter_summary
 from lightning_peft.core.disable import disable
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.moved import keep_old_names
@@ -20,13 +23,17 @@ from lightning_peft.storage.state import adapter_state_dict
 from lightning_peft.strategy import PEFTStrategy, register_strategies
 from lightning_peft.strategy.restore import install
 
+__version__ = version("lightning_peft")
+
 __all__ = [
+    "AdapterSummary",
     "MergeReport",
     "PEFTError",
     "PEFTMethod",
     "PEFTStrategy",
     "adapter_names",
     "adapter_state_dict",
+    "adapter_summary",
     "combine",
     "difference_to_lora",
     "disable",

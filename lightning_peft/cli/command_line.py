@@ -10,6 +10,7 @@ import sys
 import textwrap
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
@@ -148,6 +149,7 @@ class PEFTCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "prog": PROG,
+                "version": version("lightning_peft"),
                 "description": DESCRIPTION,
                 "epilog": EPILOG,
                 "formatter_class": HelpFormatter,

@@ -8,7 +8,7 @@ from modules import Regression, loader, trainer
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-from lightning_peft import LoRA, PEFTStrategy
+from lightning_peft import LoRA, PEFTStrategy, adapter_summary, inject, merge
 from lightning_peft.callbacks import PEFTSummary
 from lightning_peft.callbacks.summary import _STATE_ELEMENTS, state_elements
 
@@ -112,3 +112,28 @@ def test_no_optimizer_of_the_users_is_made_or_stepped(tmp_path: Path, caplog: py
     # Nothing is claimed of what it keeps.
     assert "trained of" in caplog.text
     assert "optimizer state" not in caplog.text
+
+
+def test_a_model_is_summed_up_without_a_trainer() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    assert (adapter_summary(model).trained, adapter_summary(model).total) == (44, 44)
+    inject(model, LoRA(r=2, target_modules=["0"]), train_also=["1"])
+    found = adapter_summary(model)
+    # LoRA of rank 2 on a layer of 4 x 6, and the layer that is trained whole.
+    assert (found.trained, found.total) == (20 + 14, 44 + 20)
+    assert found.modules == {"default": {"0": 20}}
+    assert (found.active, found.merged) == (("default",), False)
+    assert "34 trained of 64 (53.12%)" in str(found)
+    assert "trained whole  1" in str(found)
+    assert found._repr_html_().startswith("<pre>")
+    merge(model)
+    assert adapter_summary(model).merged
+    assert "active         default, merged into the weights" in str(adapter_summary(model))
+
+
+def test_several_adapters_are_summed_up() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    inject(model, LoRA(r=2, target_modules=["0"]))
+    inject(model, LoRA(r=1, target_modules=["0", "1"]), name="other")
+    assert adapter_summary(model).modules == {"default": {"0": 20}, "other": {"0": 10, "1": 8}}
+    assert adapter_summary(model).active == ("default",)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaForCausalLM
 
+import lightning_peft
 from lightning_peft import LoRA, PEFTStrategy, SeriesAdapter, adapter_state_dict, inject, save_adapter
 from lightning_peft.cli import COMMANDS, PEFTCLI, RUNS, main
 
@@ -107,6 +109,14 @@ def method_of(cli: PEFTCLI) -> LoRA:
 
 
 # Help
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert not end.value.code
+    assert capsys.readouterr().out.strip() == f"lightning-peft {metadata.version('lightning_peft')}"
+    assert lightning_peft.__version__ == metadata.version("lightning_peft")
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
