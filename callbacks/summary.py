@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelSummary
@@ -38,10 +38,15 @@ _MORE_STATE = ("amsgrad", "centered", "momentum")
 
 
 class PEFTSummary(Callback):
-    """Print a table when fit starts. ``PEFTStrategy`` adds one; ``Trainer(enable_model_summary=False)`` silences it."""
+    """Print a table when fit starts, and give the methods' hyper-parameters to every logger.
+
+    ``PEFTStrategy`` adds one; ``Trainer(enable_model_summary=False)`` leaves out the table.
+    """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the table on rank 0."""
+        """Print the table on rank 0; log the hyper-parameters, as ``peft/LoRA/r`` where a logger makes names flat."""
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"peft": hyper_parameters(pl_module)})
         if any(isinstance(callback, ModelSummary) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             rank_zero_info(summary_table(pl_module, trainer.optimizers, type(trainer.strategy).__name__))
 
@@ -89,6 +94,20 @@ def adapter_summary(model: nn.Module) -> AdapterSummary:
         name: {host: _count(slot[name].parameters()) for host, _, slot in view.slots if name in slot} for name in names
     }
     return AdapterSummary(trained, total, active, merged, modules, tuple(lines))
+
+
+def hyper_parameters(module: nn.Module) -> dict[str, Any]:
+    """Return the hyper-parameters of every method in a model, by its class; by adapter as well if there are several."""
+    found = {
+        name: {type(method).__name__: _without_name(method.config()) for method in methods}
+        for _, _, registry in registries(ModelView(module))
+        for name, methods in registry.methods.items()
+    }
+    return next(iter(found.values())) if len(found) == 1 else found
+
+
+def _without_name(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "method"}
 
 
 def summary_table(module: pl.LightningModule, optimizers: Iterable[Optimizer], strategy: str) -> str:

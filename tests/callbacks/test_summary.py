@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger
 from modules import Regression, loader, trainer
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
@@ -137,3 +139,17 @@ def test_several_adapters_are_summed_up() -> None:
     inject(model, LoRA(r=1, target_modules=["0", "1"]), name="other")
     assert adapter_summary(model).modules == {"default": {"0": 20}, "other": {"0": 10, "1": 8}}
     assert adapter_summary(model).active == ("default",)
+
+
+class Named(Regression):
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_loggers_are_given_the_hyper_parameters(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    trainer(tmp_path, PEFTStrategy(LoRA(r=2, target_modules="net.0")), logger=logger).fit(Named(), loader())
+    logged = yaml.safe_load(Path(logger.log_dir, "hparams.yaml").read_text())
+    assert logged["width"] == 3
+    assert {"r": 2, "alpha": 16, "target_modules": "net.0"}.items() <= logged["peft"]["LoRA"].items()
