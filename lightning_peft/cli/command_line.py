@@ -204,8 +204,8 @@ class PEFTCLI(LightningCLI):
             self.config[command].trainer.strategy = named_strategy(strategy)
         if command == "plan":
             run = self.config[command].as_dict()
-            show_plan(run, **{option: run[option] for option in self._plan_options})
-            raise SystemExit(0)
+            fits = show_plan(run, **{option: run[option] for option in self._plan_options})
+            raise SystemExit(0 if fits else f"{PROG}: nothing fits {run['gpu_memory']} GiB")
 
     def _parse_ckpt_path(self) -> None:
         """Leave the config as it is: Lightning would have a checkpoint's hyper-parameters, class paths included, in it.

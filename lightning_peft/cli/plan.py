@@ -19,7 +19,6 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.inject import inject
@@ -28,13 +27,11 @@ from lightning_peft.planning.report import GIB, Batch, report
 from lightning_peft.strategy import PEFTStrategy
 from lightning_peft.strategy.bases.names import base_names
 from lightning_peft.strategy.untrained import own_train_also
-from lightning_peft.tasks import CausalLM, SequenceClassification
+from lightning_peft.tasks.classifier import Classifier
+from lightning_peft.tasks.language_model import LanguageModel
 from lightning_peft.tasks.pretrained import meta_model
 
-_TASKS: dict[type, Any] = {
-    CausalLM: AutoModelForCausalLM,
-    SequenceClassification: AutoModelForSequenceClassification,
-}
+_TASKS = (LanguageModel, Classifier)
 _PRECISIONS = {None: "32-true", "64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 _Setting = Mapping[str, Any]
@@ -47,7 +44,7 @@ def show_plan(
     gpu_memory: float | None = None,
     batch_size: int | None = None,
     sequence_length: int | None = None,
-) -> None:
+) -> bool:
     """Print the memory that a run needs on each device, and that of other base strategies. No weight is loaded.
 
     Args:
@@ -57,6 +54,9 @@ def show_plan(
         gpu_memory: Memory of a device in GiB, to say what fits.
         batch_size: Sequences in the batch of a device. The data's, or else 1, if not given.
         sequence_length: Tokens in a sequence. The data's max_length, or else 1024, if not given.
+
+    Returns:
+        Whether the run or one of the other bases fits, as far as the memory of a device is known.
 
     Raises:
         PEFTError: The configuration has no model or one that cannot be built without its weights, or the plan of its
@@ -81,7 +81,9 @@ def show_plan(
         sequence_length or data.get("max_length") or 1024,
         _checkpoints(run["model"]) or any(options.get(f"activation_checkpointing{end}") for end in ("", "_policy")),
     )
-    print("\n".join(report(module, layout, precision, batch, None if gpu_memory is None else gpu_memory * GIB)))
+    found = report(module, layout, precision, batch, None if gpu_memory is None else gpu_memory * GIB)
+    print(found.text)
+    return found.fits
 
 
 def _strategy(value: Any) -> tuple[_Setting | None, type | None, _Setting]:
@@ -163,11 +165,11 @@ def _module(model: _Setting | None) -> nn.Module:
     if not model:
         raise PEFTError("The configuration has no model: give --model, or a file with a `model:` entry by --config.")
     kind, options = _class(model), dict(model.get("init_args") or {})
-    for task, auto_class in _TASKS.items():
+    for task in _TASKS:
         if issubclass(kind, task) and "model" in options:
             changes = {key: options[key] for key in ("dtype", "num_labels") if options.get(key) is not None}
             stand_in: nn.Module = type(kind.__name__, (nn.Module,), {"train_also": getattr(kind, "train_also", ())})()
-            stand_in.add_module("model", meta_model(options["model"], auto_class, **changes))
+            stand_in.add_module("model", meta_model(options["model"], kind.auto_class, **changes))
             return stand_in
     try:
         with torch.device("meta"):

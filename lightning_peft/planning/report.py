@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -33,10 +34,16 @@ class Batch:
         return f"a batch of {self.size}, {self.sequence_length:,} tokens each, {how} gradient checkpointing"
 
 
-def report(
-    module: nn.Module, layout: Layout, precision: Precision, batch: Batch, capacity: float | None
-) -> Iterator[str]:
-    """Yield the lines of the report.
+class Report(NamedTuple):
+    """A memory plan."""
+
+    text: str
+    fits: bool
+    """Whether the run, or one of the other bases, fits the device; also if its memory is not known."""
+
+
+def report(module: nn.Module, layout: Layout, precision: Precision, batch: Batch, capacity: float | None) -> Report:
+    """Return the plan.
 
     Args:
         module: The model with its adapters, best on the meta device.
@@ -45,9 +52,24 @@ def report(
         batch: Of one device.
         capacity: Bytes of a device's memory, if known.
     """
+    memories: list[Memory] = []
+    text = "\n".join(_lines(module, layout, precision, batch, capacity, memories))
+    return Report(text, capacity is None or any(memory.fits(capacity) for memory in memories))
+
+
+def _lines(
+    module: nn.Module,
+    layout: Layout,
+    precision: Precision,
+    batch: Batch,
+    capacity: float | None,
+    memories: list[Memory],
+) -> Iterator[str]:
+    """Yield the lines, and put into ``memories`` what each base needs."""
     steps = _Steps(module, precision)
     yield from _headed("", _heading(module, layout, precision))
     memory = plan(module, layout, precision, step=steps.bytes(batch, layout))
+    memories.append(memory)
     yield from _headed("on each device", [*_rows(memory), ("total", _verdict(memory, capacity))])
     yield f"  Activations are an estimate for {batch}."
     other = replace(batch, gradient_checkpointing=not batch.gradient_checkpointing)
@@ -62,6 +84,7 @@ def report(
             planned = plan(module, choice, precision, step=steps.bytes(batch, choice))
         except PEFTError:  # not with this precision
             continue
+        memories.append(planned)
         rows.append((str(choice), _verdict(planned, capacity)))
     yield from _headed(f"every base on {_devices(layout)}", rows)
     if capacity is not None:

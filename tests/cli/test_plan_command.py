@@ -9,7 +9,7 @@ import yaml
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from modules import LateRegression, Regression
 from torch import nn
-from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, T5Config
 
 from lightning_peft import LoRA, PEFTError, inject
 from lightning_peft.cli import main
@@ -117,6 +117,25 @@ def test_a_run_on_one_device(folder: Path, tmp_path: Path, capsys: pytest.Captur
     tight = planned(capsys, file(tmp_path, causal(folder), devices=1), "--gpu_memory=0.8", "--sequence_length=64")
     assert tight["total"].endswith(" fits 819.2 MiB")
     assert tight["DeepSpeed ZeRO-3 with offload"].endswith("does not fit 819.2 MiB")  # its bucket alone is 763 MiB
+
+
+def test_where_nothing_fits_the_command_fails(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"nothing fits 0\.001 GiB"):
+        main(["plan", file(tmp_path, causal(folder), devices=1), "--gpu_memory=0.001"])
+
+
+@pytest.mark.parametrize("task", ["Seq2Seq", "TokenClassification", "PreferenceTuning"])
+def test_every_task_is_planned(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds: dict[str, Any] = {
+        "Seq2Seq": T5Config(vocab_size=99, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2),
+        "TokenClassification": BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99),
+        "PreferenceTuning": LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99),
+    }
+    kinds[task].save_pretrained(tmp_path / "model")
+    more = {"num_labels": 2} if task == "TokenClassification" else {}
+    model = {"class_path": f"lightning_peft.tasks.{task}", "init_args": {"model": str(tmp_path / "model"), **more}}
+    rows = planned(capsys, file(tmp_path, model, method=SMALL, devices=1))
+    assert rows["parameters"].endswith("%)")
 
 
 @pytest.mark.parametrize(
