@@ -148,7 +148,7 @@ class _Averages(_OnTrained, WeightAveraging):
         super().on_fit_start(trainer, pl_module)
         self._start(trainer, pl_module)
         if self._held_back is not None:
-            super().on_load_checkpoint(trainer, self._trained, self._held_back)
+            self._load(trainer, self._held_back)
             self._held_back = None
         if any(getattr(saver, "save_weights_only", False) for saver in trainer.checkpoint_callbacks):
             rank_zero_warn(
@@ -186,9 +186,15 @@ class _Averages(_OnTrained, WeightAveraging):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         if self._trained.state_dict():
-            super().on_load_checkpoint(trainer, self._trained, checkpoint)
+            self._load(trainer, checkpoint)
         else:
             self._held_back = checkpoint
+
+    def _load(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        # There is more in it: buffers that have changed, or with checkpoint="full" all that is frozen.
+        own = self._trained.state_dict()
+        state = {name: value for name, value in checkpoint["state_dict"].items() if name in own}
+        super().on_load_checkpoint(trainer, self._trained, {**checkpoint, "state_dict": state})
 
 
 class _StochasticAverages(_OnTrained, StochasticWeightAveraging):

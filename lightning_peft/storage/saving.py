@@ -21,6 +21,7 @@ from lightning_peft.files.manifest import write_manifest
 from lightning_peft.files.writing import atomic_directory
 from lightning_peft.formats import hf, own
 from lightning_peft.formats.addition import Form, form_of
+from lightning_peft.formats.configuration import read_marker
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE, Part, with_adapter
 from lightning_peft.formats.counterpart import UNSAID
 from lightning_peft.formats.pieces import joined
@@ -123,7 +124,9 @@ def write_adapters(
         write_tensors(directory / BESIDE_FILE, {name: state[name] for name in beside})
         places.update({name: [BESIDE_FILE, name] for name in beside})
     if several:
-        write_json(directory / MARKER, {"version": 1, "parts": sorted({part.prefix for part in parts})})
+        # What is adapted around those models stands in the directory itself, with a marker of its own.
+        around = read_marker(directory) or {"version": 1}
+        write_json(directory / MARKER, {**around, "parts": sorted({part.prefix for part in parts})})
     return places
 
 

@@ -4,7 +4,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import pytest
@@ -182,13 +182,30 @@ class Crash(Callback):
             raise RuntimeError("crash")
 
 
+class Counted(SteppedRegression):
+    """Has a buffer of its own, which changes with every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+
+    def loss(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        return super().loss(x)
+
+
 @averages
-@pytest.mark.parametrize("kind", [ModelCheckpoint, AdapterCheckpoint])
-def test_resuming_goes_on_exactly(tmp_path: Path, make: Callable[[], Callback], kind: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "checkpoint"), [(ModelCheckpoint, "adapter"), (AdapterCheckpoint, "adapter"), (ModelCheckpoint, "full")]
+)
+def test_resuming_goes_on_exactly(
+    tmp_path: Path, make: Callable[[], Callback], kind: Any, checkpoint: Literal["adapter", "full"]
+) -> None:
     def fit(folder: str, *more: Callback, **resume: Any) -> Any:
         saver = kind(dirpath=tmp_path / folder, save_last=True, every_n_epochs=1)
-        module = SteppedRegression()
-        run = trainer(tmp_path, PEFTStrategy(LoRA(r=2)), callbacks=[make(), saver, *more], max_epochs=4)
+        module = Counted()
+        strategy = PEFTStrategy(LoRA(r=2), checkpoint=checkpoint)
+        run = trainer(tmp_path, strategy, callbacks=[make(), saver, *more], max_epochs=4)
         run.fit(module, loader(), **resume)
         return module
 
@@ -198,6 +215,7 @@ def test_resuming_goes_on_exactly(tmp_path: Path, make: Callable[[], Callback], 
     resumed = fit("resumed", ckpt_path=tmp_path / "halves" / f"last{kind.FILE_EXTENSION}")
     assert_same(adapter_state(resumed), adapter_state(straight))
     assert torch.equal(resumed(inputs()), straight(inputs()))
+    assert torch.equal(resumed.seen, straight.seen)
 
 
 def test_a_run_without_an_average_goes_on_with_one(tmp_path: Path) -> None:

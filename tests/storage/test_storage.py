@@ -17,8 +17,10 @@ from strangers import unsealed
 from torch import nn
 
 from lightning_peft import LayerNormTuning, LoRA, PEFTError, inject, load_adapter, save_adapter
+from lightning_peft.core.view import ModelView
 from lightning_peft.files import writing
 from lightning_peft.files.contents import MARKER
+from lightning_peft.strategy.optimizers.param_groups import learning_rate_ratios
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -231,3 +233,20 @@ def test_a_directory_without_permission(mode: str, without_permission: tuple[Pat
     assert "Permission denied" in line
     (root / mode).chmod(0o755)
     assert not list((root / mode).iterdir())
+
+
+def test_what_is_adapted_around_a_transformers_model_is_loaded_with_it(tmp_path: Path) -> None:
+    def model() -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.ModuleDict({"body": build("llama")[0], "head": nn.Linear(8, 3)})
+
+    adapted, fresh, x, ids = model(), model(), torch.ones(2, 8), build("llama")[1]
+    inject(adapted, LoRA(r=2))
+    randomise(adapted)
+    save_adapter(adapted, tmp_path / "adapter")
+    load_adapter(fresh, tmp_path / "adapter")
+    assert torch.equal(fresh["head"](x), adapted["head"](x))
+    torch.testing.assert_close(outputs(fresh["body"], ids), outputs(adapted["body"], ids), rtol=0, atol=0)
+    # It is trained further, with the learning rates of its methods.
+    assert learning_rate_ratios(ModelView(fresh)) == {}

@@ -81,6 +81,8 @@ def learning_rate_ratios(model: ModelView) -> dict[int, float]:
     for prefix, _, registry in adapted(model):
         for host, _, slot in model.part(prefix).slots:
             for adapter, module in slot.items():
+                if host not in registry.hosts.get(adapter, ()):
+                    continue  # it was injected into a part, which has a registry of its own
                 method = method_of(registry, adapter, host)
                 found.update({id(p): method.lr_ratio(clean_name(name)) for name, p in module.named_parameters()})
     return {parameter: ratio for parameter, ratio in found.items() if ratio != 1}

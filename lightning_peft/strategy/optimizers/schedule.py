@@ -67,4 +67,4 @@ def _taking_part(model: nn.Module) -> Iterator[tuple[PEFTMethod, dict[str, Adapt
             parts = {host: part for host, part in found.items() if any(p.requires_grad for p in part.parameters())}
             if name == registry.active or any(p.grad is not None for part in parts.values() for p in part.parameters()):
                 for position, method in enumerate(methods):
-                    yield method, {h: part for h, part in parts.items() if registry.hosts[name][h] == position}
+                    yield method, {h: part for h, part in parts.items() if registry.hosts[name].get(h) == position}
