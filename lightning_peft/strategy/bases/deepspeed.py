@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -230,6 +231,16 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         """Return the optimizer's state by parameter name, whole."""
         assert self._trained is not None
         return self._trained.state_dict()
+
+    def _accumulated(self) -> dict[str, Tensor]:
+        """Return nothing, and say so within an accumulation: DeepSpeed has the gradients in its buffers."""
+        if self._trained is not None and self._engine.micro_steps % self._engine.gradient_accumulation_steps():
+            rank_zero_warn(
+                "The checkpoint is written in the middle of an accumulation, whose gradients DeepSpeed keeps to itself: "
+                "a run that is resumed from it goes on without them, and steps after other batches than this one. Save "
+                "after a step: every_n_train_steps of the callback."
+            )
+        return {}
 
     def _warn_without_gradient(self, optimizer: Optimizer) -> None:
         """Do nothing: DeepSpeed has moved all gradients into its buffers, and none is left to be missed."""
