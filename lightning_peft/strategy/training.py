@@ -17,6 +17,7 @@ from lightning_peft.core.adapter import Slot, clean_name
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.operations.shards import resharded
 from lightning_peft.strategy import refusals
 from lightning_peft.strategy.optimizers.accumulated import Accumulated
 from lightning_peft.strategy.optimizers.averages import refuse_diverging, refuse_unaveraged
@@ -148,7 +149,8 @@ class Training(Accumulated):
             self._ran = running
             # An optimizer may have got parameters since, and DeepSpeed's holds others than it was given.
             held = self._held.keys() | {id(p) for p in held_parameters(self.optimizers)}
-            refusals.refuse_untrained(ModelView(self._module), held)
+            # In manual optimization a network may be gathered that is not differentiated before the next step.
+            refusals.refuse_untrained(resharded(self._module), held)
 
     def _warn_without_gradient(self, optimizer: Optimizer) -> None:
         view, held = ModelView(self._module), {id(p) for p in held_parameters([optimizer])}
