@@ -8,7 +8,8 @@ in half precision, the copy is what is saved, and they get its values when train
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,7 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
             _cast(parameter, self._dtype)
         result = super()._setup_model_and_optimizer(model, optimizer, *args)
         self._engine = result[0]
+        self._engine.set_gradient_accumulation_boundary(True)
         if self.zero_stage_3:
             refuse_leaves(ModelView(model))
         self._trained = ZeroState(self._engine, groups, self._module)
@@ -155,6 +157,24 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         for prefix, root, registry in registries(view):
             watch(root, registry, [host for _, host, _ in view.part(prefix).slots])
         self._set_adapters(values)
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """Whether batches are counted here. DeepSpeed would count them beyond the end of an epoch."""
+        return False
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Have DeepSpeed add up gradients inside, instead of stepping by them."""
+        self._engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self._engine.set_gradient_accumulation_boundary(True)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Differentiate a loss that Lightning has divided by the number of batches, as DeepSpeed would once more."""
+        return super().backward(closure_loss, optimizer, *args, **{"scale_wrt_gas": False, **kwargs})
 
     def pre_backward(self, closure_loss: Tensor) -> None:
         """Note it: what differentiates by itself leaves the engine nothing to step by."""
@@ -234,11 +254,11 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
 
     def _accumulated(self) -> dict[str, Tensor]:
         """Return nothing, and say so within an accumulation: DeepSpeed has the gradients in its buffers."""
-        if self._trained is not None and self._engine.micro_steps % self._engine.gradient_accumulation_steps():
+        if self._waiting:
             rank_zero_warn(
                 "The checkpoint is written in the middle of an accumulation, whose gradients DeepSpeed keeps to itself: "
-                "a run that is resumed from it goes on without them, and steps after other batches than this one. Save "
-                "after a step: every_n_train_steps of the callback."
+                "a run that is resumed from it goes on without them. Save after a step, for example by the callback's "
+                "every_n_train_steps."
             )
         return {}
 
