@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_peft.callbacks.ending import listen, save_last
@@ -36,7 +37,7 @@ from lightning_peft.tensors.sharding import map_tensors, whole
 
 T = TypeVar("T")
 
-_GENERATORS = "generators"
+_GENERATORS, _GRADIENTS = "generators", "gradients"
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -133,7 +134,9 @@ class Checkpoints(WritesDirectories, Continuing):
                 check_sums(checkpoint_path)
                 checkpoint = super().load_checkpoint(checkpoint_path, weights_only is not False)
         self._note_saved(checkpoint_path, checkpoint)
-        self._continue_from(checkpoint.get(files.KEY, {}).get(_GENERATORS))
+        ours = checkpoint.get(files.KEY, {})
+        self._continue_from(ours.get(_GENERATORS))
+        self._go_on_with(ours.get(_GRADIENTS, {}))
         checkpoint = plain.with_adapters(checkpoint)
         self._read = dict(checkpoint.get("state_dict", {}))
         return checkpoint
@@ -151,7 +154,10 @@ class Checkpoints(WritesDirectories, Continuing):
                 plain.refuse_directory()
             return self._write_checkpoint(checkpoint, filepath, storage_options)
         files.finish(checkpoint, view, self._full_checkpoints)
-        self._refuse_not_finite(checkpoint, view)
+        gradients = self._accumulated() if "optimizer_states" in checkpoint else {}
+        unscaled = {} if self._scales() else {f"the gradient of {name!r}": g for name, g in gradients.items()}
+        self._refuse_not_finite({**files.trained(checkpoint, view), **unscaled})
+        checkpoint[files.KEY][_GRADIENTS] = gradients
         checkpoint[files.KEY][_GENERATORS] = self._note_generators()
         _warn_of_objects(checkpoint)
         if self._unloads:
@@ -171,13 +177,13 @@ class Checkpoints(WritesDirectories, Continuing):
         resumable = checkpoint is not None and "optimizer_states" in checkpoint
         self._saved = [*(known for known in self._saved if known != str(path)), *([str(path)] if resumable else [])]
 
-    def _refuse_not_finite(self, checkpoint: Mapping[str, Any], view: ModelView) -> None:
-        """Check that a run can go on from ``checkpoint``, before it takes the place of one from which it can.
+    def _refuse_not_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        """Check that a run can go on from ``tensors``, before they take the place of those from which it can.
 
         Raises:
-            NotFiniteError: What is trained of it, or an optimizer's state, holds NaN or infinity on some process.
+            NotFiniteError: One of them holds NaN or infinity on some process.
         """
-        found = not_finite(files.trained(checkpoint, view))
+        found = not_finite(tensors)
         if self.reduce(torch.tensor(float(bool(found)), device=self.root_device), reduce_op="sum"):
             raise NotFiniteError(
                 f"{found[0] if found else 'A tensor on another process'} holds NaN or infinity: the run has diverged. "

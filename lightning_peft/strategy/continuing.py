@@ -26,6 +26,11 @@ class Continuing(Leaving):
     _generators: Mapping[str, Any] | None = None
     """What the checkpoint says of them from which this run is about to go on."""
 
+    def connect(self, model: pl.LightningModule) -> None:
+        """Attach the module, for a run that has read no checkpoint yet."""
+        super().connect(model)
+        self._generators = None
+
     def _note_generators(self) -> dict[str, Any] | None:
         """Return what a checkpoint is to hold of the generators of all processes; nothing, before a run has begun."""
         if (trainer := self._attached_to) is None:

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_peft.callbacks.summary import PEFTSummary
@@ -17,9 +17,10 @@ from lightning_peft.core.adapter import Slot, clean_name
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.operations.shards import resharded
 from lightning_peft.strategy import refusals
+from lightning_peft.strategy.optimizers.accumulated import Accumulated
 from lightning_peft.strategy.optimizers.averages import refuse_diverging, refuse_unaveraged
-from lightning_peft.strategy.optimizers.finite import FiniteSteps
 from lightning_peft.strategy.optimizers.optim import (
     held_parameters,
     restrict_to_trainable,
@@ -36,7 +37,7 @@ from lightning_peft.strategy.optimizers.schedule import (
 )
 
 
-class Training(FiniteSteps):
+class Training(Accumulated):
     """Optimizers of adapters: their param groups, their steps and their state. ``super()`` is the base strategy."""
 
     methods: tuple[PEFTMethod, ...]
@@ -137,10 +138,6 @@ class Training(FiniteSteps):
             after_step(self._module, self._module.trainer.global_step + 1, self._total_steps)
         return output
 
-    def _replicated(self) -> list[tuple[list[nn.Parameter], Any]]:
-        """Return trained parameters that several processes have whole, with the process group of each list of them."""
-        return []
-
     def _refuse_unaveraged(self, optimizer: Optimizer) -> None:
         held = {id(p) for p in held_parameters([optimizer])}
         for parameters, group in self._replicated():
@@ -152,7 +149,8 @@ class Training(FiniteSteps):
             self._ran = running
             # An optimizer may have got parameters since, and DeepSpeed's holds others than it was given.
             held = self._held.keys() | {id(p) for p in held_parameters(self.optimizers)}
-            refusals.refuse_untrained(ModelView(self._module), held)
+            # In manual optimization a network may be gathered that is not differentiated before the next step.
+            refusals.refuse_untrained(resharded(self._module), held)
 
     def _warn_without_gradient(self, optimizer: Optimizer) -> None:
         view, held = ModelView(self._module), {id(p) for p in held_parameters([optimizer])}

@@ -124,6 +124,35 @@ class Bypassing(ByHand):
         loss.backward()
 
 
+class InTurn(Net):
+    """Two networks, each with an optimizer: one is called, and not differentiated, before the other one's step."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.automatic_optimization = False
+        self.judge = nn.Linear(4, 4)
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.base.startswith("fsdp2"):
+            fsdp.fully_shard(self.judge, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        of_net, of_judge = self.optimizers()
+        x = batch[0][self.global_rank :: self.trainer.world_size]
+        guess = self.net(x)
+        for optimizer, loss in (
+            (of_judge, lambda: (self.judge(guess.detach()) - x[:, 4:]).square().mean()),
+            (of_net, lambda: (self.judge(guess) - x[:, :4]).square().mean()),
+        ):
+            optimizer.zero_grad()
+            self.manual_backward(loss())
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [OPTIMIZERS[self.optimizer](part.parameters()) for part in (self.net, self.judge)]
+
+
 LORA = {"method": LoRA(r=2)}
 BESIDE_NORMS = {"method": [LoRA(r=2, target_modules=["net.0", "net.5"]), LayerNormTuning()]}
 SHARED = {"method": Compacter(bottleneck=4, train_norms=False, target_modules=["net.0", "net.3"]), "also": ["net.5"]}
@@ -146,6 +175,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mixture by torch": {**BESIDE_NORMS, "optimizer": "sgd", "kind": ClippingByTorch},
     "mixture by hand": {**BESIDE_NORMS, "optimizer": "sgd", "kind": ClippingByHand},
     "by hand": {**LORA, "optimizer": "sgd", "kind": ByHand},
+    "in turn": {**LORA, "optimizer": "sgd", "kind": InTurn},
     "bypassed": {**LORA, "optimizer": "sgd", "kind": Bypassing},
     "beside norms fused": {**BESIDE_NORMS, "optimizer": "fused sgd"},
     "beside norms in rows": {**BESIDE_NORMS, "optimizer": "adafactor"},
@@ -178,7 +208,8 @@ OF_DEEPSPEED = ("by hand", "bypassed", "line search")
 
 
 def serves(base: str, case: str) -> bool:
-    return base != "stage2" or case in OF_DEEPSPEED
+    """Whether it is to be tried; DDP wants every parameter in each backward pass, or find_unused_parameters."""
+    return case in OF_DEEPSPEED if base == "stage2" else (base, case) != ("ddp", "in turn")
 
 
 def run(out: Path, base: str, case: str) -> dict[str, Any]:

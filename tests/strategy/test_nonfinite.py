@@ -115,6 +115,18 @@ def test_a_bad_batch_spoils_the_batches_that_it_was_accumulated_with(tmp_path: P
     assert_same(adapter_state(skipped), adapter_state(expected))
 
 
+def test_gradients_from_which_no_run_could_go_on_are_not_saved(tmp_path: Path) -> None:
+    class Saving(Callback):
+        def on_train_batch_end(self, run: Any, *_: Any) -> None:
+            if module.seen == 4:
+                run.save_checkpoint(tmp_path / "middle.ckpt")
+
+    module = Diverging([4])
+    with pytest.raises(NotFiniteError, match=r"the gradient of .*holds NaN or infinity"):
+        fit(tmp_path, module, callbacks=[Saving()], accumulate_grad_batches=2)
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
 @pytest.mark.parametrize("kind", [AdapterCheckpoint, ModelCheckpoint])
 def test_a_run_goes_back_to_its_last_checkpoint(tmp_path: Path, kind: Any) -> None:
     module, states = Diverging([6]), States()

@@ -8,7 +8,8 @@ in half precision, the copy is what is saved, and they get its values when train
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -138,6 +140,7 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
             _cast(parameter, self._dtype)
         result = super()._setup_model_and_optimizer(model, optimizer, *args)
         self._engine = result[0]
+        self._engine.set_gradient_accumulation_boundary(True)
         if self.zero_stage_3:
             refuse_leaves(ModelView(model))
         self._trained = ZeroState(self._engine, groups, self._module)
@@ -154,6 +157,24 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         for prefix, root, registry in registries(view):
             watch(root, registry, [host for _, host, _ in view.part(prefix).slots])
         self._set_adapters(values)
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """Whether batches are counted here. DeepSpeed would count them beyond the end of an epoch."""
+        return False
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Have DeepSpeed add up gradients inside, instead of stepping by them."""
+        self._engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self._engine.set_gradient_accumulation_boundary(True)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Differentiate a loss that Lightning has divided by the number of batches, as DeepSpeed would once more."""
+        return super().backward(closure_loss, optimizer, *args, **{"scale_wrt_gas": False, **kwargs})
 
     def pre_backward(self, closure_loss: Tensor) -> None:
         """Note it: what differentiates by itself leaves the engine nothing to step by."""
@@ -230,6 +251,16 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         """Return the optimizer's state by parameter name, whole."""
         assert self._trained is not None
         return self._trained.state_dict()
+
+    def _accumulated(self) -> dict[str, Tensor]:
+        """Return nothing, and say so within an accumulation: DeepSpeed has the gradients in its buffers."""
+        if self._waiting:
+            rank_zero_warn(
+                "The checkpoint is written in the middle of an accumulation, whose gradients DeepSpeed keeps to itself: "
+                "a run that is resumed from it goes on without them. Save after a step, for example by the callback's "
+                "every_n_train_steps."
+            )
+        return {}
 
     def _warn_without_gradient(self, optimizer: Optimizer) -> None:
         """Do nothing: DeepSpeed has moved all gradients into its buffers, and none is left to be missed."""
