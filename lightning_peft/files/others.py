@@ -53,7 +53,8 @@ _TOOLS = (
     _Tool(
         "AdapterHub's package adapters",
         lambda path, config: (
-            str(config.get("version", "")).startswith("adapters.") or (path / "pytorch_adapter.bin").is_file()
+            str(config.get("version", "")).startswith("adapters.")
+            or (path / "pytorch_adapter.bin").is_file()
             or (path / "adapter.safetensors").is_file()
         ),
         "Its own model.load_adapter reads it. What a LoRA changes is in the weights after model.merge_adapter(NAME) "
@@ -72,9 +73,7 @@ _TOOLS = (
     ),
     _Tool(
         "torchtune",
-        lambda path, config: (
-            any(path.glob("adapter_*.pt")) or (path.name.startswith("adapter_") and _is(path, ".pt"))
-        ),
+        lambda path, config: any(path.glob("adapter_*.pt")) or (path.name.startswith("adapter_") and _is(path, ".pt")),
         "torchtune writes HF PEFT's format beside it, as adapter_model.safetensors with adapter_config.json, if its "
         "checkpointer is FullModelHFCheckpointer and the model none of Phi, Llama 3.2 Vision and Llama 4: name that "
         "directory.",
