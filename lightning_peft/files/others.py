@@ -1,4 +1,11 @@
-"""Adapters in other tools' formats, known by sight: one table, with what to do to have them read here."""
+"""Adapters in other tools' formats, known by sight: one table, with what to do to have them read here.
+
+Signs and advice stand in these files, at the commits that were read: LitGPT 2685705 `litgpt/scripts/merge_lora.py`,
+`convert_lit_checkpoint.py`, `tutorials/convert_lit_models.md`; mlx-lm d78bf58 `mlx_lm/fuse.py`, `mlx_lm/lora.py`; adapters
+88f18eb `src/adapters/utils.py`, `model_mixin.py`; NeMo a9a2b2e `nemo/collections/llm/peft/api.py`; torchtune bd2a0fc
+`torchtune/training/checkpointing/_checkpointer.py`; diffusers 9733257 `src/diffusers/loaders/lora_pipeline.py`. Of
+kohya's scripts and LLM-Adapters no source was read: that kohya's names begin so is what diffusers looks for.
+"""
 
 from __future__ import annotations
 
@@ -25,24 +32,33 @@ class _Tool:
 _TOOLS = (
     _Tool(
         "LitGPT",
+        lambda path, config: (path / "lit_model.pth.lora").is_file() or path.name == "lit_model.pth.lora",
+        "`litgpt merge_lora DIR` and `litgpt convert_from_litgpt DIR OUT` write OUT/model.pth; save what "
+        "BASE_CLASS.from_pretrained(BASE, state_dict=torch.load('OUT/model.pth')) loads with save_pretrained(MODEL), "
+        f"and {_AS_MODEL}.",
+    ),
+    _Tool(
+        "LitGPT's adapters",
         lambda path, config: (
-            any((path / f"lit_model.pth{kind}").is_file() for kind in (".lora", ".adapter"))
-            or path.name.startswith("lit_model.pth")
+            path.name.startswith("lit_model.pth.adapter") or path.is_dir() and any(path.glob("lit_model.pth.adapter*"))
         ),
-        f"Write a model with `litgpt merge_lora DIR` and `litgpt convert_from_litgpt DIR MODEL`; {_AS_MODEL}.",
+        "LitGPT alone reads it: its convert_from_litgpt refuses it too.",
     ),
     _Tool(
         "MLX",
         lambda path, config: "lora_parameters" in config or "fine_tune_type" in config or path.name == "adapters.npz",
-        f"Write a model with `mlx_lm.fuse --model BASE --adapter-path DIR --save-path MODEL`; {_AS_MODEL}.",
+        "Write a model with `mlx_lm.fuse --model BASE --adapter-path DIR --save-path MODEL`, of a quantised base with "
+        f"--dequantize; {_AS_MODEL}.",
     ),
     _Tool(
         "AdapterHub's package adapters",
         lambda path, config: (
-            str(config.get("version", "")).startswith("adapters.") or (path / "pytorch_adapter.bin").is_file()
+            str(config.get("version", "")).startswith("adapters.")
+            or (path / "pytorch_adapter.bin").is_file()
+            or (path / "adapter.safetensors").is_file()
         ),
-        "Its own model.load_adapter reads it. A LoRA can be merged there with model.merge_adapter(NAME) and saved by "
-        f"save_pretrained; {_AS_MODEL}.",
+        "Its own model.load_adapter reads it. What a LoRA changes is in the weights after model.merge_adapter(NAME) "
+        "there.",
     ),
     _Tool(
         "LLM-Adapters' copy of HF PEFT",
@@ -52,27 +68,27 @@ _TOOLS = (
     _Tool(
         "NeMo",
         lambda path, config: path.suffix == ".nemo" or ((path / "weights").is_dir() and (path / "context").is_dir()),
-        "Export it from NeMo in HF PEFT's format.",
+        "NeMo writes HF PEFT's format with `nemo.collections.llm.peft.export_lora(DIR, OUT)`, for models that it has an "
+        "exporter for.",
     ),
     _Tool(
         "torchtune",
-        lambda path, config: (
-            any(path.glob("adapter_[0-9]*.pt")) or (path.name.startswith("adapter_") and _is(path, ".pt"))
-        ),
+        lambda path, config: any(path.glob("adapter_*.pt")) or (path.name.startswith("adapter_") and _is(path, ".pt")),
         "torchtune writes HF PEFT's format beside it, as adapter_model.safetensors with adapter_config.json, if its "
-        "checkpointer is that for Hugging Face's models: name that directory.",
+        "checkpointer is FullModelHFCheckpointer and the model none of Phi, Llama 3.2 Vision and Llama 4: name that "
+        "directory.",
     ),
     _Tool(
         "kohya's scripts",
         lambda path, config: _has_tensor(path, (".lora_down.weight", ".lora_up.weight")),
-        "diffusers reads it: pipeline.load_lora_weights(FILE).",
+        "It is for an image model: of those, diffusers reads it with pipeline.load_lora_weights(DIR, weight_name=FILE).",
     ),
     _Tool(
         "diffusers",
         lambda path, config: (
             (path / "pytorch_lora_weights.safetensors").is_file() or path.name == "pytorch_lora_weights.safetensors"
         ),
-        "diffusers reads it: pipeline.load_lora_weights(DIR).",
+        "It is for an image model: diffusers reads it with pipeline.load_lora_weights(DIR).",
     ),
 )
 

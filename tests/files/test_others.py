@@ -21,6 +21,10 @@ def litgpt(path: Path) -> None:
     (path / "hyperparameters.yaml").write_text("lora_r: 4\n")
 
 
+def litgpt_adapter(path: Path) -> None:
+    torch.save({"model": {"transformer.h.2.attn.gating_factor": A}}, path / "lit_model.pth.adapter_v2")
+
+
 def mlx(path: Path) -> None:
     parameters = {"rank": 4, "scale": 20.0, "dropout": 0.0}
     config = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": parameters}
@@ -46,7 +50,7 @@ def nemo(path: Path) -> None:
 
 
 def torchtune(path: Path) -> None:
-    torch.save({"layers.0.attn.q_proj.lora_a.weight": A}, path / "adapter_0.pt")
+    torch.save({"layers.0.attn.q_proj.lora_a.weight": A}, path / "adapter_model.pt")
 
 
 def kohya(path: Path) -> None:
@@ -62,10 +66,11 @@ def diffusers(path: Path) -> None:
 
 TOOLS: dict[Callable[[Path], None], str] = {
     litgpt: r"LitGPT.*litgpt merge_lora",
+    litgpt_adapter: r"LitGPT's adapters.*LitGPT alone reads it",
     mlx: r"MLX.*mlx_lm\.fuse",
     adapterhub: r"AdapterHub's package adapters.*merge_adapter",
     llm_adapters: r"LLM-Adapters.*SeriesAdapter",
-    nemo: r"NeMo.*Export it",
+    nemo: r"NeMo.*export_lora",
     torchtune: r"torchtune.*name that directory",
     kohya: r"kohya's scripts.*load_lora_weights",
     diffusers: r"diffusers.*load_lora_weights",

@@ -24,6 +24,7 @@ CONFIGS: dict[str, peft.PeftConfig] = {
     "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
     "keys": peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj"]),
     "embedding": peft.LoraConfig(r=4, target_modules=["embed_tokens"]),
+    "tall": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "lm_head"]),
     "head": peft.LoraConfig(**LORA, modules_to_save=["lm_head"]),
     "large": peft.LoraConfig(r=600, target_modules=["q_proj", "v_proj"]),
 }
@@ -38,6 +39,7 @@ REFUSED = {
     ("sglang", "keys"): r"q_proj' without 'v_proj' beside it; sglang reads them together",
     ("sglang", "embedding"): "adapts the embedding.*sglang reads nothing",
     ("tensorrt-llm", "embedding"): "adapts the embedding.*tensorrt-llm reads nothing",
+    ("tensorrt-llm", "tall"): r"adapts the head 'lm_head', which tensorrt-llm passes over in silence",
     ("vllm", "large"): r"has rank 600; vllm has room for 512.*--rank 512",
 }
 

@@ -14,6 +14,7 @@ from lightning_peft.planning import report
 from lightning_peft.planning.activations import step_bytes
 
 PAGE = (Path(__file__).resolve().parents[2] / "examples" / "docs" / "large_models.md").read_text()
+PAGE_OF_FILES = (Path(__file__).resolve().parents[2] / "examples" / "docs" / "files.md").read_text()
 SHAPES = {
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
@@ -23,15 +24,17 @@ SHAPES = {
 COMMON = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}
 WORLDS = ([1, 1], [8, 1], [8, 2])
 SIZES = (24, 80)
-QUANTISED = [{"class_path": "lightning.pytorch.plugins.precision.BitsandbytesPrecision", "init_args": {"mode": "nf4"}}]
+BITSANDBYTES = "lightning.pytorch.plugins.precision.BitsandbytesPrecision"
+QUANTISED = [{"class_path": BITSANDBYTES, "init_args": {"mode": "nf4"}}]
+DOUBLE = [{"class_path": BITSANDBYTES, "init_args": {"mode": "nf4-dq"}}]
 
 
-def run_file(path: Path, model: str, **trainer: Any) -> Path:
-    LlamaConfig(**{**COMMON, **SHAPES[model]}).save_pretrained(path / model)
+def run_file(path: Path, model: str, shape: dict[str, Any] | None = None, **trainer: Any) -> Path:
+    LlamaConfig(**(shape or {**COMMON, **SHAPES[model]})).save_pretrained(path / model)
     method = {"class_path": "lightning_peft.LoRA", "init_args": {"r": 16}}
     task = {"model": str(path / model), "dtype": "bfloat16", "gradient_checkpointing": True}
     strategy = {"class_path": "lightning_peft.PEFTStrategy", "init_args": {"method": method}}
-    file = path / f"{model}-{len(trainer)}-{'plugins' in trainer}.yaml"
+    file = path / f"{model}-{len(list(path.iterdir()))}.yaml"
     task_of = {"class_path": "lightning_peft.tasks.CausalLM", "init_args": task}
     file.write_text(yaml.safe_dump({"trainer": {"strategy": strategy, **trainer}, "model": task_of}))
     return file
@@ -94,3 +97,22 @@ def test_the_table_is_what_the_command_prints(model: str, tmp_path: Path) -> Non
     lines = [line(model, devices, nodes, tmp_path) for devices, nodes in WORLDS]
     shown = [row for row in PAGE.splitlines() if row.startswith(f"| {model} |")]
     assert shown == lines, "\n" + "\n".join(lines)
+
+
+def test_what_a_quantised_base_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`examples/docs/files.md` gives what the command prints for the shape of Llama-2-7B, transformers' default one."""
+    monkeypatch.setattr(report, "step_bytes", lambda *args, **options: 0)
+    runs: dict[str, dict[str, Any]] = {
+        "bfloat16": {"precision": "bf16-true"},
+        "4 bits": {"plugins": QUANTISED},
+        "4 bits, scales quantised too": {"plugins": DOUBLE},
+    }
+    found = {}
+    for name, trainer in runs.items():
+        file, out = run_file(tmp_path, "7B", {"vocab_size": 32000}, **trainer), io.StringIO()
+        with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+            main(["plan", f"--config={file}"])
+        (line,) = (line for line in out.getvalue().splitlines() if line.strip().startswith("frozen weights"))
+        found[name] = line.partition("weights")[2].strip()
+    shown = (PAGE_OF_FILES.partition("| Llama-2-7B in |")[2].partition("\n\n")[0]).splitlines()[2:]
+    assert shown == [f"| {name} | {text} |" for name, text in found.items()]

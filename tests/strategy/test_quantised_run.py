@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from lightning_peft import DoRA, FullFinetuning, LoRA, PEFTError, PEFTStrategy, load_adapter, merge
 from lightning_peft.callbacks import AdapterCheckpoint
+from lightning_peft.planning.layout import Layout, Precision
+from lightning_peft.planning.memory import plan
 from lightning_peft.tasks.pretrained import load_model, load_tokenizer
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -148,12 +150,17 @@ def test_transformers_configuration(kind: str, tmp_path: Path) -> None:
     assert (plain(input_ids=TOKENS).logits - tuned).abs().max() <= (0.1 if kind == "int8" else 1e-4)
 
 
-def test_a_packed_layer_takes_a_third_of_its_memory() -> None:
-    """Of Llama-7B's first block, whose layers are 96 % of the model: codes, scales and scales of scales."""
-    layer = bnb.nn.Linear4bit(4096, 4096, bias=False, quant_type="nf4", compress_statistics=True).to("cpu")
+@pytest.mark.parametrize(("mode", "double"), [("nf4", False), ("nf4-dq", True)])
+def test_a_packed_layer_takes_what_is_planned(mode: str, double: bool) -> None:
+    """Codes, scales and scales of scales of a layer of Llama-7B, in the memory that it is given."""
+    layer = bnb.nn.Linear4bit(4096, 4096, bias=False, quant_type="nf4", compress_statistics=double).to("cpu")
     state = layer.weight.quant_state
-    parts = [layer.weight.data, state.absmax, state.state2.absmax]
-    assert sum(part.numel() * part.element_size() for part in parts) <= 0.26 * 2 * 4096 * 4096
+    parts = [layer.weight.data, state.absmax, *([state.state2.absmax] if double else [])]
+    measured = sum(part.untyped_storage().nbytes() for part in parts)
+    model = nn.Sequential(nn.Linear(4096, 4096, bias=False)).requires_grad_(False)
+    planned = plan(model, Layout(kind="single_device"), Precision("32-true", mode))
+    assert measured == pytest.approx(planned.weights, rel=1e-3)
+    assert measured <= 0.29 * 2 * 4096 * 4096
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""Programs that read adapters in HF PEFT's format, and what each reads of it: one table, with where that stands."""
+"""Programs that read adapters in HF PEFT's format, and what each reads of it: one table, with where that stands.
+
+Sources were read in stored copies, by commit: none of them is said to be a program's newest state.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,15 @@ class Reader:
     """What a program reads."""
 
     source: str
-    """Where that stands, and in which state of it."""
-    seen: str
-    """When it was looked at."""
+    """The files that say so, each with the commit of the copy that was read. What is only expected is said to be."""
     lora_alone: bool = True
     """Whether it reads LoRA alone and scales it by ``lora_alpha / r`` or less: it is given a serving copy."""
     ranks: tuple[int, ...] | None = None
     """The ranks that it has room for, if not all."""
     embeddings: bool = True
     """Whether it reads LoRA of embeddings."""
+    head: bool = True
+    """Whether it reads LoRA of a language model's head."""
     together: tuple[str, ...] = ()
     """Last names of modules that it reads together or not at all."""
     unread: tuple[str, ...] = ()
@@ -36,44 +39,51 @@ class Reader:
 
 READERS = {
     "vllm": Reader(
-        source="vllm/lora/peft_helper.py of vLLM at e745baf: DoRA and modules_to_save are refused, patterns not read",
-        seen="2026-11-28",
+        source="vLLM: vllm/lora/peft_helper.py at e745baf (modules_to_save, DoRA and a rank above max_lora_rank are "
+        "refused, patterns not read); vllm/config/lora.py at 01230b4 (the ranks); vllm/lora/utils.py at 001e63a (names "
+        "of layers and embeddings, the latter in models that declare them)",
         ranks=RANKS,
         note="Start vLLM with --enable-lora --max-lora-rank {rank}.",
     ),
     "sglang": Reader(
-        source="python/sglang/srt/lora/lora_config.py of SGLang at 0ceb81f: r, lora_alpha, target_modules",
-        seen="2026-11-28",
+        source="SGLang: python/sglang/srt/lora/lora_config.py at 0ceb81f (r, lora_alpha, target_modules, use_dora; "
+        "patterns for admission alone); python/sglang/srt/lora/lora.py at 002c60a (lora_alpha / r whatever use_rslora "
+        "says, k_proj with q_proj and v_proj), and in a later copy without a commit, q_proj with v_proj. Expected, not "
+        "read: that LoRA of embeddings is for models of its own choice",
         embeddings=False,
         together=("q_proj", "v_proj"),
         note="Start SGLang with --enable-lora --max-lora-rank {rank}.",
     ),
     "llama.cpp": Reader(
-        source="convert_lora_to_gguf.py of llama.cpp at 0b03ada: lora_alpha is read, and the rank from the tensors",
-        seen="2026-11-28",
-        note="Convert it with convert_lora_to_gguf.py --base BASE; an adapted head must not be tied to the embedding.",
+        source="llama.cpp: convert_lora_to_gguf.py at 0b03ada (lora_alpha, and the rank from the tensors; a head that "
+        "is tied is an error there)",
+        note="Convert it with convert_lora_to_gguf.py --base BASE DIR; an adapted head must not be tied to the "
+        "embedding.",
     ),
     "tensorrt-llm": Reader(
-        source="tensorrt_llm/lora_manager.py of TensorRT-LLM at 007e181: layers alone, of one rank; patterns not read",
-        seen="2026-11-28",
+        source="TensorRT-LLM: tensorrt_llm/lora_manager.py at 007e181 (r, lora_alpha, use_rslora, the rank of each "
+        "module from its tensors, no patterns; what it has of embed_tokens and lm_head is passed over in silence)",
         embeddings=False,
+        head=False,
         note="Name the directory in lora_dir, and {rank} as max_lora_rank.",
     ),
     "transformers": Reader(
-        source="transformers/integrations/peft.py of transformers 5.24, which calls HF PEFT; it looks for DoRA's norms "
-        "under another name than files have, and draws them anew",
-        seen="2026-11-28",
+        source="transformers 5.24, transformers/integrations/peft.py, run by the tests: it calls HF PEFT; it looks for "
+        "DoRA's norms under another name than files have, and draws them anew",
         lora_alone=False,
         unread=("DoRA", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"),
         note="Load it with model.load_adapter(PATH).",
     ),
     "peft": Reader(
-        source="HF PEFT 0.21.2",
-        seen="2026-11-28",
+        source="HF PEFT 0.21.2, run by the tests",
         lora_alone=False,
         note="Load it with PeftModel.from_pretrained(base, PATH).",
     ),
 }
+
+
+_HEADS = ("lm_head", "embed_out")
+"""What transformers calls the heads of language models."""
 
 
 def reader_named(name: str) -> Reader:
@@ -102,6 +112,8 @@ def rank_for(
     embeddings = [host for host, pair in pairs.items() if pair.a.endswith("lora_embedding_A")]
     if embeddings and not reader.embeddings:
         raise PEFTError(f"{source} adapts the embedding {embeddings[0]!r}, of which {name} reads nothing. {whole}")
+    if not reader.head and (heads := [host for host in pairs if host.rpartition(".")[2] in _HEADS]):
+        raise PEFTError(f"{source} adapts the head {heads[0]!r}, which {name} passes over in silence. {whole}")
     for host in pairs:
         around, _, leaf = host.rpartition(".")
         if leaf in reader.together and (lacks := [n for n in reader.together if f"{around}.{n}" not in pairs]):
