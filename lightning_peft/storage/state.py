@@ -157,14 +157,20 @@ def check_metadata(model: ModelView, saved: Mapping[str, Any], source: str, held
         raise PEFTError(
             f"{source} has format version {saved.get('version')!r}; this lightning_peft reads {_VERSION}. Update it."
         )
-    for prefix, _, registry in required(model):
+    found = required(model)
+    theirs = sorted(prefix for prefix, injection in saved["injections"].items() if injection["adapters"])
+    if (ours := sorted(prefix for prefix, _, registry in found if registry.methods)) != theirs:
+        places = ["the module itself" if names == [""] else listed(map(repr, names)) for names in (theirs, ours)]
+        raise PEFTError(
+            f"{source} has adapters that were injected into {places[0]}; here they were injected into {places[1]}. "
+            "Before the run, inject into the same parts."
+        )
+    for prefix, _, registry in found:
         injection = saved["injections"].get(prefix)
         where = f" in {prefix!r}" if prefix else ""
-        if injection is None and not registry.methods:
+        if injection is None:
             # An older version left the rest of the model alone.
             continue
-        if injection is None:
-            raise PEFTError(f"{source} has no adapters{where}, but {sorted(saved['injections'])}.")
         if list(injection["train_also"]) != list(registry.train_also):
             raise PEFTError(
                 f"{source} was written with train_also={list(injection['train_also'])}{where}; this model has "

@@ -10,7 +10,8 @@ from lightning_peft.core.registry import registries
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import listed
 from lightning_peft.structure.attention import surrounding
-from lightning_peft.structure.new_parts import last_layer, new_parts, new_rows, parts_beside
+from lightning_peft.structure.frozen import head_beside
+from lightning_peft.structure.new_parts import last_layer, new_parts, new_rows, outermost, parts_beside
 from lightning_peft.targets.patterns import PRESETS, as_list
 
 _TRAIN = "Train them with the adapter:"
@@ -40,9 +41,16 @@ def untrained(model: ModelView) -> Iterator[str]:
                 f"{name!r} is frozen, and its rows from {before} on are new: the vocabulary has {now} tokens now. "
                 f"{_TRAIN} PEFTStrategy([..., NewTokens(token_indices=list(range({before}, {now})))])."
             )
+    named = {name for name in head_beside(model) if not any(around in adapted for around in surrounding(name))}
+    if left := [name for name in outermost(model, named) if name not in new and _is_frozen(model, name)]:
+        yield (
+            f"{listed(map(repr, left))} was to be trained beside what you had frozen by hand, and is frozen now, as is "
+            f"all that has no adapter. {_TRAIN} PEFTStrategy(..., train_also={left!r})."
+        )
     last = last_layer(model)
     reached = last is None or any(around in adapted for around in surrounding(last))
-    if last is not None and not reached and _leaves_out(model) and _is_frozen(model, last):
+    told = last is not None and any(around in left for around in surrounding(last))
+    if last is not None and not (reached or told) and _leaves_out(model) and _is_frozen(model, last):
         yield (
             f"{last!r} ({type(model.modules[last]).__name__}), the last layer, is frozen: target_modules leaves it "
             f"out. Is it new? Train it with the adapter: PEFTStrategy(..., train_also=[{last!r}])."

@@ -10,7 +10,7 @@ start equal and stay frozen: code that goes over the parameters of both finds th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -41,10 +41,8 @@ class Frozen:
 @once
 def frozen_apart(model: ModelView) -> Frozen:
     """Return what was frozen beside a network that is trained; nothing, if there is at most a head to train."""
-    frozen, rest = dict[str, int](), dict[str, int]()
-    for name, size, trained in _weights(model):
-        (rest if trained else frozen)[name] = size
-    if sum(rest.values()) < _NETWORK * sum(frozen.values()):
+    frozen, rest = _frozen_and_rest(model)
+    if _is_head(rest, frozen):
         return Frozen()
     free = {module for name in rest for module in _around(name)}
     still = {module for name in frozen for module in _around(name)} - free
@@ -55,10 +53,28 @@ def frozen_apart(model: ModelView) -> Frozen:
     return Frozen(roots, left, copies)
 
 
+def head_beside(model: ModelView) -> set[str]:
+    """Return the parameters that a user had left to be trained beside a backbone frozen by hand, but for networks."""
+    frozen, rest = _frozen_and_rest(model)
+    return set(rest) if _is_head(rest, frozen) else set()
+
+
 def left_frozen(model: ModelView, names: Collection[str]) -> set[str]:
     """Return those of ``names``, of modules, that are to stay as they are; none, if nothing else would remain."""
     found = frozen_apart(model).left.intersection(names)
     return found if len(found) < len(names) else set()
+
+
+def _is_head(rest: Mapping[str, int], frozen: Mapping[str, int]) -> bool:
+    return sum(rest.values()) < _NETWORK * sum(frozen.values())
+
+
+def _frozen_and_rest(model: ModelView) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the sizes of what a user had frozen, and of the rest, by the parameters' names."""
+    frozen, rest = dict[str, int](), dict[str, int]()
+    for name, size, trained in _weights(model):
+        (rest if trained else frozen)[name] = size
+    return frozen, rest
 
 
 def _weights(model: ModelView) -> Iterator[tuple[str, int, bool]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -85,16 +86,26 @@ def _tensors(given: Sequence[Any]) -> Iterator[Tensor]:
 
 
 def _reader(holders: set[int]) -> str | None:
-    """Return what calls a function of torch's now, if no module of ``holders``, backward pass or compiled code does."""
+    """Return what calls a function of torch's now, if no call of a module of ``holders`` is under way.
+
+    Nothing in backward passes and in compiled code.
+    """
     reader, frame = "", sys._getframe(4)  # what has called torch's
     while frame is not None:
-        code = frame.f_code
-        module, first = str(frame.f_globals.get("__name__", "")), code.co_varnames[0] if code.co_argcount else ""
-        if module.startswith("torch._dynamo.") or (code.co_name == "backward" and first != "self"):
+        code, caller = frame.f_code, frame.f_back
+        module = _module(frame)
+        if code.co_name == "_call_impl" and id(frame.f_locals.get("self")) in holders:
             return None
-        if id(frame.f_locals.get(first)) in holders:
+        if code.co_name == "backward" and code.co_varnames[:1] != ("self",):
+            return None
+        # What is not to be compiled, such as gradient checkpointing, passes through there too.
+        if module.startswith("torch._dynamo.") and _module(caller) != "torch._compile":
             return None
         if not reader and not module.startswith("torch."):
             reader = code.co_name
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = caller  # type: ignore[assignment]
     return reader
+
+
+def _module(frame: FrameType | None) -> str:
+    return "" if frame is None else str(frame.f_globals.get("__name__", ""))

@@ -141,3 +141,10 @@ def test_the_same_values_or_none_are_no_word(tmp_path: Path, method: Any, recwar
     trainer(tmp_path, PEFTStrategy(method)).fit(module, loader())
     assert not [w for w in recwarn if "adapters" in str(w.message)]
     assert adapter_state(module).keys() == before.keys()
+
+
+def test_a_checkpoint_of_adapters_in_parts_names_them(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    trainer(tmp_path, lora(), callbacks=[saver]).fit(Stage2(), loader())
+    with pytest.raises(PEFTError, match=r"injected into 'net'; here they were injected into the module itself"):
+        trainer(tmp_path, lora()).fit(Regression(), loader(), ckpt_path=tmp_path / "last.ckpt")

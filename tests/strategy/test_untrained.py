@@ -145,3 +145,22 @@ def test_a_checkpoint_beside_another_frozen_head_is_refused(base: Path, director
     torch.manual_seed(7)
     loaded, x = Classifier.load_from_checkpoint(path).eval(), torch.randn(3, 8)
     assert torch.allclose(loaded(x), module.eval()(x), atol=1e-5)
+
+
+class FrozenBackbone(Regression):
+    """Its author trained a head, and a norm, on a backbone that was frozen by hand."""
+
+    def build(self) -> nn.Module:
+        backbone = nn.Sequential(nn.Linear(8, 64), nn.LayerNorm(64), nn.Linear(64, 64))
+        backbone.requires_grad_(False)[1].requires_grad_(True)
+        return nn.Sequential(backbone, nn.Linear(64, 4))
+
+
+def test_what_was_to_be_trained_beside_a_frozen_backbone(tmp_path: Path) -> None:
+    method = LoRA(r=2, target_modules=["net.0.0", "net.0.2"])
+    (text,) = said(FrozenBackbone(), PEFTStrategy(method), tmp_path)
+    assert "beside what you had frozen by hand" in text
+    assert "train_also=['net.0.1', 'net.1']" in text
+    assert said(FrozenBackbone(), PEFTStrategy(method, train_also=["net.0.1", "net.1"]), tmp_path) == []
+    (text,) = said(FrozenBackbone(), PEFTStrategy(LoRA(r=2)), tmp_path)
+    assert "train_also=['net.0.1']" in text

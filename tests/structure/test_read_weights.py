@@ -12,6 +12,7 @@ from modules import Llama, Regression, loader, trainer
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from lightning_peft import LoRA, PEFTError, PEFTStrategy, adapter_state_dict
 from lightning_peft.operations.merge import is_merged
@@ -52,7 +53,32 @@ class InATuple(Autoencoder):
         return h @ self.net["encoder"].weight.split(4, dim=1)[0]
 
 
-TIED = [Autoencoder, Cast, Looked, InATuple]
+class Tied(nn.Linear):
+    """Decodes by a method of its own, which is no call of the module."""
+
+    def decode(self, h: Tensor) -> Tensor:
+        return functional.linear(h, self.weight.T)
+
+
+class InAMethod(Autoencoder):
+    def build(self) -> nn.Module:
+        return nn.ModuleDict({"first": nn.Linear(8, 8), "encoder": Tied(8, 4)})
+
+    def decode(self, h: Tensor) -> Tensor:
+        return self.net["encoder"].decode(h)
+
+
+class OfTheState(Autoencoder):
+    def decode(self, h: Tensor) -> Tensor:
+        return h @ self.net["encoder"].state_dict()["weight"]
+
+
+class Checkpointed(Autoencoder):
+    def decode(self, h: Tensor) -> Tensor:
+        return checkpoint(super().decode, h, use_reentrant=False)
+
+
+TIED = [Autoencoder, Cast, Looked, InATuple, InAMethod, OfTheState, Checkpointed]
 METHOD = LoRA(r=2, alpha=4, target_modules=["net.first", "net.encoder"])
 
 
