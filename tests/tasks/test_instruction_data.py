@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,12 @@ def test_what_is_cut_off_is_said_with_what_it_costs(model: str, file: str) -> No
     ):
         data.setup("validate")
     assert max(len(example.ids) for example in data.examples["val"]) == 30
+
+
+def test_workers_that_are_spawned_get_what_puts_batches_together(model: str, file: str) -> None:
+    data = InstructionData(file, predict_file=file)
+    L.Trainer(strategy=PEFTStrategy(LoRA(r=2)), max_steps=1, **QUIET).fit(CausalLM(model), data)
+    data.setup("predict")
+    for loader in (data.train_dataloader(), data.predict_dataloader()):
+        batch = [loader.dataset[0]]
+        assert pickle.loads(pickle.dumps(loader.collate_fn))(batch).keys() == loader.collate_fn(batch).keys()

@@ -47,6 +47,10 @@ class FileData(LightningDataModule):
         self.num_workers = num_workers
         self.cache_dir = cache_dir
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has, such as that of a worker process that was spawned: no trainer."""
+        return {**vars(self), "trainer": None}
+
     def splits(self, stage: str) -> list[str]:
         """Return which files a stage reads: validation examples are read in `fit` if there are any."""
         splits = {"fit": ["train"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}[stage]

@@ -127,7 +127,7 @@ class InstructionData(FileData):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Prompts in the file's order."""
-        return self.loader(self.prompts, lambda prompts: {"prompts": prompts})
+        return self.loader(self.prompts, _prompts)
 
     def _trainer(self) -> Any:
         if self.trainer is None:
@@ -158,6 +158,10 @@ class InstructionData(FileData):
 
     def _collate_packed(self, rows: Sequence[Sequence[Example]]) -> dict[str, Any]:
         return collate_packed(rows, self.pad_token_id)
+
+
+def _prompts(prompts: list[list[int]]) -> dict[str, list[list[int]]]:
+    return {"prompts": prompts}
 
 
 def _shown(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.adapters.virtual_tokens.infix import IGNORED
 from lightning_peft.tasks.data.file_data import FileData
-from lightning_peft.tasks.examples.chat import plain_prompt
+from lightning_peft.tasks.examples.chat import plain_answer, plain_prompt
 from lightning_peft.tasks.examples.encoding import Example
 from lightning_peft.tasks.examples.layouts import conversation
 
@@ -84,7 +84,7 @@ class Seq2SeqData(FileData):
         answered, examples, cut = split != "predict", [], {"texts": 0, "answers": 0}
         for record in self.read(split):
             turns = conversation(record, answered=answered)
-            answer = str(turns.messages[-1]["content"]) if answered else ""
+            answer = plain_answer(turns) if answered else ""
             ids = list(tokenizer(self.prefix + plain_prompt(turns))["input_ids"])
             labels = list(tokenizer(text_target=answer)["input_ids"]) if answered else []
             cut["texts"] += len(ids) > self.max_length

@@ -62,7 +62,7 @@ class ChatTemplate:
                 )
             start = self._start(conversation, i, written)
             answer = written[start:]
-            if (turn.get("content") or "").strip() not in answer:
+            if not all(said in answer for said in _said(turn)):
                 raise PEFTError(f"{where}: {self.name} leaves the answer out; expected it in {answer!r}")
             end = start + len(self._without_space(answer))
             pieces += [Piece(whole[done:start], False), Piece(whole[start:end], True)]
@@ -87,9 +87,16 @@ class ChatTemplate:
             text = self.tokenizer.apply_chat_template(
                 messages, tools=conversation.tools, chat_template=self.template, tokenize=False, **options
             )
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
+        except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             raise PEFTError(f"{conversation.where}: {self.name} cannot write this conversation: {error}") from error
         return str(text)
+
+
+def _said(turn: Message) -> list[str]:
+    """What an answer says, in whatever form a template writes it: its text, and the names of the tools it calls."""
+    calls = [call.get("function", call) for call in turn.get("tool_calls") or ()]
+    names = [str(call.get("name", "")) for call in calls if isinstance(call, dict)]
+    return [(turn.get("content") or "").strip(), *names]
 
 
 def _common(a: str, b: str) -> int:
@@ -110,7 +117,11 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, choice: bool | str) -> Cha
         file = Path(choice).expanduser()
         if not file.is_file():
             raise PEFTError(f"chat_template: file {choice!r} not found; give a Jinja file, true or false")
-        return ChatTemplate(tokenizer, file.read_text(encoding="utf-8"), f"the chat template {choice}")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise PEFTError(f"chat_template: {choice!r} is not UTF-8 ({error}); save the file as UTF-8") from error
+        return ChatTemplate(tokenizer, text, f"the chat template {choice}")
     return ChatTemplate(tokenizer) if choice and tokenizer.chat_template else None
 
 
@@ -122,9 +133,24 @@ def plain_pieces(conversation: Conversation, eos_token: str) -> list[Piece]:
     """
     if conversation.text is not None:
         return [Piece(conversation.text + eos_token, True)]
-    prompt, answer = plain_prompt(conversation), conversation.messages[-1]["content"]
+    prompt, answer = plain_prompt(conversation), plain_answer(conversation)
     parted = prompt[-1].isspace() or answer[0].isspace()
     return [Piece(prompt, False), Piece((answer if parted else f" {answer}") + eos_token, True)]
+
+
+def plain_answer(conversation: Conversation) -> str:
+    """Return the answer.
+
+    Raises:
+        PEFTError: There is none, or one that is not a text alone.
+    """
+    turn = conversation.messages[-1] if conversation.messages else {}
+    if turn.get("tool_calls") or not turn.get("content"):
+        raise PEFTError(
+            f"{conversation.where}: the answer calls tools, or there is none; without a chat template an answer is a "
+            "text"
+        )
+    return str(turn["content"])
 
 
 def plain_prompt(conversation: Conversation) -> str:

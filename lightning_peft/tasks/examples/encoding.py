@@ -48,6 +48,17 @@ class Encoder:
     max_length: int
     loss_on: Literal["answers", "all"] = "answers"
 
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            PEFTError: One is out of its range.
+        """
+        if self.loss_on not in ("answers", "all"):
+            raise PEFTError(f"loss_on={self.loss_on!r} was given; expected 'answers' or 'all'")
+        if self.max_length < 1:
+            raise PEFTError(f"max_length={self.max_length} was given; expected a number of tokens")
+
     def prompt(self, conversation: Conversation) -> list[int]:
         """Return the tokens before the last answer, or of a text as a whole."""
         if conversation.text is not None:

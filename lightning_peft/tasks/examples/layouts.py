@@ -74,7 +74,7 @@ def _sharegpt(record: Record, answered: bool) -> Conversation:
         if "from" not in turn:
             return turn
         speaker = turn["from"]
-        if speaker not in SHAREGPT:
+        if str(speaker) not in SHAREGPT:
             raise PEFTError(f"{record.where}: a turn is from {speaker!r}; expected one of {', '.join(SHAREGPT)}")
         return {"role": SHAREGPT[speaker], "content": turn.get("value")}
 
@@ -84,7 +84,10 @@ def _sharegpt(record: Record, answered: bool) -> Conversation:
 def _prompt(record: Record, answered: bool) -> Conversation:
     prompt, answer = record.fields["prompt"], next((name for name in ANSWERS if name in record.fields), None)
     if isinstance(prompt, list):
-        turns = prompt + (record.fields[answer] if answer and answered else [])
+        reply = record.fields[answer] if answer and answered else []
+        if isinstance(reply, str):
+            reply = {"role": "assistant", "content": reply}
+        turns = [*prompt, *(reply if isinstance(reply, list) else [reply])]
         return _turns(record._replace(fields={**record.fields, "prompt": turns}), "prompt", lambda turn: turn)
     return _one_answer(record, record.text("prompt"), answered)
 
@@ -142,7 +145,10 @@ def _turns(record: Record, field: str, message: Callable[[Message], Message]) ->
             raise PEFTError(f"{where}: the role is {role!r}; expected one of {', '.join(ROLES)}")
         if not isinstance(content, str | None):
             raise PEFTError(f"{where}: the content is {_short(content)}; expected a text")
-        if not (content or "").strip() and not turn.get("tool_calls"):
+        calls = turn.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise PEFTError(f"{where}: tool_calls is {_short(calls)}; expected a list of objects")
+        if not (content or "").strip() and not calls:
             raise PEFTError(f"{where}: the {role}'s turn is empty; expected a text")
     if messages[0]["role"] == "assistant":
         raise PEFTError(

@@ -14,6 +14,7 @@ FORMATS = (
     "JSON lines (.jsonl), a JSON array (.json), .csv with a header line, .parquet, or the directory of a Hugging Face "
     "dataset that was saved by save_to_disk"
 )
+_MAX_FIELD = 2**31 - 1
 EXTRA = "pip install 'lightning-peft[data]'"
 
 
@@ -79,13 +80,20 @@ def _record(where: str, fields: Any) -> Record:
     return Record(where, fields)
 
 
+def _loaded(text: str) -> Any:
+    value = json.loads(text)
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # fails for half of a character, which no tokenizer takes
+    return value
+
+
 def _read_jsonl(file: Path) -> Iterator[Record]:
     for number, line in enumerate(_lines(file), start=1):
         if not line.strip():
             continue
         where = f"{file}:{number}"
         try:
-            fields = json.loads(line)
+            fields = _loaded(line)
         except (ValueError, RecursionError) as error:
             raise PEFTError(f"{where}: not JSON ({error}); expected one JSON object per line") from error
         yield _record(where, fields)
@@ -98,7 +106,7 @@ def _read_json(file: Path) -> Iterator[Record]:
         yield from _read_jsonl(file)
         return
     try:
-        array = json.loads("".join(_lines(file)))
+        array = _loaded("".join(_lines(file)))
     except (ValueError, RecursionError) as error:
         raise PEFTError(f"{file}: not JSON ({error}); expected an array of JSON objects") from error
     yield from _numbered(file, array)
@@ -111,15 +119,21 @@ def _numbered(file: Path, rows: Iterable[Any]) -> Iterator[Record]:
 
 def _read_csv(file: Path) -> Iterator[Record]:
     reader = csv.DictReader(_lines(file), strict=True)
+    limit = csv.field_size_limit(_MAX_FIELD)
     try:
+        names = reader.fieldnames or ()
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise PEFTError(f"{file}:1: the header line has {twice[0]!r} twice; expected names that differ")
         for row in reader:
             where = f"{file}:{reader.line_num}"
             # DictReader files surplus values under None and fills missing ones with None.
             if None in row or None in row.values():
-                raise PEFTError(f"{where}: expected {len(reader.fieldnames or ())} values, as in the header line")
+                raise PEFTError(f"{where}: expected {len(names)} values, as in the header line")
             yield Record(where, row)
     except csv.Error as error:
         raise PEFTError(f"{file}:{reader.line_num}: not CSV ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _read_parquet(file: Path) -> Iterator[Record]:

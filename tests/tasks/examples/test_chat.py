@@ -34,6 +34,8 @@ TURNS = [
     {"role": "assistant", "content": "pear"},
 ]
 
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+
 
 def tokenizer(template: str | None) -> Any:
     raw = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
@@ -46,7 +48,7 @@ def tokenizer(template: str | None) -> Any:
     return made
 
 
-def encode(template: str | None, turns: list[dict[str, str]], **options: Any) -> tuple[Any, list[Example]]:
+def encode(template: str | None, turns: list[dict[str, Any]], **options: Any) -> tuple[Any, list[Example]]:
     words = tokenizer(template)
     encoder = Encoder(words, chat_template(words, True), **{"max_length": 1000, **options})
     return words, encoder.examples(Conversation("data.jsonl:3", turns))
@@ -87,10 +89,13 @@ def test_everything_is_learned_on_demand() -> None:
             [TURNS[0], {"role": "assistant", "content": "<think>h</think>apple"}, *TURNS[2:]],
             "turn 2: .* in another way",
         ),
+        ("{{ 1 // 0 }}", TURNS, "cannot write this conversation: integer division"),
+        (CHATML, [TURNS[0], CALL], "turn 2: the tokenizer's chat template leaves the answer out"),
+        (None, [TURNS[0], CALL], "the answer calls tools"),
         (None, TURNS, "turns of user, assistant, user stand before the answer"),
     ],
 )
-def test_what_a_template_cannot_do_is_said(template: str | None, turns: list[dict[str, str]], message: str) -> None:
+def test_what_a_template_cannot_do_is_said(template: str | None, turns: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(PEFTError, match=rf"data\.jsonl:3.*{message}"):
         encode(template, turns)
 
@@ -103,6 +108,15 @@ def test_a_template_from_a_file(tmp_path: Any) -> None:
     assert chat_template(words, False) is None
     with pytest.raises(PEFTError, match=r"chat_template: file 'no\.jinja' not found"):
         chat_template(words, "no.jinja")
+    (tmp_path / "latin.jinja").write_bytes("é".encode("latin-1"))
+    with pytest.raises(PEFTError, match=r"latin\.jinja' is not UTF-8"):
+        chat_template(words, str(tmp_path / "latin.jinja"))
+
+
+@pytest.mark.parametrize("options", [{"max_length": -1}, {"loss_on": "answer"}])
+def test_what_cannot_be_asked_for(options: dict[str, Any]) -> None:
+    with pytest.raises(PEFTError, match=f"{next(iter(options))}=.* was given; expected"):
+        encode(CHATML, TURNS, **options)
 
 
 def test_a_text_goes_on_in_the_next_example() -> None:

@@ -21,6 +21,7 @@ SAME: dict[str, dict[str, Any]] = {
     "prompt, completion": {"prompt": "red?", "completion": "apple"},
     "prompt, answer": {"prompt": "red?", "answer": "apple"},
     "turns in prompt, completion": {"prompt": [QUESTION], "completion": [ANSWER]},
+    "turns in prompt, text": {"prompt": [QUESTION], "completion": "apple"},
     "question, answer": {"question": "red?", "answer": "apple"},
     "alpaca": {"instruction": "red?", "input": "", "output": "apple"},
 }
@@ -59,6 +60,9 @@ def test_what_layouts_have_beside() -> None:
         ({"messages": "not json"}, "field 'messages' is 'not json'; expected JSON"),
         ({"messages": [QUESTION, ANSWER], "tools": {"a": 1}}, "field 'tools' is .* expected a list"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "a turn is from 'alien'; expected one of system, human"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, r"a turn is from \['human'\]; expected one of"),
+        ({"prompt": [QUESTION], "answer": 3}, "expected a list of turns"),
+        ({"messages": [QUESTION, {**ANSWER, "tool_calls": "look"}]}, "turn 2: tool_calls is 'look'; expected a list"),
         ({"conversations": [{"from": "human"}]}, "turn 1: the user's turn is empty"),
         ({"instruction": "x"}, "expected a field 'answer' or 'completion' or 'output'"),
         (
@@ -132,12 +136,24 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("[{]")
     (tmp_path / "numbers.json").write_text('[{"text": "a"}, 3]')
     (tmp_path / "bad.parquet").write_text("no")
+    (tmp_path / "half.jsonl").write_text('{"text": "a"}\n{"text": "\\ud83d"}\n')
+    (tmp_path / "twice.csv").write_text("text,text\na,b\n")
     for name, message in {
         "empty": "a directory without a saved dataset",
         "splits": "holds the splits train; give one",
         "bad.json": r"bad\.json: not JSON",
         "numbers.json": r"numbers\.json, record 2: expected a JSON object, found int",
+        "half.jsonl": r"half\.jsonl:2: not JSON .*surrogates not allowed",
+        "twice.csv": r"twice\.csv:1: the header line has 'text' twice",
         "bad.parquet": r"bad\.parquet: (not Parquet|reading Parquet needs the package pyarrow)",
     }.items():
         with pytest.raises(PEFTError, match=message):
             read_records(str(tmp_path / name), "train_file")
+
+
+def test_long_fields_of_csv_are_read(tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text("text\n" + "a" * 200_000 + "\n")
+    limit = csv.field_size_limit()
+    (record,) = read_records(str(tmp_path / "long.csv"), "train_file")
+    assert len(record.fields["text"]) == 200_000
+    assert csv.field_size_limit() == limit
