@@ -279,7 +279,12 @@ def test_what_autograd_s_own_threads_run_is_the_caller_s() -> None:
     with adapter_names(model, ["b"] * 3):
         for depth in range(58, 63):
             threads.clear()
-            Deep.apply(X.clone().requires_grad_(), call, depth).sum().backward()
+            try:
+                Deep.apply(X.clone().requires_grad_(), call, depth).sum().backward()
+            except PEFTError as error:
+                assert torch.__version__ < "2.13"  # since then torch tells
+                assert "does not tell for whom" in str(error)
+                return
             if threads != {threading.get_ident()}:
                 break
     assert threads != {threading.get_ident()}
