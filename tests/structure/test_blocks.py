@@ -326,12 +326,16 @@ def test_pfeiffer_s_place_under_activation_checkpointing(family: str, reentrant:
             model.enable_input_require_grads()
         inject(model, SeriesAdapter(preset="pfeiffer", bottleneck=3))
         randomise(model)
+        refused = ""
         try:
             outputs(model, inputs).square().sum().backward()
-        except PEFTError as error:  # older releases of transformers leave the norm its graph
-            assert options is not None and reentrant and family in LAST_NORM
-            assert re.search(r"gradients would be lost.*'use_reentrant': False", str(error))
+        except PEFTError as error:
+            refused = str(error)
+        if options is not None and reentrant and family in LAST_NORM and refused:
+            # Older releases of transformers leave the norm its graph: there it is right.
+            assert re.search(r"gradients would be lost.*'use_reentrant': False", refused)
             return
+        assert not refused
         gradients.append([p.grad for name, p in model.named_parameters() if ".peft." in name])
     for plain, checkpointed in zip(*gradients, strict=True):
         assert plain.abs().max() > 0
