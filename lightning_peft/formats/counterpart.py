@@ -154,7 +154,7 @@ class Counterpart(ABC):
         found: dict[str, set[str]] = {}
         for name in shapes:
             ending = next((ending for ending in self._endings if name.endswith(ending)), None)
-            if not (name.startswith(PREFIX) or self.owns(name)):
+            if not name.startswith(PREFIX) and (ending is not None or not self.owns(name)):
                 raise PEFTError(f"{source}: the tensor {name!r} does not start with {PREFIX!r}; it is no HF PEFT file.")
             if ending is not None:
                 found.setdefault(name[len(PREFIX) : -len(ending)], set()).add(ending[1:])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from families import build
+from families import CACHE, build
 from modules import Llama, assert_same
 from resuming import straight_and_resumed
 from torch import Tensor, nn
@@ -167,7 +167,7 @@ def test_beams(name: str) -> None:
 def test_a_text_goes_on_from_a_cache() -> None:
     model, ids, found = injected("llama", "layers")
     begun = model(input_ids=ids[:, :4], use_cache=True)
-    step = model(input_ids=ids[:, 4:], cache=begun.cache, attention_mask=torch.ones_like(ids))
+    step = model(input_ids=ids[:, 4:], attention_mask=torch.ones_like(ids), **{CACHE: begun[CACHE]})
     for row in range(2):
         expected = judged(base("llama"), ids[row], 4, found)
         assert (step.logits[row] - expected[4:]).abs().max() <= 1e-9
@@ -266,8 +266,8 @@ def generate(**options: Any) -> None:
 def go_on_from_uneven_prompts() -> None:
     model, ids, _ = injected("llama", "infix")
     mask = arguments(ids, "right")[0]["attention_mask"]
-    cache = model(input_ids=ids, attention_mask=mask, use_cache=True).cache
-    model(input_ids=ids[:, :1], attention_mask=torch.cat([mask, mask[:, :1]], dim=1), cache=cache)
+    cache = model(input_ids=ids, attention_mask=mask, use_cache=True)[CACHE]
+    model(input_ids=ids[:, :1], attention_mask=torch.cat([mask, mask[:, :1]], dim=1), **{CACHE: cache})
 
 
 ONES = torch.ones(2, LENGTH, dtype=torch.long)

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers as t
-from families import build, outputs
+from families import CACHE, build, outputs
 from modules import Llama, loader, trainer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -154,7 +154,7 @@ def test_a_prefix_from_a_text_is_that_of_peft(family: str, tokenizer: str, tmp_p
     ).eval()
     with torch.no_grad():
         result: Any = build(family)[0](input_ids=torch.tensor([[WORDS.index(word) for word in TEXT.split()]]))
-    held = [(layer.keys, layer.values) for layer in result.cache.layers]
+    held = [(layer.keys, layer.values) for layer in result[CACHE].layers]
     expected = peft.initialize_kv_prefix_from_past_key_values(judge, past_key_values=held)
     assert (prompt(model) - expected).abs().max() <= 1e-6
     assert (outputs(judge, inputs) - outputs(model, inputs)).abs().max() <= 1e-5

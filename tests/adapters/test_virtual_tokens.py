@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers as t
-from families import build, outputs, randomise
+from families import CACHE, build, outputs, randomise
 from judges.hf_peft import VIRTUAL as METHODS
 from judges.hf_peft import VIRTUAL_FAMILIES as FAMILIES
 from judges.hf_peft import trainable_judge
@@ -152,19 +152,20 @@ def test_a_prefix_under_activation_checkpointing_leaves_no_cache(family: str) ->
                 part.p = 0.0
         result = model.train()(**inputs, labels=inputs["input_ids"], use_cache=True)
         cache = t.DynamicCache(config=model.config)
-        again = model(**inputs, labels=inputs["input_ids"], cache=cache, use_cache=True).loss
+        again = model(**inputs, labels=inputs["input_ids"], use_cache=True, **{CACHE: cache}).loss
         again.backward()
         (parameter,) = ModelView(model).adapter_parameters.values()
         losses.append((result.loss, again, parameter.grad))
         if checkpointing:
             assert cache.get_seq_length() == 0
-            assert result.cache is None or result.cache.get_seq_length() == 0
+            assert CACHE not in result or result[CACHE].get_seq_length() == 0
             # Without a gradient nothing runs twice: then the model has the cache that it would have alone.
             stock: Any = build(family)[0].train()
             stock.gradient_checkpointing_enable({"use_reentrant": False})
             with torch.no_grad():
-                held = [part(**inputs, use_cache=True).cache.get_seq_length() for part in (model, stock)]
-            assert held[0] == held[1]
+                held = [part(**inputs, use_cache=True).get(CACHE) for part in (model, stock)]
+            ours, theirs = (0 if cache is None else cache.get_seq_length() for cache in held)
+            assert ours == theirs
     (plain, plain_again, gradient), (loss, again, checkpointed) = losses
     assert plain == plain_again == loss == again
     assert gradient.abs().max() > 1e-6
@@ -174,10 +175,10 @@ def test_a_prefix_under_activation_checkpointing_leaves_no_cache(family: str) ->
 @pytest.mark.parametrize("name", METHODS)
 def test_a_filled_cache_and_activation_checkpointing_are_refused(name: str) -> None:
     model, inputs = injected("llama", name)
-    cache = model(**inputs, use_cache=True).cache
+    cache = model(**inputs, use_cache=True)[CACHE]
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with pytest.raises(PEFTError, match="while activations are checkpointed"):
-        model.train()(input_ids=inputs["input_ids"][:, :1], cache=cache)
+        model.train()(input_ids=inputs["input_ids"][:, :1], **{CACHE: cache})
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -199,12 +200,12 @@ def test_texts_too_long_for_the_table_of_positions_are_refused(name: str, family
     limit = model.config.max_position_embeddings
     ids = torch.ones(1, limit - 3, dtype=torch.long)
     with torch.no_grad():
-        cache = model(input_ids=ids[:, :-2], use_cache=True).cache
-        model(input_ids=ids[:, :1], cache=cache)
+        cache = model(input_ids=ids[:, :-2], use_cache=True)[CACHE]
+        model(input_ids=ids[:, :1], **{CACHE: cache})
     with pytest.raises(PEFTError, match=f"take {limit + 1} positions.*table of {limit}"):
         model(input_ids=ids)
     with pytest.raises(PEFTError, match=f"Cut the texts to {limit - 4} tokens"):
-        model(input_ids=ids[:, :1], cache=cache)
+        model(input_ids=ids[:, :1], **{CACHE: cache})
 
 
 def test_the_decoder_sees_a_prefix_as_taken_positions() -> None:
@@ -212,11 +213,11 @@ def test_the_decoder_sees_a_prefix_as_taken_positions() -> None:
     seen: list[int] = []
 
     def look(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(kwargs["cache"].get_seq_length())
+        seen.append(kwargs[CACHE].get_seq_length())
 
     model.model.register_forward_pre_hook(look, with_kwargs=True)
-    cache = model(**inputs, use_cache=True).cache
-    model(input_ids=inputs["input_ids"][:, :1], cache=cache)
+    cache = model(**inputs, use_cache=True)[CACHE]
+    model(input_ids=inputs["input_ids"][:, :1], **{CACHE: cache})
     assert seen == [4, 11]
     assert cache.get_seq_length() == 8
 
@@ -225,12 +226,12 @@ def test_a_prompt_refuses_caches_that_it_is_not_in() -> None:
     model, inputs = injected("llama", "prompt")
     with pytest.raises(PEFTError, match="static cache"):
         generated(model, inputs, cache_implementation="static")
-    cache = build("llama")[0](**inputs, use_cache=True).cache
+    cache = build("llama")[0](**inputs, use_cache=True)[CACHE]
     with pytest.raises(PEFTError, match="Begin with an empty cache"):
-        model(input_ids=inputs["input_ids"][:, :1], cache=cache)
-    cache = model(**inputs, use_cache=True).cache
+        model(input_ids=inputs["input_ids"][:, :1], **{CACHE: cache})
+    cache = model(**inputs, use_cache=True)[CACHE]
     ids = torch.cat([inputs["input_ids"], inputs["input_ids"][:, :1]], dim=1)
-    step = model(input_ids=ids[:, -1:], cache=cache).logits
+    step = model(input_ids=ids[:, -1:], **{CACHE: cache}).logits
     assert (step - model(input_ids=ids).logits[:, -1:]).abs().max() <= 1e-5
 
 
@@ -254,8 +255,8 @@ def test_sliding_windows(name: str) -> None:
         whole = model(input_ids=ids, use_cache=False).logits
         cache, steps = None, []
         for position in range(14):
-            result = model(input_ids=ids[:, position : position + 1], cache=cache, use_cache=True)
-            cache = result.cache
+            result = model(input_ids=ids[:, position : position + 1], use_cache=True, **{CACHE: cache})
+            cache = result[CACHE]
             steps.append(result.logits)
     assert (torch.cat(steps, dim=1) - whole).abs().max() <= 1e-5
 

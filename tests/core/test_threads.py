@@ -269,7 +269,7 @@ def test_activations_computed_again(reentrant: bool) -> None:
 
 def test_what_autograd_s_own_threads_run_is_the_caller_s() -> None:
     model = several()
-    expected, found, threads = alone(model), list[Tensor](), set[int]()
+    expected, found, threads, refused = alone(model), list[Tensor](), set[int](), ""
 
     def call(x: Tensor) -> Tensor:
         threads.add(threading.get_ident())
@@ -279,9 +279,17 @@ def test_what_autograd_s_own_threads_run_is_the_caller_s() -> None:
     with adapter_names(model, ["b"] * 3):
         for depth in range(58, 63):
             threads.clear()
-            Deep.apply(X.clone().requires_grad_(), call, depth).sum().backward()
+            try:
+                Deep.apply(X.clone().requires_grad_(), call, depth).sum().backward()
+            except PEFTError as error:
+                refused = str(error)
+                break
             if threads != {threading.get_ident()}:
                 break
+    if torch.__version__ < "2.13" and refused:
+        assert "does not tell for whom" in refused
+        return
+    assert not refused
     assert threads != {threading.get_ident()}
     assert close(found[-1], expected["b"])
 

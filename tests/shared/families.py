@@ -8,6 +8,10 @@ from typing import Any
 import torch
 import transformers as t
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# What transformers calls a cache; `past_key_values` before 5.24.
+CACHE = "cache" if hasattr(CausalLMOutputWithPast(), "cache") else "past_key_values"
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
 GQA = {**SMALL, "num_key_value_heads": 2}

@@ -483,6 +483,57 @@ def test_a_bias_that_a_merge_added_to_a_compiled_part_is_not_saved(tmp_path: Pat
     assert "net.2.bias" not in torch.load(tmp_path / "full.ckpt", weights_only=True)["state_dict"]
 
 
+class SavesItself(Compiled):
+    """Puts its state into a checkpoint by torch's names, which say where a part is compiled."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = self.state_dict()
+
+
+@pytest.mark.parametrize("into", ["all", ""])
+@pytest.mark.parametrize("checkpoint", ["adapter", "full"])
+def test_a_hook_may_give_the_names_of_compiled_parts(tmp_path: Path, checkpoint: Any, into: str) -> None:
+    strategy = lora(checkpoint=checkpoint, merge_on_train_end=False)
+    module, run = fit(tmp_path, SavesItself("all"), strategy=strategy)
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    names = torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"].keys()
+    assert names == NAMES if checkpoint == "adapter" else "net._orig_mod.0.peft.default.lora_A" in names
+    loaded = Compiled(into)
+    trainer(tmp_path, lora(checkpoint=checkpoint)).test(
+        loaded, loader(), ckpt_path=tmp_path / "one.ckpt", verbose=False
+    )
+    torch.testing.assert_close(loaded(inputs()), module(inputs()))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_full_checkpoint_of_another_base_is_as_strict_as_asked(tmp_path: Path, strict: bool) -> None:
+    module, run = fit(tmp_path, strategy=lora(checkpoint="full"))
+    run.save_checkpoint(tmp_path / "full.ckpt")
+
+    def edit(checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"]["net.1.weight"] = checkpoint["state_dict"].pop("net.0.bias")
+
+    path = edited(tmp_path / "full.ckpt", tmp_path, edit)
+    own = Regression()
+    own.strict_loading = strict
+    with torch.no_grad():
+        own.net[2].bias.add_(1.0)  # the checkpoint has its own
+
+    def load() -> None:
+        trainer(tmp_path, lora(checkpoint="full", merge_on_train_end=False)).test(
+            own, loader(), ckpt_path=path, verbose=False
+        )
+
+    if strict:
+        with pytest.raises(PEFTError, match=r"Missing: \['net.0.bias'\]. Superfluous: \['net.1.weight'\]"):
+            load()
+        return
+    load()  # as Lightning does: what the file lacks stays, and all else is the file's
+    assert_same(base_state(own), base_state(Regression()))
+    unmerge(module)
+    assert_same(adapter_state(own), adapter_state(module))
+
+
 # --- writing ------------------------------------------------------------------------------------------------------
 
 

@@ -159,3 +159,14 @@ def test_a_tensor_that_is_named_as_a_piece_is_refused(name: str, tmp_path: Path)
         header[f"{last}#0:0:9"] = header.pop(last)
 
     assert not tried(tmp_path / "it", header_changed(seed(name), rename))
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3", "adalora", "vera", "loha", "norms"])
+def test_a_tensor_with_another_prefix_is_refused(name: str, tmp_path: Path) -> None:
+    """One letter of a name is another, in what is cut off it."""
+
+    def rename(header: dict[str, Any]) -> None:
+        last = max(key for key in header if key.startswith("base_model.model."))
+        header[last.replace("_model.model.", "_model.modJl.", 1)] = header.pop(last)
+
+    assert not tried(tmp_path / "it", header_changed(seed(name), rename))

@@ -69,6 +69,7 @@ def test_an_object_is_named_when_it_is_written_and_when_it_is_read(tmp_path: Pat
         resume()
     assert "damaged" not in str(caught.value)
     resume(weights_only=False)
+    assert type(Given.load_from_checkpoint(tmp_path / "saved", weights_only=False).hparams.value) is type(value)
 
 
 @pytest.mark.parametrize("directory", [True, False])

@@ -15,11 +15,22 @@ from families import build, outputs, randomise
 from safetensors.torch import load_file, save_file
 from strangers import unsealed
 from torch import nn
+from unchanged import assert_unchanged, snapshot
 
-from lightning_peft import LayerNormTuning, LoRA, PEFTError, inject, load_adapter, save_adapter
+from lightning_peft import (
+    LayerNormTuning,
+    LoRA,
+    PEFTError,
+    adapter_state_dict,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+)
 from lightning_peft.core.view import ModelView
 from lightning_peft.files import writing
 from lightning_peft.files.contents import MARKER
+from lightning_peft.storage.state import load_adapter_state_dict
 from lightning_peft.strategy.optimizers.param_groups import learning_rate_ratios
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -136,6 +147,16 @@ def test_loading_into_an_injected_model_replaces_its_values(directory: Path) -> 
     inject(model, LoRA(r=2))
     load_adapter(model, directory)
     assert torch.equal(outputs(model, inputs), outputs(adapted(), inputs))
+
+
+def test_state_is_not_copied_beside_a_merge() -> None:
+    model = adapted()
+    state = {name: 2 * tensor for name, tensor in adapter_state_dict(model).items()}
+    merge(model)
+    before = snapshot(model)
+    with pytest.raises(PEFTError, match="are merged into the weights"):
+        load_adapter_state_dict(ModelView(model), state)
+    assert_unchanged(model, before)
 
 
 def test_foreign_directories_are_not_overwritten(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from modules import Regression, Stop, adapter_state, assert_same, loader, trainer
+from modules import Regression, Stop, adapter_state, assert_same, inputs, loader, trainer
 from torch import Tensor, nn
 
 from lightning_peft import AdaLoRA, LoRA, PEFTError, PEFTMethod, PEFTStrategy, adapter_names, inject, set_adapter
@@ -167,6 +167,25 @@ def test_resuming_goes_on_exactly(tmp_path: Path, stop: int) -> None:
     saved = torch.load(tmp_path / "straight" / "last.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == adapter_state(straight).keys()
     assert saved["optimizer_states"][0]["state"].keys() == adapter_state(straight).keys()
+
+
+@pytest.mark.parametrize("active", ["a", "b"])
+def test_a_checkpoint_brings_back_which_one_ran(tmp_path: Path, active: str) -> None:
+    def fit(first: str, **resume: Any) -> tuple[Two, Any]:
+        module = Two()
+        set_adapter(module, first)
+        run = trainer(tmp_path, strategy(), max_epochs=2 if resume else 1)
+        run.fit(module, loader(), **resume)
+        return module, run
+
+    module, run = fit(active)
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    before = adapter_state(module)
+    loaded = Regression.load_from_checkpoint(tmp_path / "one.ckpt")
+    torch.testing.assert_close(loaded(inputs()), Judge(before, lambda index: "").through(active, inputs()))
+    resumed, _ = fit("b" if active == "a" else "a", ckpt_path=tmp_path / "one.ckpt")
+    for name, value in adapter_state(resumed).items():
+        assert torch.equal(value, before[name]) == (f".{active}." not in name)
 
 
 class Late(Two):

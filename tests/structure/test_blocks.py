@@ -1,6 +1,7 @@
 """Where attention, MLP and norms are in every family; what a bottleneck around them computes."""
 
 import dataclasses
+import re
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
@@ -325,11 +326,16 @@ def test_pfeiffer_s_place_under_activation_checkpointing(family: str, reentrant:
             model.enable_input_require_grads()
         inject(model, SeriesAdapter(preset="pfeiffer", bottleneck=3))
         randomise(model)
-        if options is not None and reentrant and family in LAST_NORM:
-            with pytest.raises(PEFTError, match=r"gradients would be lost.*'use_reentrant': False"):
-                outputs(model, inputs)
+        refused = ""
+        try:
+            outputs(model, inputs).square().sum().backward()
+        except PEFTError as error:
+            refused = str(error)
+        if options is not None and reentrant and family in LAST_NORM and refused:
+            # Older releases of transformers leave the norm its graph: there it is right.
+            assert re.search(r"gradients would be lost.*'use_reentrant': False", refused)
             return
-        outputs(model, inputs).square().sum().backward()
+        assert not refused
         gradients.append([p.grad for name, p in model.named_parameters() if ".peft." in name])
     for plain, checkpointed in zip(*gradients, strict=True):
         assert plain.abs().max() > 0

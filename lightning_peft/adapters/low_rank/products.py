@@ -34,7 +34,7 @@ from lightning_peft.tensors.weights import is_conv1d, weight_of
 # From so many elements of an input on, the backward pass by hand spares time: measured in stacks of projections.
 _MANY_ON_CPU, _MANY = 2**16, 2**23
 _NARROW = (torch.float16, torch.bfloat16)
-# What is called beside every module; torch 2.6 has no function that looks at them.
+# What is called beside every module; torch 2.8 has no function that looks at them.
 _GLOBAL_HOOKS = (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
 # Fake tensors stand for whole ones where memory is planned.
 _WHOLE = (Tensor, nn.Parameter, FakeTensor)
