@@ -22,7 +22,6 @@ from lightning_peft.formats.counterpart import PREFIX
 from lightning_peft.formats.counterparts.lora import rank_and_alpha, scale_of
 from lightning_peft.formats.own_weights import tensors_of
 from lightning_peft.structure.experts import expert_weights
-from lightning_peft.tensors.sharding import full_shape
 
 _OF_AN_EXPERT = regex.compile(r"(?P<around>.+)\.experts\.(?P<index>\d+)\.(?P<layer>[^.]+)\.(?P<ending>.+)")
 _ENDINGS = ("lora_A.weight", "lora_B.weight")
@@ -143,12 +142,12 @@ def _part(
     r, alpha = rank_and_alpha(config, host, source)
     if weight is None or is_in_first(module) or not getattr(module, "is_concatenated", True):
         raise PEFTError(f"{source} adapts {host!r}; {home}.experts is a {type(module).__name__}, which has none.")
-    (_, d_in), (d_out, _) = factor_shapes(module, weight, 1)
+    (count, d_in), (d_out, _) = factor_shapes(module, weight, 1)
     shapes = None if a is None or b is None else (tuple(a.shape), tuple(b.shape))
-    if a is None or b is None or index >= _count(module, weight) or shapes != ((r, d_in), (d_out // halves, r)):
+    if a is None or b is None or index >= count or shapes != ((r, d_in), (d_out // halves, r)):
         raise PEFTError(
             f"{source}: A and B of {host!r} have the shapes {shapes}; rank {r} of its configuration and one of the "
-            f"{_count(module, weight)} experts of {home}.experts make {((r, d_in), (d_out // halves, r))}. It belongs "
+            f"{count} experts of {home}.experts make {((r, d_in), (d_out // halves, r))}. It belongs "
             "to another base model, or is damaged."
         )
     return weight, (index, half), (a, b, scale_of(config, r, alpha))
@@ -163,17 +162,13 @@ def _place(module: nn.Module, layer: str) -> tuple[str | None, int, int]:
     return (weight, _HALVES.get(layer, 0), 1 + (layer in _HALVES)) if weight in present else (None, 0, 1)
 
 
-def _count(module: nn.Module, weight: str) -> int:
-    return full_shape(module.get_parameter(weight))[0]
-
-
 def _joined(module: nn.Module, weight: str, parts: _Parts) -> tuple[Tensor, Tensor, int, float]:
     """Return A, B, rank and scale of a parameter that holds all experts."""
-    (_, d_in), (d_out, _) = factor_shapes(module, weight, 1)
+    (count, d_in), (d_out, _) = factor_shapes(module, weight, 1)
     halves = sorted({half for _, half in parts})
     most = {half: max(len(a) for (_, of), (a, _, _) in parts.items() if of == half) for half in halves}
     first = {half: sum(most[other] for other in halves if other < half) for half in halves}
-    (some, _, scale), r, count = next(iter(parts.values())), sum(most.values()), _count(module, weight)
+    (some, _, scale), r = next(iter(parts.values())), sum(most.values())
     a_of, b_of = some.new_zeros(count, r, d_in), some.new_zeros(count, d_out, r)
     for (index, half), (a, b, own) in parts.items():
         columns = slice(first[half], first[half] + len(a))
