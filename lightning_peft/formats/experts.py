@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.low_rank.own_weights import factor_shapes, is_in_first, own_weights
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.formats.configuration import refuse_many_patterns
 from lightning_peft.formats.counterpart import PREFIX
 from lightning_peft.formats.counterparts.lora import rank_and_alpha, scale_of
 from lightning_peft.formats.own_weights import tensors_of
@@ -51,25 +52,19 @@ def with_experts_joined(
             "here: there is no low-rank term to drop inputs of. Outputs are the same; training on differs.",
             stacklevel=2,
         )
-    values, left, parts = _Values(config), {}, dict[tuple[str, str], _Parts]()
+    values, left, parts = _Values(config, tensors, source), {}, dict[tuple[str, str], _Parts]()
     for name, tensor in tensors.items():
         found = _OF_AN_EXPERT.fullmatch(name.removeprefix(PREFIX))
-        if found is not None and (home := homes.get(found["around"])):
-            if found["ending"] not in _ENDINGS:
-                raise PEFTError(
-                    f"{source}: the tensor {name!r} of one expert cannot be put into {home}.experts, which holds all "
-                    "of them: A and B of plain LoRA alone can. Merge it where it was trained."
-                )
-            weight, at, part = _part(root, home, found, tensors, config, source)
-            parts.setdefault((f"{home}.experts", weight), {})[at] = part
-            continue
         around = next((around for around in homes if name.startswith(f"{PREFIX}{around}.")), None)
         if around is None:
             left[name] = tensor
-            continue
-        renamed = f"{homes[around]}{name.removeprefix(PREFIX + around)}"
-        left[f"{PREFIX}{renamed}"] = tensor
-        values.move(root, name.removeprefix(PREFIX), renamed, source)
+        elif found is None or found["around"] != around:
+            renamed = f"{homes[around]}{name.removeprefix(PREFIX + around)}"
+            left[f"{PREFIX}{renamed}"] = tensor
+            values.move(root, name.removeprefix(PREFIX), renamed)
+        else:
+            weight, at, part = _part(root, homes[around], found, tensors, values)
+            parts.setdefault((f"{homes[around]}.experts", weight), {})[at] = part
     for (host, weight), of_it in parts.items():
         adapted = [key for key in own_weights(root.modules[host]) if (host, key) in parts]
         endings = tensors_of(root.modules[host], adapted).items()
@@ -83,21 +78,36 @@ def with_experts_joined(
 class _Values:
     """A configuration with ranks and alphas under new names."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self._config = dict(config)
-        self._ranks = dict(config.get("rank_pattern") or {})
-        self._alphas = dict(config.get("alpha_pattern") or {})
+    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> None:
+        self.source = source
+        self._config = config
         self._parameters = list(config.get("target_parameters") or ())
+        hosts = {name.removeprefix(PREFIX).removesuffix(f".{_ENDINGS[0]}") for name in tensors}
+        patterns = [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
+        for table in patterns:
+            refuse_many_patterns(table, dict.fromkeys(hosts), source)
+        # Whole names of experts name nothing any more.
+        self._ranks, self._alphas = (
+            {
+                key: value
+                for key, value in table.items()
+                if not (key in hosts and _OF_AN_EXPERT.fullmatch(f"{key}.{_ENDINGS[0]}"))
+            }
+            for table in patterns
+        )
 
-    def move(self, root: ModelView, old: str, new: str, source: str) -> None:
+    def of(self, host: str) -> tuple[int, float]:
+        """Return the rank and the scale that the file gives ``host``."""
+        r, alpha = rank_and_alpha(self._config, host, self.source)
+        return r, scale_of(self._config, r, alpha)
+
+    def move(self, root: ModelView, old: str, new: str) -> None:
         """Give a neighbour of experts its own values, of which ``old`` is a tensor and ``new`` its name today."""
         if not old.endswith(_ENDINGS[0]):
             return
         host, new = old.removesuffix(f".{_ENDINGS[0]}"), new.removesuffix(f".{_ENDINGS[0]}")
         of_parameter = new in root.modules and "weight" in own_weights(root.modules[new])
-        r, alpha = rank_and_alpha(self._config, host, source)
-        name = f"{new}.weight" if of_parameter else new
-        self.put(name, r, scale_of(self._config, r, alpha), of_parameter=of_parameter)
+        self.put(f"{new}.weight" if of_parameter else new, *self.of(host), of_parameter=of_parameter)
 
     def put(self, name: str, r: int, scale: float, *, of_parameter: bool) -> None:
         self._ranks[name] = r
@@ -127,30 +137,30 @@ def _homes(root: ModelView, tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _part(
-    root: ModelView,
-    home: str,
-    found: regex.Match[str],
-    tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    source: str,
+    root: ModelView, home: str, found: regex.Match[str], tensors: Mapping[str, Tensor], values: _Values
 ) -> tuple[str, tuple[int, int], tuple[Tensor, Tensor, float]]:
     """Return the parameter that an expert's layer is a part of, where in it, and the layer's A, B and scale."""
     module, layer, index = root.modules[f"{home}.experts"], found["layer"], int(found["index"])
-    host = f"{found['around']}.experts.{index}.{layer}"
-    weight, half, halves = _place(module, layer)
-    a, b = (tensors.get(f"{PREFIX}{host}.{ending}") for ending in _ENDINGS)
-    r, alpha = rank_and_alpha(config, host, source)
+    host, (weight, half, halves) = f"{found['around']}.experts.{index}.{layer}", _place(module, layer)
+    if found["ending"] not in _ENDINGS:
+        raise PEFTError(
+            f"{values.source}: {host!r} has a {found['ending']}, which cannot be put into {home}.experts, where all "
+            "experts are one: A and B of plain LoRA alone can. Merge it where it was trained."
+        )
     if weight is None or is_in_first(module) or not getattr(module, "is_concatenated", True):
-        raise PEFTError(f"{source} adapts {host!r}; {home}.experts is a {type(module).__name__}, which has none.")
-    (count, d_in), (d_out, _) = factor_shapes(module, weight, 1)
+        raise PEFTError(
+            f"{values.source} adapts {host!r}; {home}.experts is a {type(module).__name__}, which has no such layer."
+        )
+    a, b = (tensors.get(f"{PREFIX}{host}.{ending}") for ending in _ENDINGS)
+    (r, scale), (count, d_in), (d_out, _) = values.of(host), *factor_shapes(module, weight, 1)
     shapes = None if a is None or b is None else (tuple(a.shape), tuple(b.shape))
     if a is None or b is None or index >= count or shapes != ((r, d_in), (d_out // halves, r)):
         raise PEFTError(
-            f"{source}: A and B of {host!r} have the shapes {shapes}; rank {r} of its configuration and one of the "
-            f"{count} experts of {home}.experts make {((r, d_in), (d_out // halves, r))}. It belongs "
-            "to another base model, or is damaged."
+            f"{values.source}: A and B of {host!r} have the shapes {shapes}; rank {r} of its configuration and one of "
+            f"the {count} experts of {home}.experts make {((r, d_in), (d_out // halves, r))}. It belongs to another "
+            "base model, or is damaged."
         )
-    return weight, (index, half), (a, b, scale_of(config, r, alpha))
+    return weight, (index, half), (a, b, scale)
 
 
 def _place(module: nn.Module, layer: str) -> tuple[str | None, int, int]:
@@ -168,7 +178,8 @@ def _joined(module: nn.Module, weight: str, parts: _Parts) -> tuple[Tensor, Tens
     halves = sorted({half for _, half in parts})
     most = {half: max(len(a) for (_, of), (a, _, _) in parts.items() if of == half) for half in halves}
     first = {half: sum(most[other] for other in halves if other < half) for half in halves}
-    (some, _, scale), r = next(iter(parts.values())), sum(most.values())
+    (some, _, _), r = next(iter(parts.values())), sum(most.values())
+    scale = max((own for _, _, own in parts.values()), key=abs)
     a_of, b_of = some.new_zeros(count, r, d_in), some.new_zeros(count, d_out, r)
     for (index, half), (a, b, own) in parts.items():
         columns = slice(first[half], first[half] + len(a))

@@ -110,6 +110,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "ranks by layer": {"rank_pattern": {"w1": 3, "gate_proj": 3, "gate": 1}, "alpha_pattern": {"w3": 5, "up_proj": 5}},
     "ranks by expert": {"rank_pattern": {"experts.1.w2": 4, "experts.1.down_proj": 4, "experts.0.w1": 1}},
+    "an alpha of zero": {"alpha_pattern": {"experts.0.w1": 0, "experts.0.gate_proj": 0}},
     "some experts": {"drop": lambda host: ".experts.2." in host or "experts.0.w3" in host},
     "gates alone": {"drop": lambda host: "experts" in host and not host.endswith(("w1", "gate_proj"))},
     "one layer": {"drop": lambda host: "layers.1.mlp" in host or "layers.1.block" in host},
@@ -165,7 +166,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ),
     )
     refused(
-        "which has none",
+        "which has no such layer",
         lambda t, host: t.update(
             {f"{host}x.{k}": t[f"{host}.{k}"].clone() for k in ("lora_A.weight", "lora_B.weight")}
         ),
