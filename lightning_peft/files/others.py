@@ -1,10 +1,10 @@
 """Adapters in other tools' formats, known by sight: one table, with what to do to have them read here.
 
 Signs and advice stand in these files, at the commits that were read: LitGPT 2685705 `litgpt/scripts/merge_lora.py`,
-`convert_lit_checkpoint.py`, `tutorials/convert_lit_models.md`; mlx-lm d78bf58 `mlx_lm/fuse.py`, `mlx_lm/lora.py`; adapters
-88f18eb `src/adapters/utils.py`, `model_mixin.py`; NeMo a9a2b2e `nemo/collections/llm/peft/api.py`; torchtune bd2a0fc
-`torchtune/training/checkpointing/_checkpointer.py`; diffusers 9733257 `src/diffusers/loaders/lora_pipeline.py`. Of
-kohya's scripts and LLM-Adapters no source was read: that kohya's names begin so is what diffusers looks for.
+`convert_lit_checkpoint.py`, `tutorials/convert_lit_models.md`; mlx-lm d78bf58 `mlx_lm/fuse.py`, `mlx_lm/lora.py`;
+adapters 88f18eb `src/adapters/utils.py`, `model_mixin.py`; NeMo a9a2b2e `nemo/collections/llm/peft/api.py`; torchtune
+bd2a0fc `torchtune/training/checkpointing/_checkpointer.py`; diffusers 9733257 `src/diffusers/loaders/lora_pipeline.py`.
+Of kohya's scripts and LLM-Adapters no source was read: kohya's names are what diffusers looks for.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ _TOOLS = (
     ),
     _Tool(
         "LitGPT's adapters",
-        lambda path, config: (
-            path.name.startswith("lit_model.pth.adapter") or path.is_dir() and any(path.glob("lit_model.pth.adapter*"))
-        ),
+        lambda path, config: path.name.startswith("lit_model.pth.adapter") or any(path.glob("lit_model.pth.adapter*")),
         "LitGPT alone reads it: its convert_from_litgpt refuses it too.",
     ),
     _Tool(
@@ -68,8 +66,8 @@ _TOOLS = (
     _Tool(
         "NeMo",
         lambda path, config: path.suffix == ".nemo" or ((path / "weights").is_dir() and (path / "context").is_dir()),
-        "NeMo writes HF PEFT's format with `nemo.collections.llm.peft.export_lora(DIR, OUT)`, for models that it has an "
-        "exporter for.",
+        "NeMo writes HF PEFT's format with `nemo.collections.llm.peft.export_lora(DIR, OUT)`, for models that it has "
+        "an exporter for.",
     ),
     _Tool(
         "torchtune",
@@ -81,7 +79,7 @@ _TOOLS = (
     _Tool(
         "kohya's scripts",
         lambda path, config: _has_tensor(path, (".lora_down.weight", ".lora_up.weight")),
-        "It is for an image model: of those, diffusers reads it with pipeline.load_lora_weights(DIR, weight_name=FILE).",
+        "It is for an image model: diffusers reads it with pipeline.load_lora_weights(DIR, weight_name=FILE).",
     ),
     _Tool(
         "diffusers",

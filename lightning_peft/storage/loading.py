@@ -25,6 +25,7 @@ from lightning_peft.formats import hf, own
 from lightning_peft.formats.configuration import read_config, read_marker
 from lightning_peft.formats.content import TENSOR_FILE, with_adapter, without_adapter
 from lightning_peft.formats.counterpart import UNSAID
+from lightning_peft.formats.experts import with_experts_joined
 from lightning_peft.formats.pieces import take, whole_of
 from lightning_peft.operations.inject import inject_prepared, prepare_injection
 from lightning_peft.operations.prepare import Prepared, prepared_tensors
@@ -104,6 +105,7 @@ class _Load:
         config.pop(UNSAID, None)
         config.update({UNSAID: marker[UNSAID]} if UNSAID in marker else {})
         stored, source = read_tensors(file), str(directory)
+        config, stored = with_experts_joined(root, config, stored, source)
         shapes = {key: tuple(tensor.shape) for key, tensor in stored.items()}
         if config.get("peft_type") == own.PEFT_TYPE:
             content = own.read_content(config, shapes, source)

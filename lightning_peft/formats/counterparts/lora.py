@@ -240,8 +240,7 @@ def read_low_rank(
             raise PEFTError(f"{source} adapts weights that {host!r} reads itself: servers take linear layers only.")
         if kinds not in ({*_LINEAR}, {*_EMBEDDING}):
             raise PEFTError(f"{source}: {host!r} has {', '.join(sorted(kinds))} alone; A and B were expected.")
-        r = _pattern(config, "rank_pattern", "r", host, source)
-        alpha = _pattern(config, "alpha_pattern", "lora_alpha", host, source)
+        r, alpha = rank_and_alpha(config, host, source)
         a, b = (f"{PREFIX}{host}.{kind}" for kind in (_LINEAR if kinds == {*_LINEAR} else _EMBEDDING))
         if len(shapes[a]) > 2:
             raise PEFTError(f"{source} adapts {host!r}, a convolution: servers for LoRA take linear layers only.")
@@ -250,10 +249,28 @@ def read_low_rank(
                 f"{source}: A and B of {host!r} have the shapes {shapes[a]} and {shapes[b]}; the rank {r} of "
                 f"the configuration makes ({r}, in) and (out, {r}). The directory is damaged; take another copy."
             )
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise PEFTError(f"{source}: the configuration gives {host!r} the alpha {alpha!r}; a number was expected.")
-        found[host] = LowRank(a, b, r, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
+        found[host] = LowRank(a, b, r, scale_of(config, r, alpha))
     return found, [name for name in shapes if not reader.owns(name)]
+
+
+def rank_and_alpha(config: Mapping[str, Any], host: str, source: str) -> tuple[int, float]:
+    """Return what a configuration says of the module ``host``.
+
+    Raises:
+        PEFTError: It gives no numbers.
+    """
+    r = _pattern(config, "rank_pattern", "r", host, source)
+    alpha = _pattern(config, "alpha_pattern", "lora_alpha", host, source)
+    if not isinstance(r, int) or r < 1:
+        raise PEFTError(f"{source}: the configuration gives {host!r} the rank {r!r}; a whole number was expected.")
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise PEFTError(f"{source}: the configuration gives {host!r} the alpha {alpha!r}; a number was expected.")
+    return r, alpha
+
+
+def scale_of(config: Mapping[str, Any], r: int, alpha: float) -> float:
+    """Return what B A is multiplied by."""
+    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
 def _only_here(name: str) -> str:
