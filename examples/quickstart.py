@@ -51,7 +51,10 @@ class Quickstart(PEFTCLI):
 
     def _ask(self, when: str) -> None:
         print(f"\nasking {len(self.questions)} questions {when} training ...", flush=True)
-        self.answers[when] = self.model.generate([question["prompt"] for question in self.questions])
+        prompts = [question["prompt"] for question in self.questions]
+        if self.model.tokenizer.chat_template:  # as InstructionData writes them for training; the tiny model has none
+            prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        self.answers[when] = self.model.generate(prompts)
         self._lap(f"ask {when} training")
 
     def _lap(self, name: str) -> None:
