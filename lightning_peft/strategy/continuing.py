@@ -66,6 +66,7 @@ class Continuing(Leaving):
     def on_train_start(self) -> None:
         """Put the generators back: nothing is drawn between this and the next step but what that step draws."""
         super().on_train_start()
+        self._load_states_of_loaders()
         saved, self._generators = self._generators, None
         if saved is None:
             return
@@ -81,3 +82,16 @@ class Continuing(Leaving):
             for loader in loaders:
                 _set_sampler_epoch(loader, trainer.current_epoch)
             iter(loop._data_fetcher)  # type: ignore[arg-type]
+
+    def _load_states_of_loaders(self) -> None:
+        """Load the states of loaders that Lightning has made before it read the checkpoint, and then passes over.
+
+        It makes them early where ``configure_optimizers`` asks for the number of steps.
+        """
+        trainer, loop = self._module.trainer, self._module.trainer.fit_loop
+        if loop._combined_loader is None or not loop._combined_loader_states_to_load:
+            return
+        loop._load_combined_loader_states()
+        for loader in loop._combined_loader.flattened:
+            _set_sampler_epoch(loader, trainer.current_epoch)
+        iter(loop._data_fetcher)  # type: ignore[arg-type]

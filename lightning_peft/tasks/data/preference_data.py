@@ -113,8 +113,11 @@ def _answered(record: Record, answer: str) -> Conversation:
         raise PEFTError(f"{record.where}: expected a field {answer!r}, found {sorted(record.fields)}")
     value = record.fields[answer]
     fields = {"tools": record.fields.get("tools"), "system": record.fields.get("system")}
-    if "prompt" in record.fields:
-        fields |= {"prompt": record.fields["prompt"], "completion": value}
-    else:
+    prompt = record.fields.get("prompt")
+    turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    # Many files have the prompt twice: by itself, and at the head of both conversations.
+    if "prompt" not in record.fields or (isinstance(value, list) and value[: len(turns)] == turns):
         fields |= {"messages": value}
+    else:
+        fields |= {"prompt": prompt, "completion": value}
     return conversation(Record(record.where, fields))

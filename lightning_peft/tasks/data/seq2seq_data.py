@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.adapters.virtual_tokens.infix import IGNORED
+from lightning_peft.errors import PEFTError
 from lightning_peft.tasks.data.file_data import FileData
 from lightning_peft.tasks.examples.chat import plain_answer, plain_prompt
 from lightning_peft.tasks.examples.encoding import Example
@@ -81,6 +82,11 @@ class Seq2SeqData(FileData):
 
     def _encode(self, split: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
         self.pad_token_id: int = tokenizer.pad_token_id
+        if min(self.max_length, self.max_answer_length) < 1:
+            raise PEFTError(
+                f"max_length={self.max_length} and max_answer_length={self.max_answer_length} were given; expected "
+                "numbers of tokens"
+            )
         answered, examples, cut = split != "predict", [], {"texts": 0, "answers": 0}
         for record in self.read(split):
             turns = conversation(record, answered=answered)
