@@ -1,7 +1,7 @@
 """Checkpoints in the middle of an accumulation, on two processes: ``accumulation_script.py OUT SINGLE``.
 
-Leaves in ``OUT`` what each rank ended with, by base: uninterrupted, and resumed from each of the checkpoints. ``SINGLE``
-holds those of one process.
+Leaves in ``OUT`` what each rank ended with, by base: uninterrupted, and resumed from each of the checkpoints.
+``SINGLE`` holds those of one process.
 """
 
 import os
@@ -52,7 +52,7 @@ class Saving(L.Callback):
 
 
 def run(out: Path, base: str, resume: Path | None = None) -> dict[str, Any]:
-    """Train with a step after every third of eight batches and at the end of each epoch; go on, if ``resume`` is given."""
+    """Train, or go on from ``resume``, with a step after every third of eight batches and at the end of each epoch."""
     L.seed_everything(0)
     module, alone, saving = ByNumber(out, base, "sgd"), base not in BASES, Saving(out)
     strategy = PEFTStrategy(LoRA(r=2), base="auto" if alone else BASES[base](), merge_on_train_end=False)
@@ -68,7 +68,7 @@ def everything(out: Path, base: str, single: Path) -> dict[str, Any]:
     """Train, and go on from what this and what one process has saved."""
     out.mkdir(exist_ok=True)
     seen = {"uninterrupted": run(out, base)}
-    if base != "stage2":
+    if not base.startswith("stage"):
         seen |= {name: run(out, base, out / name) for name in FILES}
         seen |= {f"one {name}": run(out, base, single / name) for name in FILES}
     return seen
