@@ -56,7 +56,11 @@ def run(out: Path, base: str, resume: Path | None = None) -> dict[str, Any]:
     L.seed_everything(0)
     module, alone, saving = ByNumber(out, base, "sgd"), base not in BASES, Saving(out)
     strategy = PEFTStrategy(LoRA(r=2), base="auto" if alone else BASES[base](), merge_on_train_end=False)
-    options = {"devices": 1 if alone else 2, "use_distributed_sampler": False, "accumulate_grad_batches": 3}
+    options: dict[str, Any] = {
+        "devices": 1 if alone else 2,
+        "use_distributed_sampler": False,
+        "accumulate_grad_batches": 3,
+    }
     callbacks = [saving] if resume is None else []
     fitted = trainer(out, strategy, max_epochs=3, enable_checkpointing=False, callbacks=callbacks, **options)
     fitted.fit(module, loader(count=64, batch_size=8), ckpt_path=resume)

@@ -130,7 +130,8 @@ class Referring(Net):
     def loss(self, x: Tensor) -> Tensor:
         with torch.no_grad(), disable(self):
             reference = self(x)
-        return super().loss(x) + 0.3 * (self(x) - reference).square().mean()
+        drift: Tensor = (self(x) - reference).square().mean()
+        return super().loss(x) + 0.3 * drift
 
 
 class InTurn(Net):
