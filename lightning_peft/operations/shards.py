@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 
@@ -20,7 +20,7 @@ from lightning_peft.core.adapter import CHILD, clean_name
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.tensors import sharding
-from lightning_peft.tensors.sharding import keep_shape
+from lightning_peft.tensors.sharding import keep_shape, put_back
 
 _UNIT = "_peft_fsdp_unit"
 _GATHERED_BY_USER = "_ds_z3_gathered_param_context_depth"
@@ -33,9 +33,7 @@ def resharded(model: nn.Module) -> ModelView:
         PEFTError: Parameters are gathered by hand, for as long as a context lasts.
     """
     view = ModelView(model)
-    for _, module in view.walked:
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    put_back(module for _, module in view.walked)
     units = (module.__dict__.get(_UNIT) for _, module in view.walked)
     for unit in dict.fromkeys(unit for unit in units if unit is not None):
         # A training step runs within the forward pass of the outermost unit.

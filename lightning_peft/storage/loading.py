@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.refusals import refuse_merged
-from lightning_peft.core.registry import note_moved, registries
+from lightning_peft.core.registry import adapted, note_moved, registries
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import inside, read_tensors
@@ -130,6 +130,7 @@ class _Load:
             targets = {key: t for key, t in adapter_parameters_and_whole(model).items() if key.startswith(lead)}
             targets = {key: t for key, t in targets.items() if with_adapter(without_adapter(key), name) == key}
         else:
+            _refuse_within(model, prefix, source)
             # Files of others have no place for some buffers, and hold zeros where parts of a layer are not adapted.
             with parameters_left_empty(), Allowance(8 * sum(t.numel() for t in stored.values()) + _MORE, source):
                 prepared = prepare_injection(root, content.methods, name, content.train_also)
@@ -153,6 +154,21 @@ def _present(model: ModelView, prefix: str, adapter: str) -> tuple[PEFTMethod, .
         if adapter in registry.methods and any(not prefix or name.startswith(f"{prefix}.") for name in names):
             return registry.methods[adapter]
     return None
+
+
+def _refuse_within(model: ModelView, prefix: str, source: str) -> None:
+    """Check that the part ``prefix`` of ``model``, for which ``source`` is, can get adapters of its own.
+
+    Raises:
+        PEFTError: It has some already, which were injected into a larger part.
+    """
+    for outer, module, _ in adapted(model):
+        if outer != prefix and (not outer or prefix.startswith(f"{outer}.")):
+            raise PEFTError(
+                f"{source} holds an adapter for {prefix!r}, which has adapters already that were injected into the "
+                f"{type(module).__name__} around it. Load each of them, with a name of its own, by load_adapter into a "
+                f"module without adapters; or inject the first one into {prefix!r} itself."
+            )
 
 
 def _is_adapter_buffer(name: str, tensor: Tensor) -> bool:

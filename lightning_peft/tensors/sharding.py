@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -69,6 +70,13 @@ def zero_part(parameter: Tensor, value: Tensor) -> Tensor:
     return nn.functional.pad(value.flatten(), (0, padding)).narrow(0, dist.get_rank(group) * size, size)
 
 
+def put_back(modules: Iterable[nn.Module]) -> None:
+    """Have in shards again what FSDP2 has gathered for those of ``modules`` that are units of it."""
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def in_flat_pieces(tensor: Tensor) -> bool:
     """Whether ``tensor`` is a parameter that ZeRO-3 or FSDP1 has cut up and not gathered."""
     return full_shape(tensor) != tensor.shape
@@ -77,6 +85,11 @@ def in_flat_pieces(tensor: Tensor) -> bool:
 def in_zero_pieces(tensor: Tensor) -> bool:
     """Whether ``tensor`` is a parameter that ZeRO-3 has cut up and not gathered."""
     return hasattr(tensor, "ds_tensor") and in_flat_pieces(tensor)
+
+
+def kept_by_zero(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a parameter that ZeRO-3 has cut up, gathered or not."""
+    return hasattr(tensor, "ds_tensor")
 
 
 def full_shape(tensor: Tensor) -> torch.Size:

@@ -1,7 +1,7 @@
 """Checkpoints in the middle of an accumulation, on two processes: ``accumulation_script.py OUT SINGLE``.
 
-Leaves in ``OUT`` what each rank ended with, by base: uninterrupted, and resumed from each of the checkpoints. ``SINGLE``
-holds those of one process.
+Leaves in ``OUT`` what each rank ended with, by base: uninterrupted, and resumed from each of the checkpoints.
+``SINGLE`` holds those of one process.
 """
 
 import os
@@ -52,11 +52,15 @@ class Saving(L.Callback):
 
 
 def run(out: Path, base: str, resume: Path | None = None) -> dict[str, Any]:
-    """Train with a step after every third of eight batches and at the end of each epoch; go on, if ``resume`` is given."""
+    """Train, or go on from ``resume``, with a step after every third of eight batches and at the end of each epoch."""
     L.seed_everything(0)
     module, alone, saving = ByNumber(out, base, "sgd"), base not in BASES, Saving(out)
     strategy = PEFTStrategy(LoRA(r=2), base="auto" if alone else BASES[base](), merge_on_train_end=False)
-    options = {"devices": 1 if alone else 2, "use_distributed_sampler": False, "accumulate_grad_batches": 3}
+    options: dict[str, Any] = {
+        "devices": 1 if alone else 2,
+        "use_distributed_sampler": False,
+        "accumulate_grad_batches": 3,
+    }
     callbacks = [saving] if resume is None else []
     fitted = trainer(out, strategy, max_epochs=3, enable_checkpointing=False, callbacks=callbacks, **options)
     fitted.fit(module, loader(count=64, batch_size=8), ckpt_path=resume)
@@ -68,7 +72,7 @@ def everything(out: Path, base: str, single: Path) -> dict[str, Any]:
     """Train, and go on from what this and what one process has saved."""
     out.mkdir(exist_ok=True)
     seen = {"uninterrupted": run(out, base)}
-    if base != "stage2":
+    if not base.startswith("stage"):
         seen |= {name: run(out, base, out / name) for name in FILES}
         seen |= {f"one {name}": run(out, base, single / name) for name in FILES}
     return seen

@@ -17,7 +17,7 @@ from modules import loader, trainer
 from torch import Tensor, nn
 from torch.distributed import fsdp
 
-from lightning_peft import BitFit, Compacter, LayerNormTuning, LoRA, PEFTError, PEFTStrategy, SeriesAdapter
+from lightning_peft import BitFit, Compacter, LayerNormTuning, LoRA, PEFTError, PEFTStrategy, SeriesAdapter, disable
 from lightning_peft.core.view import ModelView
 from lightning_peft.storage.state import adapter_parameters_and_whole
 from lightning_peft.tensors.sharding import map_tensors, whole
@@ -124,6 +124,16 @@ class Bypassing(ByHand):
         loss.backward()
 
 
+class Referring(Net):
+    """Is held to what it was, as in preference tuning: each step asks the base model first."""
+
+    def loss(self, x: Tensor) -> Tensor:
+        with torch.no_grad(), disable(self):
+            reference = self(x)
+        drift: Tensor = (self(x) - reference).square().mean()
+        return super().loss(x) + 0.3 * drift
+
+
 class InTurn(Net):
     """Two networks, each with an optimizer: one is called, and not differentiated, before the other one's step."""
 
@@ -175,6 +185,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mixture by torch": {**BESIDE_NORMS, "optimizer": "sgd", "kind": ClippingByTorch},
     "mixture by hand": {**BESIDE_NORMS, "optimizer": "sgd", "kind": ClippingByHand},
     "by hand": {**LORA, "optimizer": "sgd", "kind": ByHand},
+    "beside a reference": {**BESIDE_NORMS, "optimizer": "sgd", "kind": Referring},
     "in turn": {**LORA, "optimizer": "sgd", "kind": InTurn},
     "bypassed": {**LORA, "optimizer": "sgd", "kind": Bypassing},
     "beside norms fused": {**BESIDE_NORMS, "optimizer": "fused sgd"},
@@ -186,6 +197,7 @@ BASES: dict[str, Callable[[], Any]] = {
     "fsdp2": lambda: parallel(2, 1),
     "fsdp2_late": lambda: parallel(2, 1),
     "stage2": lambda: deepspeed_script.base(2),
+    "stage3": lambda: deepspeed_script.base(3),
 }
 PIECES = "are in pieces on several processes"
 REFUSED: dict[tuple[str, str], str] = {
@@ -194,7 +206,8 @@ REFUSED: dict[tuple[str, str], str] = {
         for where in ("in a hook", "in a later hook", "by torch")
     },
     ("fsdp2", "rows and columns"): f"Adafactor looks at more than one element .* {PIECES}",
-    **{(base, "line search"): "LBFGS decides by .*Use another optimizer" for base in BASES},
+    **{(base, "line search"): "LBFGS decides by .*Use another optimizer" for base in BASES if base != "stage3"},
+    ("stage3", "beside a reference"): r"disable\(model\) on ZeRO-3, where 2 tensors",
     **{(base, "beside norms fused"): f"SGD has fused=True, .* {PIECES}" for base in ("fsdp2", "fsdp2_late")},
     **{(base, "beside norms in rows"): f"Adafactor looks at .* {PIECES}" for base in ("fsdp2", "fsdp2_late")},
     **{
@@ -203,13 +216,15 @@ REFUSED: dict[tuple[str, str], str] = {
     },
     ("stage2", "bypassed"): r"no gradients to step by\. .*call self\.manual_backward",
 }
-OF_DEEPSPEED = ("by hand", "bypassed", "line search")
+OF_DEEPSPEED = ("by hand", "bypassed", "line search", "beside a reference")
 """DeepSpeed clips and steps by itself; what hooks see of gradients is its own too."""
 
 
 def serves(base: str, case: str) -> bool:
     """Whether it is to be tried; DDP wants every parameter in each backward pass, or find_unused_parameters."""
-    return case in OF_DEEPSPEED if base == "stage2" else (base, case) != ("ddp", "in turn")
+    if base.startswith("stage"):
+        return case in OF_DEEPSPEED[0 if base == "stage2" else -1 :]
+    return (base, case) != ("ddp", "in turn")
 
 
 def run(out: Path, base: str, case: str) -> dict[str, Any]:
@@ -227,7 +242,11 @@ def run(out: Path, base: str, case: str) -> dict[str, Any]:
     except PEFTError as error:
         return {"error": str(error)}
     trained = dict(adapter_parameters_and_whole(ModelView(module)))
-    groups = [] if base == "stage2" else [group for optimizer in fitted.optimizers for group in optimizer.param_groups]
+    groups = (
+        []
+        if base.startswith("stage")
+        else [group for optimizer in fitted.optimizers for group in optimizer.param_groups]
+    )
     seen = {"trained": map_tensors(trained, lambda tensor: whole(tensor).clone()), "norms": module.norms}
     return {**seen, "groups": [{key: group.get(key) for key in ("lr", "count")} for group in groups]}
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import build, outputs, randomise
+from modules import Regression
 from safetensors.torch import load_file, save_file
 from strangers import unsealed
 from torch import nn
@@ -271,3 +272,16 @@ def test_what_is_adapted_around_a_transformers_model_is_loaded_with_it(tmp_path:
     torch.testing.assert_close(outputs(fresh["body"], ids), outputs(adapted["body"], ids), rtol=0, atol=0)
     # It is trained further, with the learning rates of its methods.
     assert learning_rate_ratios(ModelView(fresh)) == {}
+
+
+def test_a_part_whose_adapters_are_those_of_the_whole_gets_no_others(tmp_path: Path) -> None:
+    module = Regression()
+    inject(module.net, LoRA(r=2))
+    save_adapter(module, tmp_path / "saved")
+    whole = Regression()
+    inject(whole, LoRA(r=2))
+    with pytest.raises(PEFTError, match=r"for 'net', which has adapters already .* into the Regression around it"):
+        load_adapter(whole, tmp_path / "saved", name="other")
+    plain = Regression()
+    for name in ("first", "other"):
+        load_adapter(plain, tmp_path / "saved", name=name)

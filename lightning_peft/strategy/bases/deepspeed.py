@@ -256,9 +256,9 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         """Return nothing, and say so within an accumulation: DeepSpeed has the gradients in its buffers."""
         if self._waiting:
             rank_zero_warn(
-                "The checkpoint is written in the middle of an accumulation, whose gradients DeepSpeed keeps to itself: "
-                "a run that is resumed from it goes on without them. Save after a step, for example by the callback's "
-                "every_n_train_steps."
+                "The checkpoint is written in the middle of an accumulation, whose gradients DeepSpeed keeps to "
+                "itself: a run that is resumed from it goes on without them. Save after a step, for example by the "
+                "callback's every_n_train_steps."
             )
         return {}
 
