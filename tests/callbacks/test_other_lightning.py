@@ -128,6 +128,9 @@ for strategy in (PEFTStrategy(), PEFTStrategy(base="deepspeed"), "peft_lora"):
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pytorch_lightning") is None, reason="pytorch_lightning is not installed")
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("pytorch_lightning", "deepspeed")),
+    reason="pytorch_lightning or DeepSpeed is not installed",
+)
 def test_the_distribution_itself() -> None:
     assert run(REAL).split()[-3:] == ["True"] * 3

@@ -162,10 +162,18 @@ def record(module: Recorded, model: nn.Module, name: str) -> None:
     torch.save(content, module.out / f"{name}.pt")
 
 
+class OwnSeeds(L.Callback):
+    """Gives every process a seed of its own, once Lightning has given all of them one; that of the first counts."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        torch.manual_seed(trainer.global_rank)
+
+
 def make(
     base: str, out: Path, tag: str, devices: int, epochs: int, checkpoint: Any = "adapter"
 ) -> tuple[L.Trainer, Recorded]:
     callbacks = [
+        OwnSeeds(),
         AdapterCheckpoint(out / f"{tag}-directories", save_last=True, save_top_k=-1, filename="{epoch}"),
         ModelCheckpoint(out / f"{tag}-files", save_last=True, save_top_k=0),
     ]
@@ -188,7 +196,6 @@ def run(
 ) -> None:
     """Train; two devices see together the batches that one device sees alone."""
     fitted, module = make(base, out, tag, devices, epochs)
-    torch.manual_seed(fitted.global_rank)  # that of the first process counts
     fitted.fit(module, loader(batch_size=8), ckpt_path=resume, weights_only=weights_only)
     states = [tensor for optimizer in fitted.optimizers for s in optimizer.state.values() for tensor in s.values()]
     count = sum(local_part(tensor).numel() for tensor in states)

@@ -21,12 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.nn.modules.module import (
-    _global_backward_hooks,
-    _global_backward_pre_hooks,
-    _global_forward_hooks,
-    _global_forward_pre_hooks,
-)
+from torch.nn.modules.module import _has_any_global_hook
 
 from lightning_peft.adapters.low_rank.dropout import drop, drop_again, kept_fraction
 from lightning_peft.tensors.weights import is_conv1d, weight_of
@@ -34,8 +29,6 @@ from lightning_peft.tensors.weights import is_conv1d, weight_of
 # From so many elements of an input on, the backward pass by hand spares time: measured in stacks of projections.
 _MANY_ON_CPU, _MANY = 2**16, 2**23
 _NARROW = (torch.float16, torch.bfloat16)
-# What is called beside every module; torch 2.8 has no function that looks at them.
-_GLOBAL_HOOKS = (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
 # Fake tensors stand for whole ones where memory is planned.
 _WHOLE = (Tensor, nn.Parameter, FakeTensor)
 
@@ -68,7 +61,7 @@ def product_dtype(base: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> torch.dty
         # Nobody else may look at what goes in: it has no graph.
         and len(base._forward_pre_hooks) == len(base._forward_hooks) == 1
         and not base._backward_hooks
-        and not any(_GLOBAL_HOOKS)
+        and not _has_any_global_hook()
         and type(base.weight) in _WHOLE
         and type(x) in _WHOLE
         and type(a) in _WHOLE
