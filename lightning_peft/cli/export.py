@@ -19,6 +19,7 @@ from lightning_peft.formats import own
 from lightning_peft.formats.configuration import read_config, read_marker
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
 from lightning_peft.formats.serving import serving_copy
+from lightning_peft.formats.serving.experts import Layout, with_experts_divided
 from lightning_peft.formats.serving.readers import Reader, rank_for, reader_named
 from lightning_peft.storage.saving import FILES
 from lightning_peft.tasks.pretrained import Dtype
@@ -30,6 +31,7 @@ def export(
     reader: str | None = None,
     rank: int | None = None,
     dtype: Dtype | None = None,
+    experts: Layout | None = None,
 ) -> None:
     """Copy an adapter for another program, so that it reads what was trained.
 
@@ -44,6 +46,9 @@ def export(
         rank: Pad with zeros to this rank, one that vLLM can serve: 8, 16, 32, 64, 128, 256, 320 or 512. The
             adapter's largest, or the next that the reader has room for, if not given.
         dtype: Of the tensors written. The adapter's own, if not given.
+        experts: Write a LoRA of experts that stand in one parameter as one of a module per expert, which transformers
+            4 had and servers know: with Mixtral's names (mixtral: block_sparse_moe, w1, w2, w3), or those of Qwen-MoE
+            and most others (qwen: mlp, gate_proj, up_proj, down_proj).
 
     Raises:
         PEFTError: There is no such reader, or none that reads the adapter; or the directory cannot be written.
@@ -52,6 +57,8 @@ def export(
     source, target = Path(adapter), Path(out)
     marker = _checked(source, target)
     config, tensors = read_config(source), read_tensors(source / TENSOR_FILE)
+    if experts is not None:
+        config, tensors = with_experts_divided(config, tensors, experts, adapter)
     if found is not None and not found.lora_alone:
         _refuse_unread(found, reader or "", config, adapter)
         copied = config, {n: t if dtype is None else t.to(getattr(torch, dtype)) for n, t in tensors.items()}

@@ -94,6 +94,7 @@ def read_content(
     for addition, others in added.items():
         names |= addition.names(root, main, others, chosen) if others else {}
     _refuse_lost(root, config, {*main.hosts, *train_also}, source)
+    _refuse_unnamed(root, config, main.hosts, source)
     return Content(methods, train_also, names, copies, unused)
 
 
@@ -124,11 +125,10 @@ def _refuse_lost(root: ModelView, config: Mapping[str, Any], present: set[str], 
     Raises:
         PEFTError: Those of one are not there.
     """
-    targets = config.get("target_modules")
-    if not targets or targets == ALL_LINEAR or config.get("layers_to_transform") is not None:
+    if (targets := _targets(config)) is None or config.get("layers_to_transform") is not None:
         return
     excluded = config.get("exclude_modules") or ()
-    targets, excluded = (names if isinstance(names, str) else frozenset(names) for names in (targets, excluded))
+    excluded = excluded if isinstance(excluded, str) else frozenset(excluded)
     for name, module in root.modules.items():
         if not (is_weighted(module) or isinstance(module, nn.MultiheadAttention)):
             continue
@@ -138,6 +138,32 @@ def _refuse_lost(root: ModelView, config: Mapping[str, Any], present: set[str], 
                 f"{config['target_modules']!r}), but there are no tensors for it. It is damaged, or for another base "
                 "model."
             )
+
+
+def _refuse_unnamed(root: ModelView, config: Mapping[str, Any], hosts: Sequence[str], source: str) -> None:
+    """Check that the configuration names every module that there are tensors for: HF PEFT would pass others over.
+
+    A pattern that names no module is none of a file's faults: what it was to train, it did not find.
+
+    Raises:
+        PEFTError: It does not name one.
+    """
+    if (targets := _targets(config)) is None or config.get("target_parameters"):
+        return
+    for host in hosts:
+        if is_weighted(root.modules[host]) and not _names(targets, host):
+            raise PEFTError(
+                f"{source} has tensors for {host!r}, which its configuration does not name (target_modules="
+                f"{config['target_modules']!r}): HF PEFT would not load them. It is damaged."
+            )
+
+
+def _targets(config: Mapping[str, Any]) -> str | frozenset[str] | None:
+    """Return the patterns of ``target_modules``, if there are any, and not the one for all linear layers."""
+    targets = config.get("target_modules")
+    if not targets or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
+        return None
+    return targets if isinstance(targets, str) else frozenset(targets)
 
 
 def _names(patterns: str | frozenset[str], name: str) -> bool:

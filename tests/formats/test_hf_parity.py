@@ -397,3 +397,24 @@ def test_pickles_are_read_as_data(
     with pytest.raises(PEFTError, match=message):
         load_adapter(build("llama")[0], tmp_path / "a")
     assert "stranger" not in capsys.readouterr().out
+
+
+def test_a_configuration_that_names_other_modules(tmp_path: Path) -> None:
+    """A name too many is what HF PEFT passes over; tensors that no name is for it would not load, so they are no file."""
+    model, inputs = build("llama")
+    judge = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    randomise(judge)
+    judge.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "target_modules": ["q_proj", "v_proj", "nowhere"]}))
+    again = peft.PeftModel.from_pretrained(build("llama")[0], tmp_path)
+    ours, _ = build("llama")
+    load_adapter(ours, tmp_path)
+    assert (outputs(ours.eval(), inputs) - outputs(again.eval(), inputs)).abs().max() <= 1e-5
+    for targets in (["nowhere"], "nowhere", ["q_proj"]):
+        file.write_text(json.dumps({**config, "target_modules": targets}))
+        ours, _ = build("llama")
+        with pytest.raises(PEFTError, match=r"has tensors for '.*_proj', which its configuration does not name"):
+            load_adapter(ours, tmp_path)
+        assert not ModelView(ours).slots

@@ -8,12 +8,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families import build, outputs
+from families import build, outputs, randomise
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_peft import PEFTError, load_adapter, save_adapter
+from lightning_peft import LoRA, PEFTError, inject, load_adapter, save_adapter
+from lightning_peft.cli.export import export
 
 EXPERTS = 4
 MIXTRAL, QWEN = ("block_sparse_moe", "w1", "w3", "w2"), ("mlp", "gate_proj", "up_proj", "down_proj")
@@ -127,6 +128,51 @@ def test_each_expert_is_changed_as_it_was_trained(family: str, case: str, tmp_pa
     assert (got - expected).abs().max() <= 1e-6
     save_adapter(model, tmp_path / "new")
     assert torch.equal(loaded(family, tmp_path / "new")[1], got)
+
+
+@pytest.mark.parametrize(("family", "layout"), [("mixtral", "mixtral"), ("qwen3_moe", "qwen")])
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [
+        (["q_proj", "gate.weight", "experts.*"], 2 * 14),
+        (["experts.down_proj"], 2 * 4),
+        (["experts.gate_up_proj"], 2 * 8),
+    ],
+)
+def test_a_copy_with_a_module_per_expert(
+    family: str, layout: Any, targets: list[str], count: int, tmp_path: Path
+) -> None:
+    model, inputs = build(family)
+    inject(model, LoRA(r=2, alpha=6, target_modules=targets, rank_pattern={"experts.*": 3}))
+    randomise(model)
+    expected = outputs(model.eval(), inputs)
+    save_adapter(model, tmp_path / "new")
+    for reader in ("peft", "sglang" if "q_proj" not in targets else "vllm"):
+        export(str(tmp_path / "new"), str(tmp_path / reader), reader, experts=layout)
+        config = json.loads((tmp_path / reader / "adapter_config.json").read_text())
+        tensors = load_file(tmp_path / reader / "adapter_model.safetensors")
+        pairs: Pairs = {}
+        for name, a in tensors.items():
+            if name.endswith("lora_A.weight"):
+                host = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                pairs[host] = a, tensors[name.replace("lora_A", "lora_B")], 1.0 if reader != "peft" else 6 / len(a)
+        assert len(pairs) == count
+        assert not config.get("target_parameters")
+        base, judge = judged(family, pairs)
+        assert (judge - base).abs().max() > 1e-3
+        assert (judge - expected).abs().max() <= 2e-5
+    again, _ = build(family)
+    load_adapter(again, tmp_path / "peft")
+    assert (outputs(again.eval(), inputs) - expected).abs().max() <= 1e-5
+
+
+def test_only_experts_are_divided(tmp_path: Path) -> None:
+    model, _ = build("llama")
+    inject(model, LoRA(r=2))
+    save_adapter(model, tmp_path / "a")
+    with pytest.raises(PEFTError, match="has no LoRA of experts in one parameter"):
+        export(str(tmp_path / "a"), str(tmp_path / "b"), experts="qwen")
+    assert not (tmp_path / "b").exists()
 
 
 def test_as_hf_peft_reads_it(tmp_path: Path) -> None:

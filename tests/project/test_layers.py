@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "formats": "core structure targets adapters.low_rank files formats.counterparts formats.additions",
     "formats.counterparts": "tensors core targets adapters.low_rank adapters.virtual_tokens methods formats",
     "formats.additions": "core structure targets adapters.low_rank methods formats formats.counterparts",
-    "formats.serving": "formats.counterparts",
+    "formats.serving": "formats formats.counterparts",
     "storage": "tensors core structure targets operations files formats",
     "planning": "core structure adapters.virtual_tokens",
     "callbacks": "tensors core structure files formats formats.serving storage",

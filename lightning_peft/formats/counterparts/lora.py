@@ -237,7 +237,10 @@ def read_low_rank(
     found = {}
     for host, kinds in sorted(grouped.items()):
         if not kinds <= {*_LINEAR, *_EMBEDDING} or config.get("target_parameters"):
-            raise PEFTError(f"{source} adapts weights that {host!r} reads itself: servers take linear layers only.")
+            raise PEFTError(
+                f"{source} adapts weights that {host!r} reads itself: servers take linear layers only. Of experts, "
+                "`lightning-peft export --experts mixtral` (or qwen) makes such layers."
+            )
         if kinds not in ({*_LINEAR}, {*_EMBEDDING}):
             raise PEFTError(f"{source}: {host!r} has {', '.join(sorted(kinds))} alone; A and B were expected.")
         r, alpha = rank_and_alpha(config, host, source)
