@@ -400,7 +400,7 @@ def test_pickles_are_read_as_data(
 
 
 def test_a_configuration_that_names_other_modules(tmp_path: Path) -> None:
-    """A name too many is what HF PEFT passes over; tensors that no name is for it would not load, so they are no file."""
+    """HF PEFT passes a name too many over. Tensors that no name is for it would not load: they are refused."""
     model, inputs = build("llama")
     judge = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     randomise(judge)

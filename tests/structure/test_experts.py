@@ -88,3 +88,14 @@ def test_the_summary_counts_experts() -> None:
     # Of each of two layers: gate and up [128, 32], down [32, 64], for four experts.
     count = 2 * 4 * 2 * (128 + 32 + 32 + 64)
     assert f"8 in 2 modules, with {count:,} parameters of adapters" in table
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_the_rank_can_be_divided_by_the_active_experts(family: str) -> None:
+    """As `examples/docs/large_models.md` says: half the rank at the same scale, which is alpha over rank."""
+    model, _ = build(family)
+    inject(model, LoRA(r=4, alpha=8, rank_pattern={"experts.*": 2}, alpha_pattern={"experts.*": 4}))
+    factors = model.get_submodule("model.layers.0.mlp.experts.peft.default.factors")
+    assert {(part.r, part.scale, len(part.lora_A)) for part in factors.values()} == {(2, 2.0, 2 * 4)}
+    beside = model.get_submodule("model.layers.0.self_attn.q_proj.peft.default")
+    assert (len(beside.lora_A), beside.scale) == (4, 2.0)
