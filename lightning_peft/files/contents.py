@@ -123,15 +123,29 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
 def open_tensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file to read tensors one by one.
 
+    What fails of what is done with them, such as writing to a full disk, is not the file's fault and raised as it is.
+
     Raises:
         PEFTError: The file is missing or damaged.
     """
     _require_file(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        opened = safe_open(path, framework="pt")
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise _damaged(path, error) from error
+    try:
+        with opened as file:
             yield file
-    except (SafetensorError, OSError, RuntimeError) as error:  # the last if it has just been removed
-        raise PEFTError(f"{path} is damaged or truncated: {error}. Take another copy.") from error
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+    except RuntimeError as error:
+        if path.is_file():
+            raise
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> PEFTError:
+    return PEFTError(f"{path} is damaged or truncated: {error}. Take another copy.")
 
 
 def inside(directory: Path, name: str) -> Path:

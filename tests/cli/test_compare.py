@@ -53,6 +53,17 @@ def test_another_size_of_base(adapter: str, width: int, places: dict[str, str], 
     assert "another base model" in error or "shape" in error
 
 
+@pytest.mark.parametrize(
+    ("layers", "words"), [(1, "that this LlamaForCausalLM does not have"), (3, "there are no tensors for it")]
+)
+def test_another_depth_of_base(layers: int, words: str, places: dict[str, str], tmp_path: Path, capsys: Any) -> None:
+    config = build("llama")[0].config
+    config.num_hidden_layers = layers
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    _, error = ran(capsys, "verify", places["peft"], f"--model={tmp_path / 'other'}")
+    assert words in error
+
+
 def test_other_weights_and_a_file_that_was_changed(places: dict[str, str], tmp_path: Path, capsys: Any) -> None:
     other = build("llama")[0]
     with torch.no_grad():

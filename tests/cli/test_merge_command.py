@@ -146,3 +146,22 @@ def test_it_takes_the_memory_of_a_file_and_a_change(tmp_path: Path) -> None:
     # that the allocator keeps.
     change = 4 * 2 * 1024 * 1024
     assert rose <= max(files) + 10 * change < 0.6 * size, (rose, max(files), size)
+
+
+def test_a_disk_that_fills_while_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the second file nothing can be written: the first is not left behind."""
+    build("llama")[0].save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    tuned(tmp_path / "base", tmp_path / "adapter", CONFIGS["lora"])
+    written, stream = [], command.stream_tensors
+
+    def fills(path: Path, *args: Any) -> None:
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        stream(path, *args)
+
+    monkeypatch.setattr(command, "stream_tensors", fills)
+    with pytest.raises(PEFTError, match=r"Cannot write .*out: No space left"):
+        command.merge(str(tmp_path / "adapter"), str(tmp_path / "base"), str(tmp_path / "out"))
+    assert written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
