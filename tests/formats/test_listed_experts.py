@@ -52,7 +52,8 @@ def write(path: Path, family: str, *, drop: Any = lambda host: False, **config: 
     generator = torch.Generator().manual_seed(5)
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "lora_dropout": 0.0, "rank_pattern": {}, **config}
     config.setdefault("target_modules", ["q_proj", "gate", *layers])
-    tensors, pairs = {}, {}
+    tensors: dict[str, Tensor] = {}
+    pairs: Pairs = {}
     for block, layer in enumerate(model.model.layers):
         experts = layer.mlp.experts
         half = experts.gate_up_proj.shape[1] // 2
