@@ -89,12 +89,14 @@ def read_content(
     whole = {name: name.removeprefix(PREFIX) for name in rest if name not in copies}
     methods = (method, *(used.method for others in added.values() for used in others))
     chosen = [name for each in methods for name in each.trained(root) if name not in whole.values()]
-    again = {n: first for n, first in counterpart.repeats(root, method, main.hosts).items() if n in shapes}
+    repeats = counterpart.repeats(root, method, main.hosts)
+    again = {name: first for name, first in repeats.items() if name in shapes}
     names = {**again, **counterpart.names(root, method, main.hosts, chosen), **whole}
     for addition, others in added.items():
         names |= addition.names(root, main, others, chosen) if others else {}
     _refuse_lost(root, config, {*main.hosts, *train_also}, source)
-    _refuse_unnamed(root, config, main.hosts, source)
+    tied = [host for host in main.hosts if any(name.startswith(f"{PREFIX}{host}.") for name in repeats)]
+    _refuse_unnamed(root, config, [host for host in main.hosts if host not in tied], source)
     return Content(methods, train_also, names, copies, unused)
 
 
