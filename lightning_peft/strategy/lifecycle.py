@@ -205,6 +205,8 @@ class Lifecycle(Checkpoints):
             self._stepped, self._ran = set(), set()
             self._slots = [slot for _, _, slot in ModelView(self._module).slots]
             self._set_modes()
+            if not self._has_whole_weights and trainer.world_size > 1:
+                refusals.tell_of_own_statistics(ModelView(self._module))
             refusals.refuse_freezing(trainer, ModelView(self._module), self._leaves_frozen)
             for text in untrained(ModelView(self._module)):
                 rank_zero_warn(text)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.registry import added, registries, trains_everything
 from lightning_peft.core.view import ModelView
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, listed
 from lightning_peft.operations.prepare import whole_names
 from lightning_peft.storage.state import adapter_parameters_and_whole
 from lightning_peft.strategy.optimizers.optim import held_parameters
@@ -196,6 +196,24 @@ def refuse_different_ranks(strategy: Strategy, view: ModelView) -> None:
         where = f"here {name!r} is {shapes.get(name)}, on rank 0 {first.get(name)}" if name else "see the other ranks"
         raise PEFTError(
             f"{int(count)} processes have other adapters than rank 0: {where}. Build the same model on each."
+        )
+
+
+def tell_of_own_statistics(model: ModelView) -> None:
+    """Warn of batch norms whose running statistics every process keeps for itself; DDP alone makes them equal."""
+    found = [
+        name
+        for name, module in model.modules.items()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and not isinstance(module, nn.SyncBatchNorm)
+        and module.track_running_stats
+        and module.training
+    ]
+    if found:
+        rank_zero_warn(
+            f"{listed(found)}: each process keeps running statistics of its own on this base strategy, and checkpoints "
+            "have those of process 0. Call torch.nn.SyncBatchNorm.convert_sync_batchnorm on the model in __init__ (it "
+            "needs GPUs), take base='ddp', or put these modules into eval mode."
         )
 
 
