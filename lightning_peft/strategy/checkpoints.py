@@ -194,7 +194,7 @@ class Checkpoints(WritesDirectories, Continuing):
         """Call ``write`` on every process and return what it does; where it fails on one, it fails on all.
 
         Raises:
-            PEFTError: It failed: none waits for one that has gone.
+            PEFTError: It failed: none waits for one that has gone. A process that is alone raises what it met.
         """
         error: Exception | None = None
         try:
@@ -205,7 +205,7 @@ class Checkpoints(WritesDirectories, Continuing):
         if dist.is_initialized():
             messages *= dist.get_world_size()
             dist.all_gather_object(messages, messages[0])
-        if isinstance(error, PEFTError):
+        if error is not None and (isinstance(error, PEFTError) or len(messages) == 1):
             raise error
         if failed := [(rank, message) for rank, message in enumerate(messages) if message is not None]:
             raise PEFTError("Rank {} failed: {}".format(*failed[0])) from error

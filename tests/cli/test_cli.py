@@ -236,7 +236,9 @@ def test_a_printed_config_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.trainer.global_step == 1
 
 
-@pytest.mark.parametrize("optimizer", [[], ["--optimizer=torch.optim.AdamW", "--optimizer.lr=0.1"]], ids=["own", "AdamW"])
+@pytest.mark.parametrize(
+    "optimizer", [[], ["--optimizer=torch.optim.AdamW", "--optimizer.lr=0.1"]], ids=["own", "AdamW"]
+)
 def test_fit_trains_the_adapters_alone(optimizer: list[str]) -> None:
     cli = fit("--trainer.strategy=peft_lora", *optimizer)
     state = adapter_state_dict(cli.model)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.tensors import weights
+from lightning_peft.tensors import packed, weights
 
 NAN = torch.tensor([1.0, math.nan])
 
@@ -29,7 +29,7 @@ def test_features_and_matrices(module: nn.Module, shape: tuple[int, int], transp
     assert weights.is_transposed(module) is transposed
     matrix = weights.read_matrix(module)
     assert tuple(matrix.shape) == shape[::-1]
-    assert torch.equal(weights.as_stored(module, matrix), weights.weight_of(module))
+    assert torch.equal(weights.as_stored(module, matrix, torch.float32), weights.weight_of(module))
 
 
 def test_what_is_linear_and_what_is_a_convolution() -> None:
@@ -50,11 +50,11 @@ def test_what_is_linear_and_what_is_a_convolution() -> None:
     ],
 )
 def test_codes_of_quantisers(dtype: torch.dtype, codes: bool) -> None:
-    assert weights.holds_codes(torch.zeros(2, dtype=dtype)) is codes
+    assert packed.holds_codes(torch.zeros(2, dtype=dtype)) is codes
     layer = nn.Linear(2, 2)
     layer._parameters["weight"] = nn.Parameter(torch.zeros(2, 2, dtype=dtype), requires_grad=False)
-    assert weights.is_packed(layer) is codes
-    assert not weights.is_packed(nn.ReLU())
+    assert packed.is_packed(layer) is codes
+    assert not packed.is_packed(nn.ReLU())
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def test_adapters_are_never_narrower_than_float32(given: torch.dtype, made: torc
     layer = nn.Linear(2, 2, dtype=given)
     assert weights.tensor_options(layer) == {"dtype": made, "device": torch.device("cpu")}
     assert weights.widened(layer.weight).dtype == made
-    packed = nn.ParameterList([nn.Parameter(torch.zeros(1, dtype=torch.int8), requires_grad=False), layer.weight])
-    assert weights.tensor_options(packed)["dtype"] == made
+    several = nn.ParameterList([nn.Parameter(torch.zeros(1, dtype=torch.int8), requires_grad=False), layer.weight])
+    assert weights.tensor_options(several)["dtype"] == made
     assert weights.tensor_options(nn.ReLU()) == {"dtype": torch.float32}
 
 
