@@ -8,6 +8,8 @@ import pytest
 import torch
 from launch import run_script
 
+pytestmark = pytest.mark.slow
+
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
