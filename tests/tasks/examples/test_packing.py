@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from lightning_peft.adapters.virtual_tokens.infix import IGNORED
@@ -41,6 +41,7 @@ def examples() -> list[Example]:
     return found
 
 
+@settings(deadline=None, database=None)
 @given(some.lists(some.integers(1, 50), max_size=60))
 def test_every_example_has_one_place_and_rows_are_full(lengths: list[int]) -> None:
     rows = pack(lengths, 50)
