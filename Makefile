@@ -107,5 +107,5 @@ format: $(INSTALLED) ## Rewrite the sources in the project's style
 	$(BIN)/ruff format .
 
 clean: ## Remove .venv and everything that was built or written by a run
-	rm -rf $(VENV) .compat .mutants build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .quickstart .bench lightning_logs
+	rm -rf $(VENV) .compat .mutants build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .quickstart .bench lightning_logs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
