@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_peft.errors import PEFTError
@@ -57,7 +58,8 @@ class PredictionWriter(BasePredictionWriter):
         if not isinstance(values, list) or batch_indices is None or len(values) != len(batch_indices):
             raise PEFTError(
                 f"predict_step returned {type(prediction).__name__} for batch {batch_idx}; expected a list or a tensor "
-                "with one prediction for each example"
+                "with one prediction for each example, and a dataset with a length: of a stream, Lightning does not know "
+                "which examples a batch has"
             )
         with self._part(trainer.global_rank).open("a", encoding="utf-8") as file:
             for index, value in zip(batch_indices, values, strict=True):
@@ -90,7 +92,10 @@ class PredictionWriter(BasePredictionWriter):
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.tolist()
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        rank_zero_warn("Predictions hold NaN or infinity, which JSON has not: they are written as null.")
+        return None
     if isinstance(value, dict):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -16,8 +16,8 @@ from lightning_peft.core.disable import disable
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.inject import set_adapter
 from lightning_peft.storage.loading import load_adapter
-from lightning_peft.tasks.examples.chat import ChatTemplate
-from lightning_peft.tasks.examples.layouts import Conversation, Message
+from lightning_peft.tasks.batches.chat import ChatTemplate
+from lightning_peft.tasks.batches.layouts import Conversation, Message
 from lightning_peft.tasks.pretrained import Dtype, load_model, load_tokenizer
 
 HELP = """/adapter NAME   switch to an adapter: one that is loaded, a directory, or 'none' for the base model

@@ -33,7 +33,7 @@ MOVED = {
     "cli_errors": "cli.errors",
     "formats.files": "files.contents",
     "planning.command": "cli.plan",
-    **{f"tasks.{name}": f"tasks.examples.{name}" for name in ("records", "resumable", "sampling")},
+    **{f"tasks.{name}": f"tasks.batches.{name}" for name in ("records", "resumable", "sampling")},
     **{f"tasks.{name}": f"tasks.data.{name}" for name in ("classification_data", "instruction_data")},
 }
 """What every module that has moved was called, with its name of today; a package stands for what is in it."""

@@ -1,6 +1,6 @@
 """Ready LightningModules and DataModules, so that a config alone can run.
 
-Imports core, structure, adapters.virtual_tokens, tasks.data, tasks.examples and tasks.pretrained.
+Imports core, structure, adapters.virtual_tokens, operations, tasks.data, tasks.batches and tasks.pretrained.
 """
 
 from lightning_peft.tasks.causal_lm import CausalLM

@@ -5,18 +5,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, ClassVar
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_peft.core.view import ModelView
 from lightning_peft.structure.new_parts import heads, new_parts
 from lightning_peft.tasks.pretrained import Dtype, load_model, load_tokenizer
-from lightning_peft.tasks.schedule import adamw_with_linear_decay
+from lightning_peft.tasks.task import Task
 
 
-class Classifier(LightningModule):
+class Classifier(Task):
     """A classifier on a pretrained model.
 
     The head is trained whole and saved with the adapter, unless the strategy is given another `train_also`. Validation
@@ -63,10 +61,6 @@ class Classifier(LightningModule):
         model = ModelView(self.model)
         return [f"model.{name}" for name in dict.fromkeys([*heads(model), *new_parts(model)])]
 
-    def forward(self, **inputs: Tensor) -> Any:
-        """Call the classifier itself."""
-        return self.model(**inputs)
-
     @abstractmethod
     def make_metrics(self, num_labels: int) -> MetricCollection:
         """Return the metrics of a stage."""
@@ -81,31 +75,13 @@ class Classifier(LightningModule):
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        """Count anew: what `Trainer.validate` left behind in inference mode cannot be changed within `fit`."""
-        self._reset("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Count anew."""
-        self._reset("test")
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Update the validation metrics."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Update the test metrics."""
-        self._evaluate("test", batch)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW over all parameters, with warm-up and linear decay."""
-        return adamw_with_linear_decay(self, self.lr, self.weight_decay, self.warmup_steps)
-
-    def _reset(self, stage: str) -> None:
+    def reset(self, stage: str) -> None:
+        """Forget what the metrics of a stage have counted."""
         metrics: Any = self.metrics[stage]
         metrics.reset()
 
-    def _evaluate(self, stage: str, batch: dict[str, Tensor]) -> None:
+    def evaluate(self, stage: str, batch: dict[str, Any]) -> None:
+        """Update and log the metrics of a stage."""
         (scores, loss), size = self.scores(batch), len(batch["labels"])
         metrics: Any = self.metrics[stage]
         metrics.update(scores, batch["labels"])

@@ -7,18 +7,16 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric, Metric
 from transformers import PreTrainedModel
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.tasks.examples.chat import ChatTemplate
-from lightning_peft.tasks.examples.layouts import Conversation, Message
+from lightning_peft.tasks.batches.chat import ChatTemplate
+from lightning_peft.tasks.batches.layouts import Conversation, Message
 from lightning_peft.tasks.generation import StopAtText, complete
 from lightning_peft.tasks.pretrained import Dtype, load_model, load_tokenizer
-from lightning_peft.tasks.schedule import adamw_with_linear_decay
+from lightning_peft.tasks.task import Task
 from lightning_peft.tasks.text_metrics import text_metrics
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -33,7 +31,7 @@ class Perplexity(MeanMetric):
         return super().compute().exp()
 
 
-class LanguageModel(LightningModule):
+class LanguageModel(Task):
     """A language model that learns to give an answer to a prompt.
 
     The loss is that of the answer's tokens alone. Validation logs `val_loss`, `val_perplexity` and
@@ -102,10 +100,6 @@ class LanguageModel(LightningModule):
     def answer_logits(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the scores of the batch's answer tokens, (tokens, vocabulary), and the tokens, (tokens,)."""
 
-    def forward(self, **inputs: Tensor) -> Any:
-        """Call the language model itself."""
-        return self.model(**inputs)
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the mean loss of the batch's answer tokens."""
         logits, targets = self.answer_logits(batch)
@@ -113,21 +107,9 @@ class LanguageModel(LightningModule):
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        """Count anew: what `Trainer.validate` left behind in inference mode cannot be changed within `fit`."""
-        self._reset("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Count anew."""
-        self._reset("test")
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Update `val_loss`, `val_perplexity` and `val_accuracy`."""
-        self._evaluate("val", batch)
-
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Update the same for the test, and the metrics of generated answers."""
-        self._evaluate("test", batch)
+        """Update the test metrics, and those of generated answers."""
+        self.evaluate("test", batch)
         answers = self.generate(batch["prompts"]) if self.text_metrics else []
         for name, metric in self.text_metrics.items():
             cast(Any, metric).update(answers, batch["answers"])
@@ -162,15 +144,12 @@ class LanguageModel(LightningModule):
             settings=self.generation,
         )
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW over all parameters, with warm-up and linear decay."""
-        return adamw_with_linear_decay(self, self.lr, self.weight_decay, self.warmup_steps)
-
     @cached_property
     def _stop(self) -> StopAtText | None:
         return StopAtText(self.tokenizer, self.stop) if self.stop else None
 
-    def _reset(self, stage: str) -> None:
+    def reset(self, stage: str) -> None:
+        """Forget what the metrics of a stage have counted."""
         for metric in (*cast(Any, self.metrics[stage]).values(), *self.text_metrics.values()):
             cast(Metric, metric).reset()
 
@@ -190,7 +169,8 @@ class LanguageModel(LightningModule):
         text = ChatTemplate(self.tokenizer).prompt(turns)
         return cast("list[int]", self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _evaluate(self, stage: str, batch: dict[str, Any]) -> None:
+    def evaluate(self, stage: str, batch: dict[str, Any]) -> None:
+        """Update and log the metrics of a stage."""
         logits, targets = self.answer_logits(batch)
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
         metrics: Any = self.metrics[stage]

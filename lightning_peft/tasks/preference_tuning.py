@@ -13,6 +13,7 @@ from lightning_peft.core.disable import disable
 from lightning_peft.core.registry import adapted
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.operations.merge import is_merged, merge, unmerge
 from lightning_peft.tasks.causal_lm import CausalLM
 
 
@@ -51,18 +52,27 @@ class PreferenceTuning(CausalLM):
     def __init__(self, model: str, beta: float = 0.1, **options: Any) -> None:
         super().__init__(model, **options)
         self.beta = beta
+        self._was_merged = False
 
     def on_train_start(self) -> None:
-        """Check that there is a reference.
+        """Check that there is a reference."""
+        self._require_reference()
 
-        Raises:
-            PEFTError: There are no adapters: the model would be its own reference, and nothing would be learned.
-        """
-        if not adapted(ModelView(self)):
-            raise PEFTError(
-                "PreferenceTuning has no adapters, without which the model is its own reference and learns nothing: "
-                'give the Trainer a strategy with a method, such as strategy="peft_lora"'
-            )
+    def on_validation_epoch_start(self) -> None:
+        """Take adapters out of the weights for as long as the model is its own reference."""
+        self._take_apart()
+
+    def on_test_epoch_start(self) -> None:
+        """Take adapters out of the weights for as long as the model is its own reference."""
+        self._take_apart()
+
+    def on_validation_epoch_end(self) -> None:
+        """Leave the adapters as they were, in the weights or beside them."""
+        self._put_together()
+
+    def on_test_epoch_end(self) -> None:
+        """Leave the adapters as they were, in the weights or beside them."""
+        self._put_together()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the mean loss of the batch's pairs."""
@@ -74,14 +84,31 @@ class PreferenceTuning(CausalLM):
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Update `test_loss`, `test_accuracy` and `test_margin`."""
-        self._evaluate("test", batch)
+        self.evaluate("test", batch)
 
-    def _evaluate(self, stage: str, batch: dict[str, Any]) -> None:
+    def evaluate(self, stage: str, batch: dict[str, Any]) -> None:
+        """Log the loss, the share of pairs whose better answer has gained more, and the margin."""
         losses, margins = self._losses(batch)
         for name, values in {"loss": losses, "accuracy": (margins > 0).float(), "margin": margins}.items():
             self.log(
                 f"{stage}_{name}", values.mean(), on_epoch=True, prog_bar=True, batch_size=len(losses), sync_dist=True
             )
+
+    def _require_reference(self) -> None:
+        if not adapted(ModelView(self)):
+            raise PEFTError(
+                "PreferenceTuning has no adapters, without which the model is its own reference and learns nothing: "
+                'give the Trainer a strategy with a method, such as strategy="peft_lora"'
+            )
+
+    def _take_apart(self) -> None:
+        self._require_reference()
+        self._was_merged = is_merged(self)
+        unmerge(self)
+
+    def _put_together(self) -> None:
+        if self._was_merged:
+            merge(self)
 
     def _losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), evaluating(self.model), disable(self):

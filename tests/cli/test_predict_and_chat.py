@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import transformers as t
 from launch import run_script
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_peft import LoRA, PEFTError, inject, save_adapter
 from lightning_peft.callbacks import PredictionWriter
@@ -126,6 +127,11 @@ class Doubles(L.LightningModule):
         return 2 * batch
 
 
+class Stream(IterableDataset[float]):
+    def __iter__(self) -> Iterator[float]:
+        yield from (1.0, 2.0)
+
+
 class Odd(L.LightningModule):
     def predict_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
         return "one text for a batch"
@@ -140,6 +146,12 @@ def test_any_module_can_be_asked(tmp_path: Path) -> None:
     ]
     with pytest.raises(PEFTError, match="predict_step returned str for batch 0; expected a list or a tensor"):
         trainer.predict(Odd(), DataLoader(torch.arange(5.0), batch_size=2))
+    with pytest.warns(UserWarning, match="hold NaN or infinity"):
+        trainer.predict(Doubles(), DataLoader(torch.tensor([1.0, float("nan")])))
+    written = (tmp_path / "new" / "out.jsonl").read_text()
+    assert written.splitlines() == ['{"prediction": 2.0}', '{"prediction": null}']
+    with pytest.raises(PEFTError, match="of a stream, Lightning does not know which examples"):
+        trainer.predict(Doubles(), DataLoader(Stream(), batch_size=2))
     with pytest.raises(PEFTError, match="is a directory; expected a file"):
         L.Trainer(**QUIET, callbacks=[PredictionWriter(str(tmp_path))]).predict(
             Doubles(), DataLoader(torch.arange(5.0))

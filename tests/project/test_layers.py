@@ -36,12 +36,12 @@ MAY_IMPORT = {
     "strategy.optimizers strategy.bases",
     "strategy.optimizers": "tensors core operations storage",
     "strategy.bases": "tensors core operations formats storage strategy strategy.optimizers",
-    "tasks": "core structure adapters.virtual_tokens tasks.data tasks.examples tasks.pretrained",
-    "tasks.data": "adapters.virtual_tokens tasks.examples tasks.pretrained",
-    "tasks.examples": "tensors adapters.virtual_tokens",
+    "tasks": "core structure adapters.virtual_tokens operations tasks.data tasks.batches tasks.pretrained",
+    "tasks.data": "adapters.virtual_tokens tasks.batches tasks.pretrained",
+    "tasks.batches": "tensors adapters.virtual_tokens",
     "tasks.pretrained": "",
     "cli": "core operations files formats formats.serving storage planning callbacks strategy strategy.bases tasks "
-    "tasks.examples "
+    "tasks.batches "
     "tasks.pretrained",
 }
 KNOW_LIGHTNING = {
@@ -51,7 +51,7 @@ KNOW_LIGHTNING = {
     "strategy.optimizers",
     "tasks",
     "tasks.data",
-    "tasks.examples",
+    "tasks.batches",
     "cli",
 }
 AT_THE_TOP = {"__init__.py", "__main__.py", "errors.py", "py.typed"}

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_peft import LoRA, PEFTStrategy
 from lightning_peft.callbacks import AdapterCheckpoint
-from lightning_peft.tasks.examples.resumable import ResumableLoader
+from lightning_peft.tasks.batches.resumable import ResumableLoader
 
 KILLS = 50
 

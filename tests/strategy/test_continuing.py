@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_peft import AdaLoRA, LoRA, PEFTError, PEFTStrategy
 from lightning_peft.callbacks import AdapterCheckpoint
-from lightning_peft.tasks.examples.resumable import ResumableLoader
+from lightning_peft.tasks.batches.resumable import ResumableLoader
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 STEPS, EPOCH = 12, 5

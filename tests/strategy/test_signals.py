@@ -22,7 +22,7 @@ from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.files import writing
 from lightning_peft.operations import merge as merging
 from lightning_peft.operations.merge import is_merged
-from lightning_peft.tasks.examples.resumable import ResumableLoader
+from lightning_peft.tasks.batches.resumable import ResumableLoader
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 DATA = TensorDataset(torch.randn(6 * BATCH, 8, generator=torch.Generator().manual_seed(0)))

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from lightning_peft import LoRA, PEFTError, PEFTStrategy
+from lightning_peft.callbacks import PredictionWriter
 from lightning_peft.tasks import Seq2Seq, Seq2SeqData, TokenClassification, TokenData
 from lightning_peft.tasks.text_metrics import text_metrics
 
@@ -131,6 +132,19 @@ def test_the_first_part_of_a_word_alone_is_judged(model: str, tmp_path: Path) ->
     assert (batch["labels"] != -100).sum(1).tolist() == [3, 1, 2]
     parts = t.AutoTokenizer.from_pretrained(model).convert_ids_to_tokens(batch["input_ids"][0][batch["starts"][0]])
     assert parts == ["Ġ", "Ġ", "Ġ"]
+
+
+@pytest.mark.parametrize("model", ["bert"], indirect=True)
+def test_words_behind_the_end_are_told_of(model: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "data.jsonl", [*TAGGED, {"tokens": ["word"] * 9, "tags": ["O"] * 9}])
+    data = TokenData(file, predict_file=file, tokenizer=model, max_length=24)
+    trainer = L.Trainer(**QUIET, callbacks=[PredictionWriter(str(tmp_path / "out.jsonl"))])
+    with pytest.warns(UserWarning, match=r"1 of 4 texts in .* are cut off at max_length=24"):
+        trainer.predict(TokenClassification(model, num_labels=2), data)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [len(row["prediction"]) for row in rows] == [3, 1, 2, 9]
+    # A word is a space and four letters, and the text ends with a token of its own.
+    assert [label is None for label in rows[3]["prediction"]] == [False] * 5 + [True] * 4
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 import transformers as t
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lightning_peft import FullFinetuning, LoRA, PEFTError, PEFTStrategy
+from lightning_peft import FullFinetuning, LoRA, PEFTError, PEFTStrategy, adapter_summary
 from lightning_peft.tasks import PreferenceData, PreferenceTuning
 from lightning_peft.tasks.preference_tuning import dpo_losses
 
@@ -84,11 +84,33 @@ def test_the_reference_is_the_model_that_training_began_with(model: str, tmp_pat
     assert found["val_accuracy"] == pytest.approx((margins > 0).float().mean().item())
 
 
+def test_a_merged_model_is_judged_too_and_stays_merged(model: str, tmp_path: Path) -> None:
+    """As a run leaves it; what is measured is what a run whose adapters stay beside the weights measures."""
+    file, found = write(tmp_path / "pairs.jsonl", PAIRS), []
+    for merges in (True, False):
+        torch.manual_seed(0)
+        module, data = PreferenceTuning(model, lr=3e-3), PreferenceData(file, val_file=file, test_file=file)
+        strategy = PEFTStrategy(LoRA(r=4), merge_on_train_end=merges)
+        trainer = L.Trainer(**QUIET, strategy=strategy, max_epochs=3)
+        trainer.fit(module, data)
+        weight = module.model.get_submodule("model.layers.0.self_attn.q_proj").weight
+        before = weight.detach().clone()
+        found.append([trainer.validate(module, data, verbose=False)[0], trainer.test(module, data, verbose=False)[0]])
+        assert adapter_summary(module).merged is merges
+        assert torch.allclose(weight, before, atol=1e-6)
+    assert found[0][0]["val_margin"] != 0
+    for merged, beside in zip(*found, strict=True):
+        assert merged == pytest.approx(beside, rel=1e-5)
+
+
 def test_without_adapters_there_is_no_reference(model: str, tmp_path: Path) -> None:
-    with pytest.raises(PEFTError, match="PreferenceTuning has no adapters"):
-        L.Trainer(**QUIET, max_epochs=1).fit(
-            PreferenceTuning(model), PreferenceData(write(tmp_path / "pairs.jsonl", PAIRS))
-        )
+    file = write(tmp_path / "pairs.jsonl", PAIRS)
+    trainer, data = L.Trainer(**QUIET, max_epochs=1), PreferenceData(file, val_file=file)
+    for run in (trainer.fit, trainer.validate):
+        with pytest.raises(PEFTError, match="PreferenceTuning has no adapters"):
+            run(PreferenceTuning(model), datamodule=data)
+    with pytest.raises(PEFTError, match="answers to compare and none to predict"):
+        trainer.predict(PreferenceTuning(model), data)
 
 
 TURN = {"role": "user", "content": "red?"}

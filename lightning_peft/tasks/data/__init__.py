@@ -1,6 +1,6 @@
 """DataModules: one for each kind of example that the ready modules learn from.
 
-Imports adapters.virtual_tokens, tasks.examples and tasks.pretrained.
+Imports adapters.virtual_tokens, tasks.batches and tasks.pretrained.
 """
 
 from lightning_peft.tasks.data.classification_data import ClassificationData

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.tasks.examples.records import Record, read_records
+from lightning_peft.tasks.batches.records import Record, read_records
 from lightning_peft.tasks.pretrained import load_tokenizer
 
 
@@ -51,6 +52,26 @@ class FileData(LightningDataModule):
         """Return what a copy has, such as that of a worker process that was spawned: no trainer."""
         return {**vars(self), "trainer": None}
 
+    @abstractmethod
+    def batches(self, split: str) -> DataLoader[Any]:
+        """Return a loader of the examples of a file, `train`, `val`, `test` or `predict`."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training examples, shuffled."""
+        return self.batches("train")
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Validation examples in the file's order; an empty list if there is no file."""
+        return self.batches("val") if self.files["val"] else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test examples in the file's order."""
+        return self.batches("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """What is to be predicted, in the file's order."""
+        return self.batches("predict")
+
     def splits(self, stage: str) -> list[str]:
         """Return which files a stage reads: validation examples are read in `fit` if there are any."""
         splits = {"fit": ["train"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}[stage]
@@ -66,37 +87,6 @@ class FileData(LightningDataModule):
         if path is None:
             raise PEFTError(f"{split}_file of {type(self).__name__} is missing; give the path of a data file")
         return read_records(path, f"{split}_file")
-
-    def classes(self, labels: Iterable[str]) -> list[str]:
-        """Return the classes of the training file in sorted order.
-
-        Args:
-            labels: All that stand in it.
-
-        Raises:
-            PEFTError: They are not as many as the module that the trainer runs was given.
-        """
-        found = sorted(set(labels))
-        expected = getattr(getattr(self.module, "hparams", None), "num_labels", len(found))
-        if expected != len(found):
-            raise PEFTError(
-                f"num_labels={expected} was given, but {self.files['train']} has {len(found)} labels: "
-                f"{', '.join(found[:10])}. Give num_labels={len(found)}."
-            )
-        return found
-
-    def number(self, label: str, classes: Sequence[str], record: Record) -> int:
-        """Return the number of a label.
-
-        Raises:
-            PEFTError: The training file has no such label.
-        """
-        if label not in classes:
-            raise PEFTError(
-                f"{record.where}: label {label!r} does not occur in {self.files['train']}; its labels are "
-                f"{', '.join(classes[:10])}"
-            )
-        return classes.index(label)
 
     def predicted(self, predictions: Sequence[Any]) -> list[dict[str, Any]]:
         """Return what is written of predictions: the fields of their records, and ``prediction``.
@@ -130,9 +120,9 @@ class FileData(LightningDataModule):
             raise PEFTError(f"{type(self).__name__} found no tokenizer on the trainer's module; give tokenizer=MODEL")
         return tokenizer
 
-    def loader(self, rows: Sequence[Any], collate: Callable[[Any], Any], shuffle: bool = False) -> DataLoader[Any]:
-        """Return a loader over examples."""
-        return DataLoader(rows, shuffle=shuffle, **self.options(collate))  # type: ignore[arg-type]
+    def loader(self, rows: Sequence[Any], collate: Callable[[Any], Any], split: str) -> DataLoader[Any]:
+        """Return a loader over examples; those to train on are shuffled."""
+        return DataLoader(rows, shuffle=split == "train", **self.options(collate))  # type: ignore[arg-type]
 
     def options(self, collate: Callable[[Any], Any]) -> dict[str, Any]:
         """Return what loaders are made with."""

@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.adapters.virtual_tokens.infix import IGNORED
 from lightning_peft.errors import PEFTError
+from lightning_peft.tasks.batches.chat import chat_template
+from lightning_peft.tasks.batches.encoding import Encoder, Example, collate, cut
+from lightning_peft.tasks.batches.layouts import Conversation, conversation
+from lightning_peft.tasks.batches.packing import collate_packed, pack
+from lightning_peft.tasks.batches.resumable import ResumableLoader
+from lightning_peft.tasks.batches.sampling import LengthGroupedSampler
 from lightning_peft.tasks.data.file_data import FileData
-from lightning_peft.tasks.examples.chat import chat_template
-from lightning_peft.tasks.examples.encoding import Encoder, Example, collate, cut
-from lightning_peft.tasks.examples.layouts import Conversation, conversation
-from lightning_peft.tasks.examples.packing import collate_packed, pack
-from lightning_peft.tasks.examples.resumable import ResumableLoader
-from lightning_peft.tasks.examples.sampling import LengthGroupedSampler
 
 SHOWN = 1500
 """Characters of the example that is shown when training begins."""
@@ -117,17 +117,11 @@ class InstructionData(FileData):
         loader.trainer = self._trainer()
         return loader
 
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Validation examples in the file's order; an empty list if there is no file."""
-        return self.loader(self.examples["val"], self._collate) if "val" in self.examples else []
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test examples in the file's order."""
-        return self.loader(self.examples["test"], self._collate)
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Prompts in the file's order."""
-        return self.loader(self.prompts, _prompts)
+    def batches(self, split: str) -> DataLoader[Any]:
+        """Return a loader of examples, or of prompts to predict from, in the file's order."""
+        if split == "predict":
+            return self.loader(self.prompts, _prompts, split)
+        return self.loader(self.examples[split], self._collate, split)
 
     def _trainer(self) -> Any:
         if self.trainer is None:

@@ -9,11 +9,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_peft.errors import PEFTError
+from lightning_peft.tasks.batches.chat import chat_template
+from lightning_peft.tasks.batches.encoding import Encoder, Example, collate, cut
+from lightning_peft.tasks.batches.layouts import Conversation, conversation
+from lightning_peft.tasks.batches.records import Record
 from lightning_peft.tasks.data.file_data import FileData
-from lightning_peft.tasks.examples.chat import chat_template
-from lightning_peft.tasks.examples.encoding import Encoder, Example, collate, cut
-from lightning_peft.tasks.examples.layouts import Conversation, conversation
-from lightning_peft.tasks.examples.records import Record
 
 
 class Pair(NamedTuple):
@@ -61,7 +61,13 @@ class PreferenceData(FileData):
         self.pairs: dict[str, list[Pair]] = {}
 
     def setup(self, stage: str) -> None:
-        """Read and tokenise the files that a stage needs."""
+        """Read and tokenise the files that a stage needs.
+
+        Raises:
+            PEFTError: There is nothing to predict of pairs, or a file is not of this layout.
+        """
+        if stage == "predict":
+            raise PEFTError("PreferenceData has answers to compare and none to predict; give InstructionData")
         tokenizer = self.load_tokenizer()
         self.pad_token_id: int = tokenizer.pad_token_id
         encoder = Encoder(tokenizer, chat_template(tokenizer, self.chat_template), self.max_length)
@@ -69,17 +75,9 @@ class PreferenceData(FileData):
             if split not in self.pairs:
                 self.pairs[split] = self._encode(split, encoder)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Training pairs, shuffled."""
-        return self.loader(self.pairs["train"], self._collate, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Validation pairs in the file's order; an empty list if there is no file."""
-        return self.loader(self.pairs["val"], self._collate) if "val" in self.pairs else []
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test pairs in the file's order."""
-        return self.loader(self.pairs["test"], self._collate)
+    def batches(self, split: str) -> DataLoader[Any]:
+        """Return a loader of what `setup` has read of a file."""
+        return self.loader(self.pairs[split], self._collate, split)
 
     def _encode(self, split: str, encoder: Encoder) -> list[Pair]:
         pairs, longer = [], 0

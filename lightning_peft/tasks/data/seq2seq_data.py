@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.adapters.virtual_tokens.infix import IGNORED
 from lightning_peft.errors import PEFTError
+from lightning_peft.tasks.batches.chat import plain_answer, plain_prompt
+from lightning_peft.tasks.batches.encoding import Example
+from lightning_peft.tasks.batches.layouts import conversation
 from lightning_peft.tasks.data.file_data import FileData
-from lightning_peft.tasks.examples.chat import plain_answer, plain_prompt
-from lightning_peft.tasks.examples.encoding import Example
-from lightning_peft.tasks.examples.layouts import conversation
 
 
 class Seq2SeqData(FileData):
@@ -64,21 +64,9 @@ class Seq2SeqData(FileData):
             if split not in self.examples:
                 self.examples[split] = self._encode(split, self.load_tokenizer())
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Training examples, shuffled."""
-        return self.loader(self.examples["train"], self._collate, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Validation examples in the file's order; an empty list if there is no file."""
-        return self.loader(self.examples["val"], self._collate) if "val" in self.examples else []
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test examples in the file's order."""
-        return self.loader(self.examples["test"], self._collate)
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Texts in the file's order."""
-        return self.loader(self.examples["predict"], self._collate)
+    def batches(self, split: str) -> DataLoader[Any]:
+        """Return a loader of what `setup` has read of a file."""
+        return self.loader(self.examples[split], self._collate, split)
 
     def _encode(self, split: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
         self.pad_token_id: int = tokenizer.pad_token_id

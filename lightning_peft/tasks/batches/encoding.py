@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.adapters.virtual_tokens.infix import IGNORED
 from lightning_peft.errors import PEFTError
-from lightning_peft.tasks.examples.chat import ChatTemplate, plain_pieces, plain_prompt
-from lightning_peft.tasks.examples.layouts import Conversation
+from lightning_peft.tasks.batches.chat import ChatTemplate, plain_pieces, plain_prompt
+from lightning_peft.tasks.batches.layouts import Conversation
 
 
 class Example(NamedTuple):

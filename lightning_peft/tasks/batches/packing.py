@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 
 from lightning_peft.adapters.virtual_tokens.infix import IGNORED
-from lightning_peft.tasks.examples.encoding import Example
+from lightning_peft.tasks.batches.encoding import Example
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:

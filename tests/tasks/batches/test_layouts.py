@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from lightning_peft import PEFTError
-from lightning_peft.tasks.examples.layouts import conversation
-from lightning_peft.tasks.examples.records import Record, read_records
+from lightning_peft.tasks.batches.layouts import conversation
+from lightning_peft.tasks.batches.records import Record, read_records
 
 QUESTION, ANSWER = {"role": "user", "content": "red?"}, {"role": "assistant", "content": "apple"}
 SYSTEM = {"role": "system", "content": "Be brief."}

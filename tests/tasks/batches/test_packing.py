@@ -11,8 +11,8 @@ from hypothesis import strategies as some
 
 from lightning_peft.adapters.virtual_tokens.infix import IGNORED
 from lightning_peft.tasks.answer_loss import answer_logits, packing_error
-from lightning_peft.tasks.examples.encoding import Example, collate
-from lightning_peft.tasks.examples.packing import collate_packed, pack
+from lightning_peft.tasks.batches.encoding import Example, collate
+from lightning_peft.tasks.batches.packing import collate_packed, pack
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 GQA = {**SMALL, "num_key_value_heads": 2}

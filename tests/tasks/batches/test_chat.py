@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lightning_peft import PEFTError
 from lightning_peft.adapters.virtual_tokens.infix import IGNORED
-from lightning_peft.tasks.examples.chat import chat_template
-from lightning_peft.tasks.examples.encoding import Encoder, Example, cut
-from lightning_peft.tasks.examples.layouts import Conversation
+from lightning_peft.tasks.batches.chat import chat_template
+from lightning_peft.tasks.batches.encoding import Encoder, Example, cut
+from lightning_peft.tasks.batches.layouts import Conversation
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

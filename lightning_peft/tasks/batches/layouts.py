@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.tasks.examples.records import Record
+from lightning_peft.tasks.batches.records import Record
 
 Message = dict[str, Any]
 """One turn: `role`, `content`, and whatever else the chat template reads, such as `tool_calls`."""

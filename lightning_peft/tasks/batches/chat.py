@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.tasks.examples.layouts import Conversation, Message
+from lightning_peft.tasks.batches.layouts import Conversation, Message
 
 
 class Piece(NamedTuple):
