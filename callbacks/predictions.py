@@ -58,8 +58,8 @@ class PredictionWriter(BasePredictionWriter):
         if not isinstance(values, list) or batch_indices is None or len(values) != len(batch_indices):
             raise PEFTError(
                 f"predict_step returned {type(prediction).__name__} for batch {batch_idx}; expected a list or a tensor "
-                "with one prediction for each example, and a dataset with a length: of a stream, Lightning does not know "
-                "which examples a batch has"
+                "with one prediction for each example, and a dataset with a length: of a stream, Lightning does not "
+                "know which examples a batch has"
             )
         with self._part(trainer.global_rank).open("a", encoding="utf-8") as file:
             for index, value in zip(batch_indices, values, strict=True):

@@ -150,7 +150,7 @@ def test_any_module_can_be_asked(tmp_path: Path) -> None:
         trainer.predict(Doubles(), DataLoader(torch.tensor([1.0, float("nan")])))
     written = (tmp_path / "new" / "out.jsonl").read_text()
     assert written.splitlines() == ['{"prediction": 2.0}', '{"prediction": null}']
-    with pytest.raises(PEFTError, match="of a stream, Lightning does not know which examples"):
+    with pytest.raises(PEFTError, match="of a stream, Lightning does not know which"):
         trainer.predict(Doubles(), DataLoader(Stream(), batch_size=2))
     with pytest.raises(PEFTError, match="is a directory; expected a file"):
         L.Trainer(**QUIET, callbacks=[PredictionWriter(str(tmp_path))]).predict(
