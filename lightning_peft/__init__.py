@@ -8,6 +8,7 @@ from lightning_peft.core.disable import disable
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.moved import keep_old_names
 from lightning_peft.errors import PEFTError
+from lightning_peft.formats.peft_config.reading import from_peft_config
 from lightning_peft.methods import *  # noqa: F403 (one export line per method, in that package)
 from lightning_peft.methods import __all__ as _methods
 from lightning_peft.operations.combine import combine
@@ -38,6 +39,7 @@ __all__ = [
     "difference_to_lora",
     "disable",
     "eject",
+    "from_peft_config",
     "inject",
     "load_adapter",
     "load_base_weights",

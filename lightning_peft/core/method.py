@@ -190,23 +190,12 @@ def _method_of(given: Any) -> PEFTMethod:
         raise PEFTError(
             f"The class {given.__name__} was given as a method; an object was expected: {given.__name__}()."
         )
-    config = given.to_dict() if type(given).__module__.startswith("peft.") else given
-    if isinstance(config, Mapping) and "peft_type" in config:
-        raise PEFTError(f"A configuration of HF PEFT was given as a method. {_instead_of(config)}")
+    if hasattr(given, "peft_type") or (isinstance(given, Mapping) and "peft_type" in given):
+        raise PEFTError(
+            "A configuration of HF PEFT was given as a method. PEFTStrategy takes such an object, like "
+            "peft.LoraConfig(...), as it is; elsewhere lightning_peft.from_peft_config(config) makes methods of it."
+        )
     raise PEFTError(f"{given!r} was given as a method; a PEFTMethod such as LoRA(r=8), or a name was expected.")
-
-
-def _instead_of(config: Mapping[str, Any]) -> str:
-    """Return what to write instead of a configuration of HF PEFT."""
-    kind = str(getattr(config["peft_type"], "value", config["peft_type"])).lower()
-    kind = "dora" if kind == "lora" and config.get("use_dora") else kind
-    cls = _METHODS.get({"ln_tuning": "layer_norm_tuning", "trainable_tokens": "new_tokens"}.get(kind, kind))
-    if cls is None:
-        return f"There is no counterpart of {kind!r} here. Methods: {', '.join(sorted(_METHODS))}."
-    values = {_OF_HF.get(key, key): value for key, value in config.items()}
-    known = [field.name for field in dataclasses.fields(cls) if values.get(field.name)]  # type: ignore[arg-type]
-    written = {key: sorted(v) if isinstance(v := values[key], set) else v for key in known}
-    return f"Write {cls.__name__}({', '.join(f'{key}={value!r}' for key, value in written.items())})."
 
 
 def method_from_name(name: str) -> PEFTMethod:

@@ -20,7 +20,7 @@ from lightning_peft.formats.pieces import whole_of
 from lightning_peft.structure.plain import is_weighted
 from lightning_peft.targets.patterns import ALL_LINEAR, endings, fullmatch
 
-_HEADS = {
+HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
@@ -203,7 +203,7 @@ def _whole(
 
 def _listed(config: Mapping[str, Any]) -> list[str]:
     """Return endings of names of modules trained whole."""
-    return [*map(str, config.get("modules_to_save") or ()), *_HEADS.get(str(config.get("task_type")), ())]
+    return [*map(str, config.get("modules_to_save") or ()), *HEADS.get(str(config.get("task_type")), ())]
 
 
 def _in_listed(parameter: str, config: Mapping[str, Any]) -> bool:

@@ -28,11 +28,12 @@ MAY_IMPORT = {
     "formats": "core structure targets adapters.low_rank files formats.counterparts formats.additions",
     "formats.counterparts": "tensors core targets adapters.low_rank adapters.virtual_tokens methods formats",
     "formats.additions": "core structure targets adapters.low_rank methods formats formats.counterparts",
+    "formats.peft_config": "core targets methods formats",
     "formats.serving": "formats formats.counterparts",
     "storage": "tensors core structure targets operations files formats",
     "planning": "core structure adapters.virtual_tokens",
     "callbacks": "tensors core structure files formats formats.serving storage",
-    "strategy": "tensors core structure targets operations files formats storage callbacks "
+    "strategy": "tensors core structure targets operations files formats formats.peft_config storage callbacks "
     "strategy.optimizers strategy.bases",
     "strategy.optimizers": "tensors core operations storage",
     "strategy.bases": "tensors core operations formats storage strategy strategy.optimizers",
