@@ -105,7 +105,7 @@ def _where(values: Mapping[str, Any], fields: Fields, name: str) -> dict[str, An
         return _limits(values)
     named = targets if targets == ALL_LINEAR else _names(targets)
     if parameters:
-        named = [*as_list(named or []), *parameters]
+        named = [*as_list(named), *parameters]
     return {"target_modules": named, **_limits(values)}
 
 
@@ -119,9 +119,9 @@ def _limits(values: Mapping[str, Any]) -> dict[str, Any]:
     return limits
 
 
-def _names(given: str | Sequence[str] | None) -> list[str] | str | None:
+def _names(given: str | Sequence[str] | None) -> list[str] | str:
     """Return HF PEFT's names, which are ours, or its regular expression for a whole name."""
-    return f"re:{_anywhere(given)}" if isinstance(given, str) else given and list(given)
+    return f"re:{_anywhere(given)}" if isinstance(given, str) else list(given or ())
 
 
 def _anywhere(expression: str) -> str:
@@ -134,7 +134,7 @@ def _patterns(values: Mapping[str, Any], fields: Fields, name: str) -> dict[str,
     for key in ("rank_pattern", "alpha_pattern"):
         if not (table := values.get(key)):
             continue
-        if not any(entry.name == key for entry in dataclasses.fields(fields.method)):
+        if not any(entry.name == key for entry in dataclasses.fields(fields.method)):  # type: ignore[arg-type]
             raise PEFTError(f"{name} has {key}={table!r}, which {fields.method.__name__} does not have here.")
         found[key] = {_pattern(pattern): value for pattern, value in table.items()}
     return found
