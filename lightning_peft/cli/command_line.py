@@ -30,6 +30,7 @@ from lightning_peft.cli import commands
 from lightning_peft.cli.chat import chat
 from lightning_peft.cli.combine import combine
 from lightning_peft.cli.compare import diff, verify
+from lightning_peft.cli.configs import configs
 from lightning_peft.cli.convert import convert
 from lightning_peft.cli.errors import method_error
 from lightning_peft.cli.export import export
@@ -45,6 +46,7 @@ from lightning_peft.strategy.bases.names import base_names
 PROG = "lightning-peft"
 DESCRIPTION = "Parameter-efficient fine-tuning for any LightningModule, as one Trainer flag."
 COMMANDS: dict[str, Callable[..., None]] = {
+    "configs": configs,
     "chat": chat,
     "inspect": commands.inspect,
     "merge": merge,
@@ -60,6 +62,7 @@ _WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
     "reader": ("--for", {"type": str, "help": f"Who is to read it: {', '.join(READERS)}."}),
     "private": ("--private", {"action": "store_true", "help": "Make a repository that others do not see."}),
     "json": ("--json", {"action": "store_true", "help": "Print JSON, for programs."}),
+    "words": ("words", {"nargs": "*", "help": "Nothing, or `copy NAME`.", "metavar": "copy NAME"}),
 }
 """Arguments whose options are written in a way of their own."""
 RUNS = {
@@ -183,7 +186,8 @@ class PEFTCLI(LightningCLI):
             command.add_function_arguments(function, as_group=False, as_positional=True, skip=set(_WRITTEN))
             for argument, (option, how) in _WRITTEN.items():
                 if argument in signature(function).parameters:
-                    command.add_argument(option, dest=argument, **how)
+                    named = {"dest": argument} if option.startswith("-") else {}
+                    command.add_argument(option, **named, **how)
             commands.add_subcommand(name, command, help=summary)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

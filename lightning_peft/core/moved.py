@@ -33,6 +33,7 @@ MOVED = {
     "cli_errors": "cli.errors",
     "formats.files": "files.contents",
     "planning.command": "cli.plan",
+    **{f"tasks.{name}": f"tasks.answers.{name}" for name in ("answer_loss", "generation")},
     **{f"tasks.{name}": f"tasks.batches.{name}" for name in ("records", "resumable", "sampling")},
     **{f"tasks.{name}": f"tasks.data.{name}" for name in ("classification_data", "instruction_data")},
 }

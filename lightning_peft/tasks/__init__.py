@@ -1,6 +1,7 @@
 """Ready LightningModules and DataModules, so that a config alone can run.
 
-Imports core, structure, adapters.virtual_tokens, operations, tasks.data, tasks.batches and tasks.pretrained.
+Imports core, structure, adapters.virtual_tokens, operations, tasks.answers, tasks.batches, tasks.data and
+tasks.pretrained.
 """
 
 from lightning_peft.tasks.causal_lm import CausalLM
@@ -8,6 +9,7 @@ from lightning_peft.tasks.data import ClassificationData, InstructionData, Prefe
 from lightning_peft.tasks.preference_tuning import PreferenceTuning
 from lightning_peft.tasks.seq2seq import Seq2Seq
 from lightning_peft.tasks.sequence_classification import SequenceClassification
+from lightning_peft.tasks.sharded_causal_lm import ShardedCausalLM
 from lightning_peft.tasks.token_classification import TokenClassification
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "Seq2Seq",
     "Seq2SeqData",
     "SequenceClassification",
+    "ShardedCausalLM",
     "TokenClassification",
     "TokenData",
 ]

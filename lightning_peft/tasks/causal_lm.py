@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.tasks.answer_loss import answer_logits, packing_error
+from lightning_peft.tasks.answers.answer_loss import answer_logits, packing_error
 from lightning_peft.tasks.language_model import LanguageModel
 
 

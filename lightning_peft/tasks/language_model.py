@@ -12,12 +12,12 @@ from torchmetrics import Accuracy, MeanMetric, Metric
 from transformers import PreTrainedModel
 
 from lightning_peft.errors import PEFTError
+from lightning_peft.tasks.answers.generation import StopAtText, complete
+from lightning_peft.tasks.answers.text_metrics import text_metrics
 from lightning_peft.tasks.batches.chat import ChatTemplate
 from lightning_peft.tasks.batches.layouts import Conversation, Message
-from lightning_peft.tasks.generation import StopAtText, complete
 from lightning_peft.tasks.pretrained import Dtype, load_model, load_tokenizer
 from lightning_peft.tasks.task import Task
-from lightning_peft.tasks.text_metrics import text_metrics
 
 Prompt = str | Sequence[int] | Sequence[Message]
 """A text that is used as it is, its tokens, or the turns of a conversation."""

@@ -18,7 +18,7 @@ from lightning_peft import PEFTError, PromptTuning, adapter_state_dict, inject, 
 from lightning_peft.adapters.virtual_tokens.infix import answers
 from lightning_peft.adapters.virtual_tokens.virtual_tokens import find_decoder
 from lightning_peft.core.view import ModelView
-from lightning_peft.tasks.answer_loss import answer_logits
+from lightning_peft.tasks.answers.answer_loss import answer_logits
 
 PREFIX, INFIX, LENGTH = 3, 2, 7
 METHODS = {

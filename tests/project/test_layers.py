@@ -37,7 +37,9 @@ MAY_IMPORT = {
     "strategy.optimizers strategy.bases",
     "strategy.optimizers": "tensors core operations storage",
     "strategy.bases": "tensors core operations formats storage strategy strategy.optimizers",
-    "tasks": "core structure adapters.virtual_tokens operations tasks.data tasks.batches tasks.pretrained",
+    "tasks": "core structure adapters.virtual_tokens operations tasks.answers tasks.batches tasks.data "
+    "tasks.pretrained",
+    "tasks.answers": "adapters.virtual_tokens",
     "tasks.data": "adapters.virtual_tokens tasks.batches tasks.pretrained",
     "tasks.batches": "tensors adapters.virtual_tokens",
     "tasks.pretrained": "",

@@ -75,8 +75,9 @@ def environments(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("route", ["tree", "sdist"])
 def test_a_wheel_holds_the_files_of_the_tree(clean_tree: Path, wheels: dict[str, Path], route: str) -> None:
     expected = set()
-    # The link lightning_peft/callbacks is for tools only; the files are packaged from where they are.
-    for package, folder in {"lightning_peft": "lightning_peft", "lightning_peft/callbacks": "callbacks"}.items():
+    # The files of these folders are packaged from where they are.
+    elsewhere = {"lightning_peft/callbacks": "callbacks", "lightning_peft/configs": "examples/configs"}
+    for package, folder in {"lightning_peft": "lightning_peft", **elsewhere}.items():
         files = run("git", "ls-files", "-coz", "--exclude-standard", folder, cwd=ROOT).split("\0")
         paths = [Path(name) for name in filter(None, files) if (clean_tree / name).is_file()]
         expected |= {f"{package}/{path.relative_to(folder).as_posix()}" for path in paths}

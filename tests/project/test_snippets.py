@@ -10,6 +10,7 @@ from typing import Any
 import commands
 import lightning as L
 import pages
+import peft
 import pytest
 import torch
 import yaml
@@ -76,7 +77,12 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_objects_within_sentences_can_be_made(page: Path) -> None:
     """``LoRA(r=8)`` and the like, but for those that leave something out."""
     made = {name: value for name, value in vars(lightning_peft).items() if isinstance(value, type)}
-    scope = {**made, "Trainer": functools.partial(L.Trainer, accelerator="cpu"), "DDPStrategy": DDPStrategy}
+    scope = {
+        **made,
+        "peft": peft,
+        "Trainer": functools.partial(L.Trainer, accelerator="cpu"),
+        "DDPStrategy": DDPStrategy,
+    }
     for code in pages.inline(page):
         if code.partition("(")[0] in scope and code.endswith(")") and not any(dots in code for dots in ("...", "…")):
             assert isinstance(eval(code, dict(scope)), PEFTMethod | PEFTStrategy | L.Trainer), code

@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from lightning_peft import LoRA, PEFTError, PEFTStrategy
 from lightning_peft.callbacks import PredictionWriter
 from lightning_peft.tasks import Seq2Seq, Seq2SeqData, TokenClassification, TokenData
-from lightning_peft.tasks.text_metrics import text_metrics
+from lightning_peft.tasks.answers.text_metrics import text_metrics
 
 QUIET = {
     "accelerator": "cpu",

@@ -15,7 +15,7 @@ from lightning_peft import LoRA, PEFTError, PEFTStrategy, adapter_state_dict, un
 from lightning_peft.adapters.virtual_tokens.infix import IGNORED
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.tasks import CausalLM, ClassificationData, InstructionData, SequenceClassification
-from lightning_peft.tasks.answer_loss import answer_logits
+from lightning_peft.tasks.answers.answer_loss import answer_logits
 from lightning_peft.tasks.pretrained import locate
 
 WORDS = ["red apple", "green pear", "blue plum", "a long yellow banana", "grape"]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from lightning_peft.adapters.virtual_tokens.infix import IGNORED
-from lightning_peft.tasks.answer_loss import answer_logits, packing_error
+from lightning_peft.tasks.answers.answer_loss import answer_logits, packing_error
 from lightning_peft.tasks.batches.encoding import Example, collate
 from lightning_peft.tasks.batches.packing import collate_packed, pack
 
