@@ -147,4 +147,5 @@ def test_a_checkpoint_of_adapters_in_parts_names_them(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, save_last=True)
     trainer(tmp_path, lora(), callbacks=[saver]).fit(Stage2(), loader())
     with pytest.raises(PEFTError, match=r"injected into 'net'; here they were injected into the module itself"):
-        trainer(tmp_path, lora()).fit(Regression(), loader(), ckpt_path=tmp_path / "last.ckpt")
+        inject(module := Regression(), LoRA(r=2))
+        trainer(tmp_path, lora()).fit(module, loader(), ckpt_path=tmp_path / "last.ckpt")
