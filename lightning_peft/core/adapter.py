@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.core.calls import on_rows, on_rows_before
@@ -42,6 +43,8 @@ class Adapter(nn.Module):
     """Whether :meth:`fold` gives a weight with the same effect as the adapter."""
     adds_bias: bool = False
     """Whether :meth:`fold` gives a bias to a host without one."""
+    changes_input: bool = False
+    """Whether it can be merged and the host is called with something else for it: so nobody may come between them."""
     by_row: bool = True
     """Whether it acts on each row of a batch by itself, and of the arguments looks at the hidden state alone."""
     follows_ties: bool = False
@@ -258,13 +261,26 @@ class Slot(nn.ModuleDict):
 
 
 def is_overtaken(host: nn.Module) -> bool:
-    """Whether another forward hook sees what ``host`` returns before its adapter does, which would not see a merge.
+    """Whether a hook of others comes between what ``host`` computes and its adapter, and so would not see a merge.
 
-    So it is where one was registered later with ``prepend=True``, or all were deleted.
+    So it is where a forward hook was registered later with ``prepend=True``, or for all modules, or a pre-hook behind
+    that of an adapter that changes the input; or where all were deleted.
     """
     slot = host._modules.get(CHILD)
-    first = next(iter(host._forward_hooks.values()), None)
-    return isinstance(slot, Slot) and slot.merged is None and getattr(first, "__self__", None) is not slot
+    if not isinstance(slot, Slot) or slot.merged is not None:
+        return False
+    behind = [*_global_forward_hooks.values(), *host._forward_hooks.values()]
+    if not behind or getattr(behind[0], "__self__", None) is not slot:
+        return True
+    if (adapter := slot.active_adapter) is None or not adapter.changes_input:
+        return False
+    # Those of DeepSpeed's, which fetch weights, are registered last of all.
+    ahead = [hook for hook in host._forward_pre_hooks.values() if not _is_of_deepspeed(hook)]
+    return not ahead or getattr(ahead[-1], "__self__", None) is not slot
+
+
+def _is_of_deepspeed(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("deepspeed.")
 
 
 def attach(host: nn.Module, name: str, adapter: Adapter, active: str, root: str) -> None:

@@ -100,6 +100,17 @@ def refuse_part(model: ModelView) -> None:
             )
 
 
+def refuse_shared(model: ModelView) -> None:
+    """Raise :class:`PEFTError` if a module of ``model`` has an adapter that was injected into what is around it."""
+    own = {name for _, _, registry in registries(model) for name in registry.methods}
+    for host, _, slot in model.slots:
+        if other := next((name for name in slot if name not in own), None):
+            raise PEFTError(
+                f"{host!r} has an adapter {other!r} as well, which was injected into a module around this "
+                f"{model.kind}. Give that module instead."
+            )
+
+
 def trained_whole(model: ModelView) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield name, tensor and old value of everything of the base that is trained itself."""
     for prefix, _, registry in registries(model):

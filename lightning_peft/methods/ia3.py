@@ -50,6 +50,7 @@ class Rescale(Adapter):
 class RescaleInput(Rescale):
     """W0 (l ⊙ x) + b; l ``[1, in]``."""
 
+    changes_input = True
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"ia3_l": (None, "in")}
 
     def before(

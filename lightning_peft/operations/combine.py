@@ -18,7 +18,7 @@ from lightning_peft.adapters.low_rank.embedding import EmbeddingLoRAAdapter
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.registry import Registry, adapted, required
-from lightning_peft.core.view import ModelView
+from lightning_peft.core.view import ModelView, is_inside
 from lightning_peft.errors import PEFTError
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.operations.inject import inject
@@ -83,15 +83,17 @@ def combine(
     _check_adapters(found, adapters, weights, name)
     _check_method(method, rank, density)
     made: list[tuple[nn.Module, LoRA, Factors]] = []
-    for prefix, module, registry in found:
+    methods = {name: used for _, _, registry in found for name, used in registry.methods.items()}
+    for prefix, module, _ in found:
+        if any(prefix != outer and is_inside(prefix, {outer}) for outer, _, _ in found):
+            continue  # its adapters are among those of what is around it
         root = view.part(prefix)
         factors = {
             host: _combine_host(host, terms, method, rank, 1.0 if density is None else density, seed)
             for host, terms in _terms(root, adapters, weights).items()
         }
         if factors:
-            first = next(registry.methods[adapter][0] for adapter in adapters if adapter in registry.methods)
-            like = cast(LoRA, first)
+            like = cast(LoRA, methods[adapters[0]][0])
             lora = lora_with(factors, root)
             lora = dataclasses.replace(lora, dropout=like.dropout, loraplus_lr_ratio=like.loraplus_lr_ratio)
             made.append((module, lora, factors))

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_peft.core.adapter import detach
 from lightning_peft.core.refusals import refuse_stand_in
-from lightning_peft.core.registry import registries, required, restore_changed, trained_whole
+from lightning_peft.core.registry import refuse_shared, registries, required, restore_changed, trained_whole
 from lightning_peft.core.to_the_end import to_the_end
 from lightning_peft.core.view import ModelView
 from lightning_peft.operations.inject import remove
@@ -30,6 +30,7 @@ def eject(model: nn.Module) -> None:
     view = resharded(model)
     roots = required(view)
     refuse_stand_in(view, "eject")
+    refuse_shared(view)
     unknown: list[str] = []
     to_the_end(partial(_take_out, view, [prefix for prefix, _, _ in roots], unknown))
     if unknown:
@@ -46,7 +47,7 @@ def _take_out(model: ModelView, roots: Sequence[str], unknown: list[str]) -> Non
     for _, tensor, value in trained_whole(model):
         assign(tensor, value)
     unknown[:] = restore_changed(model)
-    for prefix in roots:
+    for prefix in reversed(roots):  # what is around a part may have been frozen before it
         remove(model.part(prefix))
 
 

@@ -18,13 +18,19 @@ from lightning_peft.core.method import PEFTMethod, methods_of
 from lightning_peft.core.refusals import refuse_foreign_adapters, refuse_lazy, refuse_merged, refuse_stand_in
 from lightning_peft.core.registry import Registry, drop, keep, own_registry, refuse_part, registries, required
 from lightning_peft.core.to_the_end import to_the_end
-from lightning_peft.core.view import ModelView
+from lightning_peft.core.view import ModelView, is_inside
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.by_hand import unwatch, watch
 from lightning_peft.operations.prepare import Prepared, changing_tensors, parameter_names, prepare, whole_names
 from lightning_peft.operations.shards import resharded
 from lightning_peft.structure.frozen import frozen_apart
 from lightning_peft.tensors.sharding import host_copy
+
+_TRAINED_ITSELF = (
+    "A module or parameter of the model that is trained itself belongs to one adapter: train_also and methods that "
+    "train parameters of the model cannot be combined with several adapters in one model. Call eject(model) first, or "
+    "inject without it."
+)
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
@@ -96,6 +102,7 @@ def prepare_injection(
     if not allow_sharded:
         _refuse_sharded(model)
     prepared = prepare(model, methods, whole, torch.initial_seed() if seed is None else seed)
+    _check_parts(model, prepared, name)
     if registry is not None and prepared.chosen:
         raise PEFTError(
             f"{' + '.join(type(m).__name__ for m in methods)} trains parameters of the model itself "
@@ -111,8 +118,9 @@ def inject_prepared(model: ModelView, prepared: Prepared, name: str) -> list[str
     If it is interrupted, the model is as it was before.
     """
     present = own_registry(model.module)
+    active = next((registry.active for _, _, registry in registries(model)), name)
     try:
-        registry = present or freeze(model, name, prepared.whole, prepared.chosen)
+        registry = present or freeze(model, active, prepared.whole, prepared.chosen)
         registry.methods[name] = prepared.methods
         registry.hosts[name] = prepared.hosts
         for host, adapter in prepared.adapters.items():
@@ -155,20 +163,26 @@ def set_adapter(model: nn.Module, name: str) -> None:
         raise PEFTError(f"There is no adapter {name!r}. Adapters: {', '.join(known)}.")
     refuse_merged(view, "switch adapters")
     refuse_stand_in(view, "switch adapters")
-    to_the_end(partial(_activate, view, [(p, registry) for p, _, registry in found if name in registry.methods], name))
+    activate(view, [prefix for prefix, _, registry in found if name in registry.methods], name)
 
 
-def _activate(model: ModelView, roots: Sequence[tuple[str, Registry]], name: str) -> None:
-    for prefix, registry in roots:
-        registry.active = name
-        for _, _, slot in model.part(prefix).slots:
+def activate(model: ModelView, parts: Sequence[str], name: str) -> None:
+    """Have the adapters ``name`` run in ``parts`` of ``model``, which have some that were injected into them."""
+    to_the_end(partial(_activate, [model.part(prefix) for prefix in parts], name))
+
+
+def _activate(parts: Sequence[ModelView], name: str) -> None:
+    for part in parts:
+        for _, _, registry in registries(part):
+            registry.active = name
+        for _, _, slot in part.slots:
             slot.activate(name)
 
 
 def remove(root: ModelView) -> None:
     """Detach the adapters of ``root``, give its parameters their old ``requires_grad``, forget the registry."""
     for _, host, slot in root.slots:
-        # A part's adapters go with what is around it, before the part is asked.
+        # Those of a part are gone with it by the time that what is around it is asked.
         if host._modules.get(CHILD) is slot:
             detach(host)
     thaw(root)
@@ -185,15 +199,15 @@ def thaw(root: ModelView) -> None:
     drop(root.module)
 
 
-def freeze(model: ModelView, name: str, whole: Sequence[str], chosen: Sequence[str]) -> Registry:
+def freeze(model: ModelView, active: str, whole: Sequence[str], chosen: Sequence[str]) -> Registry:
     """Freeze ``model`` but for what is trained, and keep on it what :func:`remove` needs.
 
-    Parts of it that have adapters stay as they are.
+    Parts of it that have adapters stay as they are, with those running that are ``active``.
     """
     inside = {id(tensor) for prefix, _, _ in registries(model) for tensor in model.part(prefix).tensors.values()}
     parameters = {name: parameter for name, parameter in model.parameters.items() if id(parameter) not in inside}
     registry = Registry(
-        active=name,
+        active=active,
         train_also=tuple(whole),
         chosen=tuple(chosen),
         requires_grad={n: p.requires_grad for n, p in parameters.items()},
@@ -224,22 +238,27 @@ def _check_state(model: ModelView, registry: Registry | None, name: str, whole: 
             "eject(model) first."
         )
     if registry is not None and (whole or registry.whole):
-        raise PEFTError(
-            "A module or parameter of the model that is trained itself belongs to one adapter: train_also and methods "
-            "that train parameters of the model cannot be combined with several adapters in one model. Call "
-            "eject(model) first, or inject without it."
-        )
-    others = [other for other, _, found in registries(model) if found is not registry]
-    if others:
-        raise PEFTError(
-            f"Adapters were already injected into {others[0]!r}, a part of this model. Inject into that part again, "
-            "or call eject(model) first."
-        )
+        raise PEFTError(_TRAINED_ITSELF)
     refuse_part(model)
     refuse_lazy(model)
     refuse_foreign_adapters(model)
     refuse_merged(model, "inject")
     refuse_stand_in(model, "inject")
+
+
+def _check_parts(model: ModelView, prepared: Prepared, name: str) -> None:
+    """Check that parts of ``model`` that have adapters of their own can get ``name`` beside these."""
+    slots = {host: slot for host, _, slot in model.slots}
+    if taken := [host for host in prepared.hosts if host in slots and name in slots[host]]:
+        raise PEFTError(
+            f"{taken[0]!r} already has an adapter {name!r}, which was injected into a part of this model. Choose "
+            "another name, leave that part out (exclude_modules), or call eject(model) first."
+        )
+    itself = {*prepared.chosen, *parameter_names(model, prepared.whole)}
+    for prefix, _, registry in registries(model):
+        inside = [name for name in (*prepared.hosts, *itself) if is_inside(name, {prefix})]
+        if prefix and (itself.intersection(inside) or (inside and registry.whole)):
+            raise PEFTError(_TRAINED_ITSELF)
 
 
 def _refuse_sharded(model: ModelView) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_peft.core.adapter import Adapter, Slot
 from lightning_peft.core.refusals import refuse_stand_in
-from lightning_peft.core.registry import Registry, note_unloaded, required
+from lightning_peft.core.registry import Registry, note_unloaded, refuse_shared, required
 from lightning_peft.core.to_the_end import to_the_end
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import NotFiniteError, PEFTError
@@ -87,6 +87,8 @@ def merge(model: nn.Module, *, unload: bool = False, dequantize: bool = False) -
     view = resharded(model)
     roots = required(view)
     refuse_stand_in(view, "merge")
+    if unload:
+        refuse_shared(view)
     unpacked = _unpack(view) if dequantize else 0
     active = [(n, h, s, a) for n, h, s in view.slots if isinstance(a := s.active_adapter, Adapter)]
     todo = [found for found in active if can_merge(found[1], found[3])]
@@ -161,7 +163,7 @@ def _unpack(model: ModelView) -> int:
 def _remove(view: ModelView, roots: Sequence[tuple[str, nn.Module, Registry]], hosts: Iterable[nn.Module]) -> None:
     for host in hosts:
         note_unloaded(host)  # which may become a part of another model
-    for prefix, root, _ in roots:
+    for prefix, root, _ in reversed(roots):
         note_unloaded(root)
         remove(view.part(prefix))
 

@@ -13,6 +13,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.operations.fold import weight_names
 from lightning_peft.operations.shards import in_pieces
 from lightning_peft.structure.kept import why_kept
+from lightning_peft.structure.plain import is_plain_no_more
 from lightning_peft.tensors.packed import is_packed
 from lightning_peft.tensors.weights import is_complex, weight_of
 
@@ -22,6 +23,8 @@ def can_merge(host: nn.Module, adapter: Adapter) -> bool:
     # A weight may have been packed, or become one that is worked out from others, since the injection.
     if not adapter.mergeable or is_packed(host) or not _has_weights(host, adapter) or is_overtaken(host):
         return False
+    if not adapter.replaces and is_plain_no_more(host):
+        return False
     # A parameter that comes new into a sharded module belongs to no shard.
     adds_bias = adapter.adds_bias and host._parameters.get("bias") is None
     return not (adds_bias and in_pieces(host))
@@ -30,7 +33,7 @@ def can_merge(host: nn.Module, adapter: Adapter) -> bool:
 def why_not(host: nn.Module, adapter: Adapter) -> str | None:
     """Return why ``adapter`` cannot be merged into ``host``, if it is not for what it is itself."""
     if is_overtaken(host):
-        return "a forward hook of others runs before the adapter's, or in place of it"
+        return "a forward hook of others runs between the module and the adapter, or in place of the adapter's"
     return why_kept(host, adapter)
 
 

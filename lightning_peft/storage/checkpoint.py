@@ -13,7 +13,8 @@ from lightning_peft.core.method import method_from_config
 from lightning_peft.core.registry import changed, note_moved, required, restore_changed, trains_everything
 from lightning_peft.core.view import ModelView, own_state
 from lightning_peft.errors import PEFTError, StateError
-from lightning_peft.operations.inject import inject, set_adapter
+from lightning_peft.operations.inject import activate as activate_in
+from lightning_peft.operations.inject import inject
 from lightning_peft.operations.rest import freeze_rest
 from lightning_peft.operations.shards import in_pieces
 from lightning_peft.storage import fingerprint
@@ -181,24 +182,31 @@ def inject_from(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
     """
     injections = checkpoint_metadata(checkpoint)["injections"]
     for prefix, injection in injections.items():
-        root = model.get_submodule(prefix)
         # What finds modules by itself is to find what it found where the checkpoint was written.
         for name in injection.get("frozen", ()):
-            ModelView(root).part(name).module.requires_grad_(False)
+            ModelView(model.get_submodule(prefix)).part(name).module.requires_grad_(False)
+    # Parts first: what is around one may have put an adapter beside its own.
+    for prefix, injection in sorted(injections.items(), reverse=True):
+        root = model.get_submodule(prefix)
         for name, configs in injection["adapters"].items():
             methods = [method_from_config(config) for config in configs]
             inject(root, methods, name=name, train_also=injection["train_also"])
-        if injection["adapters"]:
-            set_adapter(root, injection["active"])
-    for prefix, injection in injections.items():
         if not injection["adapters"]:
-            freeze_rest(model.get_submodule(prefix), injection["train_also"])
+            freeze_rest(root, injection["train_also"])
+    activate(checkpoint, ModelView(model))
+
+
+def has_parts(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether adapters were injected into parts of the model that ``checkpoint`` is about, by themselves."""
+    injections = checkpoint_metadata(checkpoint)["injections"]
+    return any(prefix and injection["adapters"] for prefix, injection in injections.items())
 
 
 def activate(checkpoint: Mapping[str, Any], model: ModelView) -> None:
     """Have the adapters of ``model`` run that ran when ``checkpoint`` was written."""
     for prefix, injection in checkpoint_metadata(checkpoint)["injections"].items():
-        set_adapter(model.part(prefix).module, injection["active"])
+        if injection["active"] in injection["adapters"]:  # else it is in parts of this one, or around it
+            activate_in(model, [prefix], injection["active"])
 
 
 def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.refusals import refuse_merged
-from lightning_peft.core.registry import adapted, note_moved, registries
+from lightning_peft.core.registry import adapted, note_moved, own_registry, registries
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import inside, read_tensors
@@ -162,6 +162,8 @@ def _refuse_within(model: ModelView, prefix: str, source: str) -> None:
     Raises:
         PEFTError: It has some already, which were injected into a larger part.
     """
+    if own_registry(model.part(prefix).module) is not None:
+        return
     for outer, module, _ in adapted(model):
         if outer != prefix and (not outer or prefix.startswith(f"{outer}.")):
             raise PEFTError(

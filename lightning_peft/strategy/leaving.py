@@ -28,6 +28,7 @@ class Leaving(Inventory):
     _merge_on_train_end: bool | Literal["unload"]
     _has_whole_weights: ClassVar[bool] = True
     """Whether every process holds the frozen weights whole."""
+    _is_compiled = False
     _looks_for_reads = False
 
     @property
@@ -59,12 +60,17 @@ class Leaving(Inventory):
         """Begin training, and look in its first step for weights that are read outside of their modules."""
         super().on_train_start()
         # Compiled while this is looked at, a model would be compiled anew for its second step.
-        module = self._module
-        compiled = module._compiler_ctx is not None or any("_orig_mod" in part._modules for part in module.modules())
-        self._looks_for_reads = not compiled
+        module, parts = self._module, self._module.modules()
+        self._is_compiled = module._compiler_ctx is not None or any("_orig_mod" in part._modules for part in parts)
+        self._looks_for_reads = not self._is_compiled
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Look in the first step of every epoch: what the loss is made of may depend on how far training is."""
+        super().on_train_batch_start(batch, batch_idx)
+        self._looks_for_reads |= batch_idx == 0 and not self._is_compiled
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Take a step; in the first one, find out which adapters cannot be merged for what else reads their weights.
+        """Take a step; in some, find out which adapters cannot be merged for what else reads their weights.
 
         Raises:
             PEFTError: There are some, and a plain module is to be left.

@@ -88,6 +88,8 @@ class Lifecycle(Checkpoints):
         view = ModelView(self._module)
         if self._init_adapter is not None and not registries(view):
             view = self._begin_with(self._init_adapter)
+        elif self._held_back is not None and not registries(view):
+            view = self._inject_where_it_was(self._held_back[0])
         if registries(view):
             refusals.refuse_other_methods(view, self.methods, self._asked)
             self._inject_around(view)
@@ -109,6 +111,15 @@ class Lifecycle(Checkpoints):
             self.methods = next(found)
             self._asked = [False] * len(self.methods)
         return view
+
+    def _inject_where_it_was(self, checkpoint: Mapping[str, Any]) -> ModelView:
+        """Inject into parts of the module, if it is these that a run had adapters in which is gone on with.
+
+        They had been loaded from a file or injected by hand before that run.
+        """
+        if files.has_parts(checkpoint):
+            files.inject_from(checkpoint, self._module)
+        return ModelView(self._module)
 
     def _inject_around(self, view: ModelView) -> None:
         """Do what an injection does beside adapters, where a model or a part of it has some already."""

@@ -1,8 +1,8 @@
 """``MyModule.load_from_checkpoint(path)`` on checkpoints with adapters.
 
 Lightning offers no public place for it: stock ``load_from_checkpoint`` lists every base weight as missing, or, with
-``strict=False``, returns the base model and drops the adapters without a word. So two functions of
-``lightning.pytorch.core.saving``, and the method that they call, are wrapped, here and nowhere else.
+``strict=False``, returns the base model and drops the adapters without a word. So three functions of
+``lightning.pytorch.core.saving``, and a module's ``load_state_dict``, are wrapped, here and nowhere else.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule
@@ -32,6 +33,7 @@ from lightning_peft.storage.readable import check_sums
 
 _load_file = saving.pl_load
 _load_state = saving._load_state
+_is_overridden = saving.is_overridden
 
 _TRUSTED = "lightning_peft_trusted"
 """Under it, what read a checkpoint tells what makes the module that ``weights_only=False`` was given."""
@@ -63,15 +65,12 @@ def _load_file_or_directory(path: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Making(NamedTuple):
-    """A checkpoint with adapters of which Lightning makes a module: its state is loaded when these are there."""
+    """A checkpoint with adapters, of which Lightning makes a module."""
 
-    given: Mapping[str, Any]
-    tensors: frozenset[int]
-    """Ids of those of its state, of which a ``load_state_dict`` of the module's own may make another."""
-
-    def is_given(self, state: Mapping[str, Any]) -> bool:
-        """Whether ``state`` is that of the checkpoint."""
-        return state is self.given["state_dict"] or not self.tensors.isdisjoint(map(id, state.values()))
+    given: dict[str, Any]
+    """As it is given to Lightning, and to hooks of the module."""
+    read: Mapping[str, Any]
+    """Its state as it was before hooks may have changed it."""
 
 
 _MAKING: ContextVar[_Making | None] = ContextVar("making", default=None)
@@ -83,8 +82,6 @@ class _NoKeys(NamedTuple):
 
 
 def _load_state_dict(module: LightningModule, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-    if (making := _MAKING.get()) is not None and making.is_given(state_dict):
-        return _NoKeys()
     lost = _lost_adapters(module, state_dict)
     try:
         keys = super(LightningModule, module).load_state_dict(state_dict, *args, **kwargs)
@@ -111,22 +108,50 @@ def _lost_adapters(module: LightningModule, state_dict: Mapping[str, Any]) -> st
 def _load_state_with_adapters(cls: Any, checkpoint: dict[str, Any], strict: bool | None = None, **kwargs: Any) -> Any:
     if files.KEY not in checkpoint:
         try:
-            return _load_state(cls, checkpoint, strict=strict, **kwargs)
+            return _made(cls, checkpoint, strict=strict, **kwargs)
         except RuntimeError:
             files.refuse_hf_tensors(checkpoint)
             raise
     if not checkpoint.pop(_TRUSTED, False):
         cls, checkpoint = without_class_paths(cls, checkpoint, kwargs)
-    if not issubclass(cls, LightningModule):
-        return _load_state(cls, checkpoint, strict=strict, **kwargs)
-    if is_plain(checkpoint):
-        return _load_state(cls, checkpoint, strict=strict, **kwargs)
-    read = checkpoint["state_dict"]
-    given = {**checkpoint, "state_dict": dict(read)}
-    model = _made(cls, given, strict=strict, **kwargs)
-    follow(given, read)
-    strict = model.strict_loading if strict is None else strict
-    shared = bool(ModelView(model).slots)
+    if not issubclass(cls, LightningModule) or is_plain(checkpoint):
+        return _made(cls, checkpoint, strict=strict, **kwargs)
+    making = _Making({**checkpoint, "state_dict": dict(checkpoint["state_dict"])}, checkpoint["state_dict"])
+    model = _made(cls, making.given, making, strict=strict, **kwargs)
+    if leaves_plain(checkpoint):
+        merge(model, unload=True)
+    return model
+
+
+def _made(cls: Any, checkpoint: dict[str, Any], making: _Making | None = None, **kwargs: Any) -> Any:
+    """Return what Lightning makes of a checkpoint; its state is loaded here, if that has adapters."""
+    token = _MAKING.set(making)  # also to none: a constructor may load another checkpoint
+    try:
+        return _load_state(cls, checkpoint, **kwargs)
+    finally:
+        _MAKING.reset(token)
+
+
+def _is_overridden_once_made(method_name: str, instance: Any = None, parent: Any = None) -> bool:
+    """Answer what Lightning asks about a module as soon as it has made it, and see to what it calls at last.
+
+    Where it calls the module's ``load_state_dict``, adapters are injected first: so one of the module's own is called
+    once, with the state of a module as it is then.
+    """
+    if making := _MAKING.get():
+        vars(instance)["load_state_dict"] = partial(_load_with_adapters, instance, making)
+    return _is_overridden(method_name, instance, parent)
+
+
+def _load_with_adapters(
+    model: LightningModule, making: _Making, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    given = making.given
+    if state_dict is not given["state_dict"]:  # a hook of the module loads something else
+        return type(model).load_state_dict(model, state_dict, *args, **kwargs)
+    del vars(model)["load_state_dict"]
+    strict, shared = kwargs.get("strict", True), bool(ModelView(model).slots)
+    follow(given, making.read)
     try:
         files.inject_from(given, model)
         files.apply(given, ModelView(model), strict)
@@ -137,32 +162,7 @@ def _load_state_with_adapters(cls: Any, checkpoint: dict[str, Any], strict: bool
         raise
     if not strict and files.holds_everything(given, ModelView(model)):
         _warn_of_keys(model, given["state_dict"])
-    if leaves_plain(checkpoint):
-        merge(model, unload=True)
-    return model
-
-
-def _made(cls: Any, given: dict[str, Any], **kwargs: Any) -> LightningModule:
-    """Return what Lightning makes of a checkpoint, but for its state, which hooks of the module may have changed.
-
-    Raises:
-        PEFTError: The module has a ``load_state_dict`` of its own, which loads the state elsewhere.
-    """
-    token = _MAKING.set(_Making(given, frozenset(map(id, given["state_dict"].values()))))
-    try:
-        model = _load_state(cls, given, **kwargs)
-    except RuntimeError as error:
-        if cls.load_state_dict is _load_state_dict or isinstance(error, PEFTError):
-            raise
-        raise PEFTError(
-            f"{cls.__name__} has a load_state_dict of its own, which load_from_checkpoint calls before there are "
-            f"adapters; it failed: {error} Make the module and have a Trainer load the checkpoint: "
-            "Trainer(strategy=PEFTStrategy(...)).validate(module, data, ckpt_path=path), or test, predict, fit."
-        ) from error
-    finally:
-        _MAKING.reset(token)
-    assert isinstance(model, LightningModule)
-    return model
+    return _NoKeys()
 
 
 def _warn_of_keys(module: LightningModule, state_dict: Mapping[str, Any]) -> None:
@@ -205,4 +205,5 @@ def install() -> None:
     """Make ``load_from_checkpoint`` read checkpoints with adapters."""
     saving.pl_load = _load_file_or_directory  # type: ignore[assignment]
     saving._load_state = _load_state_with_adapters  # type: ignore[assignment]
+    saving.is_overridden = _is_overridden_once_made  # type: ignore[assignment]
     LightningModule.load_state_dict = _load_state_dict  # type: ignore[method-assign, assignment]

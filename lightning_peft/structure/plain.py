@@ -56,7 +56,7 @@ def nature(module: nn.Module) -> Nature:
     has_weight = module._parameters.get("weight") is not None
     if _inherits_forward(module):
         return "plain" if has_weight else "derived"
-    if is_packed(module) or any(_out_of_reach(tensor) for tensor in (*module.parameters(), *module.buffers())):
+    if is_packed(module) or _is_out_of_reach(module):
         return "beside"
     return _tried(module, has_weight)
 
@@ -72,6 +72,11 @@ def is_own_linear(module: nn.Module) -> bool:
     if bias is not None and full_shape(bias) != full_shape(weight)[:1]:
         return False
     return nature(module) == "plain"
+
+
+def is_plain_no_more(module: nn.Module) -> bool:
+    """Whether ``module``, which was ``plain`` once, has got another class or a ``forward`` that computes otherwise."""
+    return not _is_out_of_reach(module) and nature(module) != "plain"
 
 
 def obstacle(module: nn.Module) -> str | None:
@@ -101,8 +106,10 @@ def _inherits_forward(module: nn.Module) -> bool:
     return all(getattr(type(module), name, None) is getattr(known, name, None) for name in ("forward", "_conv_forward"))
 
 
-def _out_of_reach(tensor: Tensor) -> bool:
-    return tensor.is_meta or isinstance(tensor, DTensor) or in_zero_pieces(tensor)
+def _is_out_of_reach(module: nn.Module) -> bool:
+    """Whether weights of ``module`` have no values, or each process a piece of them, so that it cannot be tried."""
+    tensors = (*module.parameters(), *module.buffers())
+    return any(t.is_meta or isinstance(t, DTensor) or in_zero_pieces(t) for t in tensors)
 
 
 def _tried(module: nn.Module, has_weight: bool) -> Nature:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from families import randomise
 from modules import Regression, loader, trainer
 from odd_layers import LAYERS, Activated, WithBias, given, made
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations
 
 from lightning_peft import (
@@ -200,7 +202,7 @@ def test_an_adapter_behind_a_hook_of_others_is_not_merged(kind: str) -> None:
     if kind == "appended":
         assert merge(model).merged == 2
     else:
-        with pytest.raises(PEFTError, match="a forward hook of others runs before the adapter's, or in place of it"):
+        with pytest.raises(PEFTError, match="a forward hook of others runs between the module and the adapter, or"):
             merge(model, unload=True)
         with pytest.warns(UserWarning, match="'0' cannot be merged and stays attached: a forward hook of others"):
             assert merge(model).kept == ("0",)
@@ -211,8 +213,50 @@ def test_an_adapter_behind_a_hook_of_others_is_not_merged(kind: str) -> None:
     assert torch.allclose(model(x), trained, atol=1e-5)
 
 
+class Rectified(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.Linear.forward(self, x).relu()
+
+
+def replaced(forward: Any) -> Any:
+    return lambda layer: layer.__dict__.update(forward=partial(forward, layer))
+
+
+INPUT = IA3(target_modules=["0"], feedforward_modules=["0"])
+CHANGES: dict[str, Any] = {
+    "forward": replaced(Rectified.forward),
+    "the same forward": replaced(nn.Linear.forward),
+    "class": lambda layer: setattr(layer, "__class__", Rectified),
+    "hook before": lambda layer: layer.register_forward_pre_hook(lambda module, args: (args[0].relu(),)),
+    "first hook before": lambda layer: layer.register_forward_pre_hook(lambda m, args: (args[0].relu(),), prepend=True),
+    "no hooks before": lambda layer: layer._forward_pre_hooks.clear(),
+    "hook of all": lambda layer: register_module_forward_hook(lambda m, args, out: out.relu() if m is layer else None),
+}
+
+
+@pytest.mark.parametrize("method", [LoRA(r=2, target_modules=["0"]), INPUT, IA3(target_modules=["0"])])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_done_to_a_layer_after_the_injection_stays_right_or_keeps_the_adapter(method: Any, change: str) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8)
+    inject(model, method)
+    randomise(model)
+    handle = CHANGES[change](model[0])
+    trained = model(x)
+    late = ("hook before", "no hooks before") if method is INPUT else ()
+    if change in ("forward", "class", "hook of all", *late):
+        with pytest.warns(UserWarning, match="'0' cannot be merged and stays attached"):
+            assert not merge(model).merged
+        with pytest.raises(PEFTError, match=r"a forward hook of others runs between|does not compute the plain"):
+            merge(model, unload=True)
+    else:
+        assert merge(model).merged
+    assert torch.allclose(model(x), trained, atol=1e-5)
+    if change == "hook of all":
+        handle.remove()
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("method", [LoRA(r=2), IA3(target_modules=["0"], feedforward_modules=["0"])])
+@pytest.mark.parametrize("method", [LoRA(r=2), INPUT])
 def test_torchs_dynamic_quantisation(method: PEFTMethod) -> None:
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
     inject(model, method)

@@ -19,6 +19,7 @@ from lightning_peft import (
     PEFTStrategy,
     VeRA,
     adapter_state_dict,
+    eject,
     unmerge,
 )
 from lightning_peft.callbacks import AdapterCheckpoint
@@ -152,21 +153,59 @@ def test_a_file_that_lacks_everything(tmp_path: Path, strategy: Any) -> None:
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_load_state_dict_of_the_modules_own_is_called_where_everything_is_trained(
-    tmp_path: Path, strict: bool
+@pytest.mark.parametrize("strategy", ["auto", STRATEGIES["full fine-tuning"]])
+def test_a_load_state_dict_of_the_modules_own_is_called_once_where_everything_is_trained(
+    tmp_path: Path, strategy: Any, strict: bool
 ) -> None:
     """As without a strategy of ours, and with what the module says of strictness."""
-    run = trainer(tmp_path, PEFTStrategy(FullFinetuning()))
-    run.fit(Drawn(), loader())
+    written = Drawn()
+    run = trainer(tmp_path, strategy if strategy == "auto" else strategy())
+    run.fit(written, loader())
     run.save_checkpoint(tmp_path / "one.ckpt")
-    called = []
+    drawn = SteppedRegression(seed=99).state_dict()
+    called: list[tuple[bool, bool]] = []
 
     class Own(Drawn):
+        """Loads what it begins with by itself, before the checkpoint comes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.strict_loading = strict
+
+        def configure_model(self) -> None:
+            self.load_state_dict(drawn)
+
         def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-            called.append(strict)
+            called.append((state_dict is drawn, strict))
             return super().load_state_dict(state_dict, strict, assign)
 
     module = Own()
-    module.strict_loading = strict
-    trainer(tmp_path, PEFTStrategy(FullFinetuning())).test(module, loader(), ckpt_path=tmp_path / "one.ckpt")
-    assert called == [strict]
+    trainer(tmp_path, strategy if strategy == "auto" else strategy()).test(
+        module, loader(), ckpt_path=tmp_path / "one.ckpt"
+    )
+    loaded = Own.load_from_checkpoint(tmp_path / "one.ckpt")
+    assert called == 2 * [(True, True), (False, strict)]
+    assert_same(dict(module.state_dict()), dict(written.state_dict()))
+    assert_same(dict(loaded.state_dict()), dict(written.state_dict()))
+    if strategy != "auto":
+        eject(loaded)
+        assert_same(dict(loaded.state_dict()), dict(drawn))
+
+
+def test_a_constructor_may_load_another_checkpoint(tmp_path: Path) -> None:
+    saved = {}
+    for name in ("teacher", "student"):
+        saved[name] = Drawn()
+        run = trainer(tmp_path, STRATEGIES["full fine-tuning" if name == "student" else "LoRA, full"]())
+        run.fit(saved[name], loader())
+        run.save_checkpoint(tmp_path / f"{name}.ckpt")
+
+    class Student(Drawn):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = [Drawn.load_from_checkpoint(tmp_path / "teacher.ckpt")]
+
+    student = Student.load_from_checkpoint(tmp_path / "student.ckpt")
+    assert_same(dict(student.state_dict()), dict(saved["student"].state_dict()))
+    unmerge(saved["teacher"])
+    torch.testing.assert_close(student.teacher[0](inputs()), saved["teacher"](inputs()), rtol=0, atol=0)

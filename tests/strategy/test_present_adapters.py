@@ -146,5 +146,6 @@ def test_the_same_values_or_none_are_no_word(tmp_path: Path, method: Any, recwar
 def test_a_checkpoint_of_adapters_in_parts_names_them(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, save_last=True)
     trainer(tmp_path, lora(), callbacks=[saver]).fit(Stage2(), loader())
+    inject(module := Regression(), LoRA(r=2))
     with pytest.raises(PEFTError, match=r"injected into 'net'; here they were injected into the module itself"):
-        trainer(tmp_path, lora()).fit(Regression(), loader(), ckpt_path=tmp_path / "last.ckpt")
+        trainer(tmp_path, lora()).fit(module, loader(), ckpt_path=tmp_path / "last.ckpt")

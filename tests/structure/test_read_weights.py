@@ -166,10 +166,26 @@ class Counting(Autoencoder):
 
 
 @pytest.mark.filterwarnings("ignore:.*are also read")
-def test_only_the_first_step_is_looked_at(tmp_path: Path) -> None:
+def test_the_first_step_of_an_epoch_is_looked_at(tmp_path: Path) -> None:
     module = Counting()
     trainer(tmp_path, PEFTStrategy(METHOD), max_epochs=2).fit(module, loader())
-    assert module.modes == [1] + [0] * (len(module.modes) - 1)
+    assert module.modes == [1, 0, 0, 0] * 2
+
+
+class Later(Autoencoder):
+    """Begins to decode in its second epoch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.net["encoder"](self.net["first"](x))
+        return self.decode(h)[..., :4] if self._trainer is None or self.current_epoch else h
+
+
+def test_what_begins_in_a_later_epoch(tmp_path: Path) -> None:
+    module, x = Later(), torch.randn(3, 8)
+    with pytest.warns(UserWarning, match="'net.encoder' are also read"):
+        trainer(tmp_path, PEFTStrategy(METHOD), max_epochs=2).fit(module, loader())
+    judge = by_formula(Autoencoder, adapter_state_dict(module))
+    torch.testing.assert_close(Autoencoder.forward(module, x), judge(x))
 
 
 class Compiled(Regression):
