@@ -50,7 +50,7 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
 
     _has_whole_weights = False
     _leaves_frozen = False
-    _shows_gradients = False
+    _instead = ""
     config: dict[str, Any]
     _engine: Any = None
     """DeepSpeed's engine of this run, or of the last one."""
@@ -180,6 +180,10 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         """Note it: what differentiates by itself leaves the engine nothing to step by."""
         self._went_back = True
         super().pre_backward(closure_loss)
+
+    def _gradients(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Return nothing in float16, where DeepSpeed scales losses and leaves out what that has made overflow."""
+        return {} if self._trained is None or self._dtype == torch.float16 else self._trained.bad_gradients()
 
     def _refuse_unaveraged(self, optimizer: Optimizer) -> None:
         if not self._went_back:
