@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "strategy": "tensors core structure targets operations files formats formats.peft_config storage callbacks "
     "strategy.optimizers strategy.bases",
     "strategy.optimizers": "tensors core operations storage",
-    "strategy.bases": "tensors core operations formats storage strategy strategy.optimizers",
+    "strategy.bases": "tensors core operations files formats storage strategy strategy.optimizers",
     "tasks": "core structure adapters.virtual_tokens operations tasks.data tasks.batches tasks.pretrained",
     "tasks.data": "adapters.virtual_tokens tasks.batches tasks.pretrained",
     "tasks.batches": "tensors adapters.virtual_tokens",
