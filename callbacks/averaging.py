@@ -213,12 +213,28 @@ class _StochasticAverages(_OnTrained, StochasticWeightAveraging):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_start(trainer, self._trained)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, which can be read back."""
+        state = super().state_dict()
+        return {**state, "scheduler_state": _readable(state["scheduler_state"])}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["lr_schedulers"] = [_readable(state) for state in checkpoint["lr_schedulers"]]
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state, when there is something to average."""
         if self._trained.state_dict():
             super().load_state_dict(state_dict)
         else:
             self._held_back = state_dict
+
+
+def _readable(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Leave out what torch before 2.10 puts into the state of ``SWALR``: a function, which no resume reads."""
+    return state and {key: value for key, value in state.items() if key != "anneal_func"}
 
 
 _OURS: tuple[type[_OnTrained], ...] = (_Averages, _StochasticAverages)

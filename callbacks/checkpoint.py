@@ -11,7 +11,7 @@ from torch.distributed import all_gather_object
 from lightning_peft.callbacks.last import WritesDirectories, install
 from lightning_peft.callbacks.other_lightning import refuse_other_lightning
 from lightning_peft.errors import PEFTError
-from lightning_peft.storage.checkpoint_directory import AdapterDirectory
+from lightning_peft.storage.checkpoint_directory import AdapterDirectory, refuse_remote
 
 install()
 
@@ -34,8 +34,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Check that there will be adapters to write, and that either all processes resume or none.
 
         Raises:
-            PEFTError: The trainer's strategy is no ``PEFTStrategy``, or it is of another distribution of Lightning; or
-                some processes found no checkpoint to resume.
+            PEFTError: The trainer's strategy is no ``PEFTStrategy``, or it is of another distribution of Lightning;
+                ``dirpath`` is no local one; or some processes found no checkpoint to resume.
         """
         refuse_other_lightning(trainer, "The Trainer")
         if not isinstance(trainer.strategy, WritesDirectories):
@@ -45,6 +45,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             )
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            refuse_remote(self.dirpath or "")
             self._compare(trainer, int(self._found_last), "found")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_peft.errors import NotFiniteError, PEFTError
 from lightning_peft.files.leftovers import clean
+from lightning_peft.files.remote import is_remote
 from lightning_peft.files.writing import replace_link
 from lightning_peft.storage.readable import TRAINER_STATE, is_whole
 
@@ -34,7 +35,7 @@ class WritesDirectories:
 
 def _find_last_whole(self: ModelCheckpoint, trainer: pl.Trainer) -> set[str]:
     folder = self._ModelCheckpoint__resolve_ckpt_dir(trainer)  # type: ignore[attr-defined]
-    if not isinstance(trainer.strategy, WritesDirectories) or "://" in os.fspath(folder):
+    if not isinstance(trainer.strategy, WritesDirectories) or is_remote(folder):
         return _find_last(self, trainer)
     clean(Path(folder))
     last = _newest_first(map(Path, _find_last(self, trainer)))

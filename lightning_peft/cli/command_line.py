@@ -186,8 +186,7 @@ class PEFTCLI(LightningCLI):
             command.add_function_arguments(function, as_group=False, as_positional=True, skip=set(_WRITTEN))
             for argument, (option, how) in _WRITTEN.items():
                 if argument in signature(function).parameters:
-                    named = {"dest": argument} if option.startswith("-") else {}
-                    command.add_argument(option, **named, **how)
+                    command.add_argument(option, **({"dest": argument} if option.startswith("-") else {}), **how)
             commands.add_subcommand(name, command, help=summary)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

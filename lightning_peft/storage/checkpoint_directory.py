@@ -14,6 +14,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.leftovers import restore_interrupted
 from lightning_peft.files.manifest import check_manifest, write_manifest
+from lightning_peft.files.remote import is_remote
 from lightning_peft.files.writing import atomic_directory
 from lightning_peft.formats.deepspeed import is_deepspeed
 from lightning_peft.formats.distributed import is_sharded, read_sharded
@@ -36,8 +37,7 @@ def write_directory(checkpoint: Mapping[str, Any], path: str | os.PathLike[str],
     Raises:
         PEFTError: The path is no local one, is not ours to replace, or cannot be written to.
     """
-    if "://" in os.fspath(path):
-        raise PEFTError(f"{path}: adapter directories are written to local paths. Use ModelCheckpoint for remote ones.")
+    refuse_remote(path)
     rest = {key: value for key, value in checkpoint.items() if key != "state_dict"}
     state = checkpoint["state_dict"]
     # Which safetensors files have no form for.
@@ -49,9 +49,19 @@ def write_directory(checkpoint: Mapping[str, Any], path: str | os.PathLike[str],
         write_manifest(directory, about(model, checkpoint))
 
 
+def refuse_remote(path: str | os.PathLike[str]) -> None:
+    """Check that ``path`` is one to which directories are written.
+
+    Raises:
+        PEFTError: It is no local one.
+    """
+    if is_remote(path):
+        raise PEFTError(f"{path}: adapter directories are written to local paths. Use ModelCheckpoint for remote ones.")
+
+
 def is_directory(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` is an adapter directory, also if a crash left it with its old content aside."""
-    if "://" in os.fspath(path):
+    if is_remote(path):
         return False
     restore_interrupted(path)
     return Path(path).is_dir()

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import save  # not by way of torch, where others put functions that count, send or write elsewhere
@@ -19,6 +19,7 @@ from torch import save  # not by way of torch, where others put functions that c
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import read_shapes
 from lightning_peft.files.manifest import check_manifest
+from lightning_peft.files.remote import is_file, opened
 from lightning_peft.formats.deepspeed import is_deepspeed
 from lightning_peft.formats.distributed import is_sharded
 from lightning_peft.tensors.sharding import map_tensors
@@ -45,7 +46,8 @@ def is_whole(path: Path) -> bool:
 
 def _is_whole_file(path: Path) -> bool:
     try:
-        return zipfile.is_zipfile(path) and _damaged_record(path) is None
+        with opened(path) as file:
+            return zipfile.is_zipfile(file) and _damaged_record(file) is None
     except OSError:
         return False
 
@@ -56,16 +58,20 @@ def check_sums(path: str | os.PathLike[str]) -> None:
     Raises:
         PEFTError: It is not what was written.
     """
-    if os.path.isfile(path) and zipfile.is_zipfile(path) and (record := _damaged_record(path)):
+    if not is_file(path):
+        return
+    with opened(path) as file:
+        record = _damaged_record(file) if zipfile.is_zipfile(file) else None
+    if record:
         raise PEFTError(f"{path} is damaged: {record} is not what was written. Take another one.")
 
 
-def _damaged_record(path: str | os.PathLike[str]) -> str | None:
+def _damaged_record(file: BinaryIO) -> str | None:
     """Return the name of a record of a zip file that is not as its checksum says."""
     try:
-        with zipfile.ZipFile(path) as file:
+        with zipfile.ZipFile(file) as content:
             # torch writes zeros where it was told to compute none.
-            return file.testzip() if any(record.CRC for record in file.infolist()) else None
+            return content.testzip() if any(record.CRC for record in content.infolist()) else None
     except (zipfile.BadZipFile, ValueError, NotImplementedError, zlib.error) as error:
         return str(error)
 
@@ -111,9 +117,11 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        if not os.path.exists(path):
-            raise  # there is none, or it is elsewhere than in the file system, and cannot be looked at
+    except PEFTError:
+        raise
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        if not is_file(path):
+            raise
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a file that is cut off makes
             raise PEFTError(f"Cannot read {path}: {error.strerror or error}. Check its permissions.") from error
         if names := _names_in(path):
@@ -128,6 +136,7 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def _names_in(path: str | os.PathLike[str]) -> list[str]:
     try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        with opened(path) as file:
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
         return []

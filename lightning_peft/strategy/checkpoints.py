@@ -24,6 +24,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import NotFiniteError, PEFTError, listed
 from lightning_peft.files.leftovers import Claim, clean
 from lightning_peft.files.manifest import write_manifest
+from lightning_peft.files.remote import is_remote
 from lightning_peft.files.writing import atomic_directory, atomic_file, os_errors, remove
 from lightning_peft.formats.distributed import split_values
 from lightning_peft.storage import checkpoint as files
@@ -45,7 +46,7 @@ class WholeFiles(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write ``checkpoint`` to ``path``."""
-        if storage_options is not None or _is_remote(path):
+        if storage_options is not None or is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         with atomic_file(path) as file:
@@ -53,7 +54,7 @@ class WholeFiles(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove what is at ``path``."""
-        if _is_remote(path):
+        if is_remote(path):
             super().remove_checkpoint(path)
         else:
             remove(path)
@@ -87,7 +88,7 @@ class Checkpoints(WritesDirectories, Continuing):
         if trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         given = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}
-        folders = [Path(folder) for folder in given if folder and not _is_remote(folder)]
+        folders = [Path(folder) for folder in given if folder and not is_remote(folder)]
         self._release()
         for folder in folders:
             with os_errors("write", folder):
@@ -222,7 +223,7 @@ class Checkpoints(WritesDirectories, Continuing):
     def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None) -> None:
         """Write a checkpoint as the base strategy does."""
         write = super().save_checkpoint
-        if not self._saves_shards or _is_remote(filepath):
+        if not self._saves_shards or is_remote(filepath):
             self._together(lambda: write(checkpoint, filepath, storage_options=storage_options))
         else:
             self._write_pieces(filepath, checkpoint, lambda d: write(checkpoint, d, storage_options=storage_options))
@@ -250,7 +251,7 @@ class Checkpoints(WritesDirectories, Continuing):
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint; plugins that write files know nothing of directories."""
         self._note_saved(filepath)
-        if _is_remote(filepath) or not (os.path.isdir(filepath) or os.path.islink(filepath)):
+        if is_remote(filepath) or not (os.path.isdir(filepath) or os.path.islink(filepath)):
             super().remove_checkpoint(filepath)
         elif self.is_global_zero:
             remove(filepath)
@@ -264,7 +265,3 @@ def _warn_of_objects(checkpoint: Mapping[str, Any]) -> None:
             f"alone: {listed(found)}. Make strings and numbers of them, or leave hyper-parameters out by "
             "save_hyperparameters(ignore=[...])."
         )
-
-
-def _is_remote(path: Any) -> bool:
-    return "://" in os.fspath(path)

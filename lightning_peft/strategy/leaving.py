@@ -113,7 +113,7 @@ class Leaving(Inventory):
             )
             return
         if self._diverged:
-            rank_zero_warn(f"The adapters stay unmerged: the run has diverged. {self._diverged}.")
+            rank_zero_warn(f"The adapters stay unmerged: the run has diverged. {self._diverged}")
             return
         try:
             report = merge(self._module, unload=self._unloads)

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "strategy": "tensors core structure targets operations files formats formats.peft_config storage callbacks "
     "strategy.optimizers strategy.bases",
     "strategy.optimizers": "tensors core operations storage",
-    "strategy.bases": "tensors core operations formats storage strategy strategy.optimizers",
+    "strategy.bases": "tensors core operations files formats storage strategy strategy.optimizers",
     "tasks": "core structure adapters.virtual_tokens operations tasks.answers tasks.batches tasks.data "
     "tasks.pretrained",
     "tasks.answers": "adapters.virtual_tokens",

@@ -5,6 +5,7 @@ One pair of processes does many things, since most of the time goes into startin
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,14 @@ class NoOptimizer(Shared):
         raise AssertionError("DeepSpeed has an optimizer of its own")
 
 
+class Diverging(Shared):
+    """Has a gradient that is NaN, of a loss that is not, on the second process after three steps."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + (0 * loss).sqrt() if self.global_step == 3 and self.global_rank == 1 else loss
+
+
 def base(stage: int, config: dict[str, Any] | None = None, **options: Any) -> DeepSpeedStrategy:
     strategy = CPUDeepSpeedStrategy(stage=stage, process_group_backend="gloo", **options)
     assert strategy.config is not None
@@ -309,6 +318,10 @@ def every_stage(out: Path, record: Record, stage: int) -> int:
     for kind, path in {**two, "single": out / "single-two-files" / "last.ckpt"}.items():
         record.fitted(f"{tag}-{kind}", *fit(out, f"{tag}-{kind}", base(stage), resume=path, **TWO))
     record.fitted(f"{tag}-limits", *fit(out, f"{tag}-limits", base(stage), **TWO, **LIMITS))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, module = fit(out, f"{tag}-diverging", base(stage), module=Diverging, **TWO)
+    record.content[f"{tag}-diverging"] = adapters(module), is_merged(module), [str(w.message) for w in caught]
     return fitted.global_rank
 
 

@@ -6,14 +6,16 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import fsspec
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
-from modules import Regression, assert_same, loader, trainer
+from modules import Regression, adapter_state, assert_same, loader, trainer
 
 from lightning_peft import PEFTError
 from lightning_peft.callbacks import AdapterCheckpoint
@@ -149,9 +151,55 @@ def test_directories_are_removed_at_once_and_links_are_not_followed(tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+REMOTE = "memory://folder/file.ckpt"
+
+
+def changed(change: Callable[[bytes], bytes]) -> None:
+    system, place = fsspec.core.url_to_fs(REMOTE)
+    system.pipe(place, change(system.cat(place)))
+
+
 def test_a_remote_file_goes_lightnings_way(tmp_path: Path) -> None:
     run = fit(tmp_path, enable_checkpointing=False)
-    run.save_checkpoint("memory://folder/file.ckpt")
-    saved = run.strategy.load_checkpoint("memory://folder/file.ckpt")
+    run.save_checkpoint(REMOTE)
+    saved = run.strategy.load_checkpoint(REMOTE)
     assert isinstance(next(iter(saved["state_dict"].values())), torch.Tensor)
-    run.strategy.remove_checkpoint("memory://folder/file.ckpt")
+    resumed = trainer(tmp_path, max_epochs=2, enable_checkpointing=False)
+    resumed.fit(Regression(), loader(), ckpt_path=REMOTE)
+    assert resumed.global_step == 2 * run.global_step
+    run.strategy.remove_checkpoint(REMOTE)
+    with pytest.raises(FileNotFoundError):
+        run.strategy.load_checkpoint(REMOTE)
+
+
+@pytest.mark.parametrize(
+    "load", [lambda run: run.strategy.load_checkpoint(REMOTE), lambda _: Regression.load_from_checkpoint(REMOTE)]
+)
+def test_a_remote_file_that_is_not_what_was_written(tmp_path: Path, load: Callable[[Any], Any]) -> None:
+    run = fit(tmp_path, enable_checkpointing=False)
+    run.save_checkpoint(REMOTE)
+    tensor = next(iter(adapter_state(run.lightning_module).values())).numpy().tobytes()
+    flipped = bytes([tensor[0] ^ 1]) + tensor[1:]
+    changed(lambda content: content.replace(tensor, flipped, 1))
+    with pytest.raises(PEFTError, match=rf"{REMOTE} is damaged: .* is not what was written"):
+        load(run)
+
+
+def test_remote_files_that_are_cut_off_or_hold_objects(tmp_path: Path) -> None:
+    run = fit(tmp_path, enable_checkpointing=False)
+    run.save_checkpoint(REMOTE)
+    changed(lambda content: content[:-100])
+    with pytest.raises(PEFTError, match=rf"{REMOTE} is damaged or truncated"):
+        run.strategy.load_checkpoint(REMOTE)
+    run.lightning_module.save_hyperparameters({"path": tmp_path})
+    with pytest.warns(UserWarning, match="holds more than tensors"):
+        run.save_checkpoint(REMOTE)
+    with pytest.raises(PEFTError, match=rf"{REMOTE} holds more .*PosixPath.*weights_only=False"):
+        run.strategy.load_checkpoint(REMOTE)
+
+
+def test_remote_directories_are_refused_before_training(tmp_path: Path) -> None:
+    run = trainer(tmp_path, callbacks=[AdapterCheckpoint("memory://folder")])
+    with pytest.raises(PEFTError, match=r"memory://folder: adapter directories are written to local paths"):
+        run.fit(Regression(), loader())
+    assert run.global_step == 0

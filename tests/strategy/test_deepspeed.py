@@ -36,6 +36,7 @@ class Run:
         self.single = {
             "three": script.fit(out, "single", "auto"),
             "limits": script.fit(out, "single-limits", "auto", **script.LIMITS),
+            "three steps": script.fit(out, "single-steps", "auto", max_steps=3),
             "again": script.fit_twice(out, "single-again", "auto"),
             "config": script.fit(out, "single-config", "auto", module=script.Constant),
             "whole": script.fit(out, "single-whole", "auto", **script.WHOLE),
@@ -106,6 +107,17 @@ class TestEveryStage:
         assert_near(first[f"{stage}-again"]["adapters"], first.learnt("again"))
         assert_near(first[f"{stage}-evaluated"]["adapters"], expected)
         assert first[f"{stage}-limits"]["steps"] == first.single["limits"][0].global_step == 3
+
+    @stages
+    def test_a_gradient_that_is_not_finite_stops_before_the_step(self, first: Run, stage: str) -> None:
+        for rank in first.ranks:
+            learnt, merged, _ = rank[f"{stage}-diverging"]
+            assert_near(learnt, first.learnt("three steps"))
+            assert not merged
+        *_, said = first[f"{stage}-diverging"]
+        (told,) = (text for text in said if text.startswith("At step 3 the gradient of 'net."))
+        assert "holds NaN or infinity. The run stops" in told
+        assert told.endswith(("There is no checkpoint yet.", "last."))
 
     @stages
     @pytest.mark.parametrize("kind", ["odd", "odd-resumed"])
@@ -329,6 +341,12 @@ def test_methods_that_read_gradients_are_refused() -> None:
         strategy.setup(None)  # type: ignore[arg-type]
 
 
+def test_steps_that_cannot_be_left_out() -> None:
+    strategy = PEFTStrategy(LoRA(r=2), base="deepspeed_stage_2", on_nonfinite="skip")
+    with pytest.raises(PEFTError, match=r"on_nonfinite='skip' .* on DeepSpeed.*Use on_nonfinite='stop'"):
+        strategy.setup(None)  # type: ignore[arg-type]
+
+
 class TestCalls:
     """What is called, or overridden, in the way in which it is: DeepSpeed and Lightning may change it."""
 
@@ -339,6 +357,7 @@ class TestCalls:
         from deepspeed import utils
 
         self.accepts(utils.safe_get_full_fp32_param, None)
+        self.accepts(utils.safe_get_full_grad, None)
         self.accepts(utils.safe_set_full_fp32_param, None, None)
         self.accepts(utils.safe_get_full_optimizer_state, None, "exp_avg")
         self.accepts(utils.safe_set_full_optimizer_state, None, None, "exp_avg")
@@ -356,6 +375,7 @@ class TestCalls:
     def test_engine(self) -> None:
         from deepspeed import DeepSpeedEngine
         from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         self.accepts(
@@ -368,6 +388,8 @@ class TestCalls:
         )
         self.accepts(DeepSpeedEngine.save_checkpoint, None, "path", client_state={}, exclude_frozen_parameters=True)
         self.accepts(DeepSpeedEngine.destroy, None)
+        for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
+            self.accepts(optimizer.has_overflow, None)
         self.accepts(DeepSpeedEngine.zero_optimization_stage, None)
         self.accepts(get_fp32_state_dict_from_zero_checkpoint, "path", tag="checkpoint", exclude_frozen_parameters=True)
         assert "self.fp32_partitioned_groups_flat" in inspect.getsource(DeepSpeedZeroOptimizer_Stage3)

@@ -1,6 +1,6 @@
 """What differs by base strategy, one file for each.
 
-Imports tensors, core, operations, formats, storage, strategy and strategy.optimizers.
+Imports tensors, core, operations, files, formats, storage, strategy and strategy.optimizers.
 """
 
 from __future__ import annotations

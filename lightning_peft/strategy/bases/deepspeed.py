@@ -7,7 +7,6 @@ in half precision, the copy is what is saved, and they get its values when train
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +24,7 @@ from lightning_peft.core.adapter import clean_name, restore_hooks
 from lightning_peft.core.registry import registries, several_adapters
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.files.remote import is_remote
 from lightning_peft.formats.deepspeed import TAG, is_deepspeed, read_deepspeed, require_layout, with_state, write_layout
 from lightning_peft.operations.by_hand import watch
 from lightning_peft.operations.mergeable import refuse_ties
@@ -50,7 +50,7 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
 
     _has_whole_weights = False
     _leaves_frozen = False
-    _shows_gradients = False
+    _instead = ""
     config: dict[str, Any]
     _engine: Any = None
     """DeepSpeed's engine of this run, or of the last one."""
@@ -181,6 +181,10 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         self._went_back = True
         super().pre_backward(closure_loss)
 
+    def _gradients(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Return nothing in float16, where DeepSpeed scales losses and leaves out what that has made overflow."""
+        return {} if self._trained is None or self._dtype == torch.float16 else self._trained.bad_gradients()
+
     def _refuse_unaveraged(self, optimizer: Optimizer) -> None:
         if not self._went_back:
             raise PEFTError(f"DeepSpeed's engine has no gradients to step by. {BY_HAND}")
@@ -281,7 +285,7 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
         """Write DeepSpeed's directory, beside its place until it is whole; a single file, if there is no optimizer."""
         if self._trained is None:
             return self._together(lambda: Strategy.save_checkpoint(self, checkpoint, filepath, storage_options))
-        if "://" in os.fspath(filepath):
+        if is_remote(filepath):
             raise PEFTError(f"{filepath}: DeepSpeed writes to local paths.")
         if self._full_checkpoints:
             refusals.refuse_full_merged(ModelView(self._module))

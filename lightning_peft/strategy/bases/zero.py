@@ -60,6 +60,17 @@ class ZeroState:
         else:
             safe_set_full_fp32_param(parameter, value.to(self._device))
 
+    def bad_gradients(self) -> dict[str, Tensor]:
+        """Return the gradients of a step by parameter name, if one of them holds NaN or infinity."""
+        from deepspeed.utils import safe_get_full_grad
+
+        # With float32 gradients of bfloat16 weights stage 1 has an optimizer of another kind, which does not tell.
+        if not getattr(self._engine.optimizer, "has_overflow", lambda: True)():
+            return {}
+        names = [name for group in self.names() for name in group]
+        gradients = {name: safe_get_full_grad(p) for name, p in zip(names, self._parameters, strict=True)}
+        return {name: gradient for name, gradient in gradients.items() if gradient is not None}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state by parameter name."""
         from deepspeed.utils import safe_get_full_optimizer_state

@@ -33,8 +33,10 @@ class FiniteSteps(Strategy):
     """Looks at loss and gradients before each step of an optimizer. ``super()`` is the base strategy."""
 
     _on_nonfinite: OnNonfinite
-    _shows_gradients: ClassVar[bool] = True
-    """Whether gradients are where torch has them."""
+    _instead: ClassVar[str] = (
+        " PEFTStrategy(on_nonfinite='skip') leaves such steps out, 'restore' goes back to the last checkpoint."
+    )
+    """What else can be done than stop, for those who have a run that stops."""
     _held: Mapping[int, str] = MappingProxyType({})
     """The names of the module's parameters that optimizers held at ``setup``, by id."""
     _saved: Sequence[str] = ()
@@ -77,12 +79,7 @@ class FiniteSteps(Strategy):
         if not self._is_real_run():
             return None
         tensors = {"the loss": loss} if isinstance(loss, Tensor) else {}
-        if self._shows_gradients and not self._scales():
-            gradients = ((id(p), p.grad) for p in held_parameters([optimizer]))
-            named = {
-                f"the gradient of {self._held.get(key, key)!r}": grad for key, grad in gradients if grad is not None
-            }
-            tensors.update(named)
+        tensors |= {f"the gradient of {name!r}": gradient for name, gradient in self._gradients(optimizer).items()}
         suspect = is_suspect(tensors.values()).to(self.root_device, torch.float32)
         if not self.reduce(suspect, reduce_op="sum"):
             return None
@@ -92,6 +89,13 @@ class FiniteSteps(Strategy):
             all_gather_object(faults, faults[0])
         found = next(filter(None, faults), None)
         return None if found is None else f"{found} holds NaN or infinity"
+
+    def _gradients(self, optimizer: Optimizer) -> dict[Any, Tensor]:
+        """Return what has to be finite for a step, by the parameters' names; called on all processes."""
+        if self._scales():
+            return {}
+        gradients = ((id(p), p.grad) for p in held_parameters([optimizer]))
+        return {self._held.get(key, key): gradient for key, gradient in gradients if gradient is not None}
 
     def _scales(self) -> bool:
         """Whether gradients are scaled: then they overflow now and then, and the scaler leaves the step out itself.
@@ -122,8 +126,8 @@ class FiniteSteps(Strategy):
             self._trainer.should_stop = True
             rank_zero_warn(
                 f"{fault} The run stops: that step was not taken{_in_a_row(self._not_taken)}. "
-                + (f"The last checkpoint is {saved}. " if saved else "There is no checkpoint yet. ")
-                + "PEFTStrategy(on_nonfinite='skip') leaves such steps out, 'restore' goes back to the last checkpoint."
+                + (f"The last checkpoint is {saved}." if saved else "There is no checkpoint yet.")
+                + self._instead
             )
 
     @abstractmethod
