@@ -17,6 +17,7 @@ from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.new_tokens import NewTokens
+from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.parallel_adapter import ParallelAdapter
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
@@ -25,6 +26,7 @@ from lightning_peft.methods.vera import VeRA
 
 __all__ = [
     "IA3",
+    "OFT",
     "AdaLoRA",
     "BitFit",
     "Compacter",

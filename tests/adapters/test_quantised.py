@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft import (
     IA3,
+    OFT,
     DoRA,
     FullFinetuning,
     LoRA,
@@ -243,7 +244,7 @@ def test_unmerged_they_stay_float(make: Callable[[], nn.Module]) -> None:
 
 
 def test_other_methods_beside_them(make: Callable[[], nn.Module]) -> None:
-    for method in (IA3(target_modules=["0"]), VeRA(r=4, target_modules=["0"])):
+    for method in (IA3(target_modules=["0"]), VeRA(r=4, target_modules=["0"]), OFT(block_size=8, target_modules=["0"])):
         model = make()
         base = model(X)
         inject(model, method)

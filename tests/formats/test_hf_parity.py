@@ -20,6 +20,7 @@ from torch import nn
 
 from lightning_peft import (
     IA3,
+    OFT,
     AdaLoRA,
     LayerNormTuning,
     LoHa,
@@ -291,6 +292,7 @@ LOST: dict[str, PEFTMethod] = {
     "ia3": IA3(target_modules=["q_proj", "v_proj"], feedforward_modules=[]),
     "loha": LoHa(r=2, target_modules=["q_proj", "v_proj"]),
     "lokr": LoKr(r=2, target_modules=["q_proj", "v_proj"]),
+    "oft": OFT(block_size=4, target_modules=["q_proj", "v_proj"]),
     "vera": VeRA(r=2, target_modules=["q_proj", "v_proj"]),
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft import (
     IA3,
+    OFT,
     AdaLoRA,
     DoRA,
     LayerNormTuning,
@@ -79,6 +80,26 @@ METHODS: dict[str, tuple[Ours, Judge, list[str]]] = {
             {"r": 1, "decompose_both": True},
             {"r": 2, "decompose_factor": 4},
             {"r": 1, "decompose_factor": 3, "decompose_both": True},
+        )
+    },
+    **{
+        f"oft {options}": (
+            lambda targets, options=options: OFT(target_modules=targets, **options),
+            lambda targets, options=options: peft.OFTConfig(
+                target_modules=targets,
+                oft_block_size=0 if "r" in options else options["block_size"],
+                **{key: value for key, value in options.items() if key != "block_size"},
+            ),
+            families,
+        )
+        # A size that divides inputs, and one that does not; a number of blocks; one block for all; exact rotations.
+        for options, families in (
+            ({"block_size": 8}, ["llama", "bert", "t5"]),
+            ({"block_size": 7}, ["llama"]),
+            ({"r": 3}, ["llama"]),
+            ({"block_size": 4, "block_share": True}, ["llama"]),
+            ({"block_size": 8, "use_cayley_neumann": False}, ["llama", "bert"]),
+            ({"block_size": 8, "num_cayley_neumann_terms": 8}, ["llama"]),
         )
     },
 }

@@ -15,6 +15,7 @@ from resuming import straight_and_resumed
 from torch import Tensor, nn
 
 from lightning_peft import (
+    OFT,
     DoRA,
     LoHa,
     LoKr,
@@ -339,6 +340,61 @@ def test_damaged_lokr_files_are_refused(tmp_path: Path) -> None:
         file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
         with pytest.raises(PEFTError, match=message):
             load_adapter(base("llama")[0], tmp_path / "adapter")
+
+
+def test_oft_is_its_equation() -> None:
+    """Cayley's transform, of whole matrices; the series comes to it with more terms."""
+    for options in ({"use_cayley_neumann": False}, {"num_cayley_neumann_terms": 40}):
+        model, x = one_layer()
+        inject(model, OFT(block_size=3, **options))
+        assert torch.equal(model(x), one_layer()[0](x))
+        shift(model)
+        q = torch.zeros(6, 6, dtype=torch.float64)
+        for block, numbers in enumerate(tensors(model)["oft_R"].detach()):
+            for (row, column), number in zip(((0, 1), (0, 2), (1, 2)), numbers, strict=True):
+                q[3 * block + row, 3 * block + column], q[3 * block + column, 3 * block + row] = number, -number
+        identity = torch.eye(6, dtype=torch.float64)
+        rotation = (identity - q) @ (identity + q).inverse()
+        rotation = rotation if "use_cayley_neumann" in options else rotation.T
+        assert (rotation @ rotation.T - identity).abs().max() <= 1e-12
+        weight = model[0].weight @ rotation.T
+        assert (model(x) - x @ weight.T - model[0].bias).abs().max() <= 1e-12
+        merge(model, unload=True)
+        assert (model[0].weight - weight).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "options", [{"block_size": 1}, {"r": 0}, {"num_cayley_neumann_terms": 3}, {"num_cayley_neumann_terms": 10**9}]
+)
+def test_oft_refuses(options: dict[str, Any]) -> None:
+    with pytest.raises(PEFTError, match=f"OFT: {next(iter(options))}="):
+        OFT(**options)
+
+
+def test_oft_says_where_blocks_are_of_another_size() -> None:
+    with pytest.warns(UserWarning, match=r"block_size=4 does not divide .* other sizes in '2' \(5\)"):
+        inject(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(10, 2)), OFT(block_size=4))
+    with pytest.raises(PEFTError, match="'0' cannot be adapted: its 37 inputs make no blocks"):
+        inject(nn.Sequential(nn.Linear(37, 8)), OFT(block_size=8, target_modules=["0"]))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"oft_block_size": None}, "has no oft_block_size"),
+        ({"peft_version": "0.17.1"}, "before HF PEFT's release 0.18"),
+        ({"peft_version": None}, "before HF PEFT's release 0.18"),
+        ({"coft": True}, "uses coft=True"),
+    ],
+)
+def test_files_of_another_oft_are_refused(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"])
+    peft.get_peft_model(base("llama")[0], config).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    written = {**json.loads(file.read_text()), **keys}
+    file.write_text(json.dumps({key: value for key, value in written.items() if value is not None}))
+    with pytest.raises(PEFTError, match=message):
+        load_adapter(base("llama")[0], tmp_path / "adapter")
 
 
 def test_loha_files_with_patterns_are_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 
 from lightning_peft import (
     IA3,
+    OFT,
     AdaLoRA,
     BitFit,
     DoRA,
@@ -44,6 +45,7 @@ METHODS: dict[str, PEFTMethod] = {
     "adalora": AdaLoRA(init_r=2, target_r=1, target_modules="layer"),
     "loha": LoHa(r=2, target_modules="layer"),
     "lokr": LoKr(r=2, target_modules="layer"),
+    "oft": OFT(block_size=4, target_modules="layer"),
     "vera": VeRA(r=2, target_modules="layer"),
     "ia3": IA3(target_modules="layer"),
     "ia3 of the input": IA3(target_modules="layer", feedforward_modules="layer"),

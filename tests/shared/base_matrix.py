@@ -14,6 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from lightning_peft import (
     IA3,
+    OFT,
     AdaLoRA,
     BitFit,
     Compacter,
@@ -161,6 +162,7 @@ CELLS: dict[str, tuple[Build, PEFTMethod | list[PEFTMethod], list[str] | None]] 
     "LoRA": (Text, LoRA(r=2), None),
     'LoRA(init="pissa")': (Text, LoRA(r=2, init="pissa"), None),
     "NewTokens": (Text, NewTokens(token_indices=[1, 2, 9]), None),
+    "OFT": (Text, OFT(block_size=4), None),
     "ParallelAdapter": (Text, ParallelAdapter(bottleneck=4), None),
     "PrefixTuning": (Text, PrefixTuning(num_virtual_tokens=3), None),
     "PrefixTuning(prefix_projection=True)": (
@@ -220,9 +222,10 @@ REASONS: dict[str, str] = {
     "the MLP of the prefix is in shards, unless it is injected after": "in shards, and cannot be folded",
     "a prefix is for all heads": "Tensor parallelism has split .* for all of them",
     "it starts from weights in shards, unless it is injected before": "computed here: its weights are in shards",
+    "it does not say how what it rotates is split": "'oft_R' is split beside",
     "what is trained is whole on every process": "keeps what is trained whole on every process",
 }
-GRADIENTS, CALLS, _, SHARDS, HEADS, START, WHOLE = REASONS
+GRADIENTS, CALLS, _, SHARDS, HEADS, START, ROTATED, WHOLE = REASONS
 PREFIXES = ("PrefixTuning", "PrefixTuning(prefix_projection=True)", "PrefixTuning with ParallelAdapter")
 REFUSED: dict[tuple[str, str], str] = {
     **{(base, "AdaLoRA"): GRADIENTS for base in STAGES},
@@ -231,6 +234,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("fsdp", "FullFinetuning"): WHOLE,
     ("fsdp2", "PrefixTuning(prefix_projection=True)"): SHARDS,
     **{("tensor", cell): HEADS for cell in PREFIXES},
+    ("tensor", "OFT"): ROTATED,
     ("fsdp2_late", "PromptTuning(every_layer=True)"): START,
 }
 # New biases are merged where the layers are whole: a parameter that comes new into shards belongs to none.

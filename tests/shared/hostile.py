@@ -16,6 +16,7 @@ from strangers import unsealed
 
 from lightning_peft import (
     IA3,
+    OFT,
     AdaLoRA,
     Compacter,
     DoRA,
@@ -49,6 +50,7 @@ METHODS: dict[str, PEFTMethod | list[PEFTMethod]] = {
     "adalora": AdaLoRA(),
     "loha": LoHa(r=2),
     "lokr": LoKr(r=2),
+    "oft": OFT(block_size=4),
     "norms": LayerNormTuning(),
     "two": [LoRA(r=2, target_modules="attention"), SeriesAdapter(bottleneck=4, target_modules="mlp")],
 }
