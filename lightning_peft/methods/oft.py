@@ -93,7 +93,8 @@ class OFT(PEFTMethod):
             as the angles are small. Without it, rotations are exact whatever the angles.
         num_cayley_neumann_terms: How many terms.
         target_modules: What to adapt: ``all-linear`` (every linear layer but a language model's head), ``attention``,
-            ``mlp``, or names, globs and regular expressions (``re:.*proj``). HF PEFT has no OFT for ``Conv1D``.
+            ``mlp``, or names, globs and regular expressions (``re:.*proj``). HF PEFT has no OFT for ``Conv1D``:
+            files of these are in a format of our own.
         exclude_modules: Patterns of modules to leave out, with what is in them.
         layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.
     """

@@ -11,6 +11,7 @@ from families import build, outputs
 from torch import Tensor, nn
 
 from lightning_peft import (
+    BEFT,
     IA3,
     OFT,
     AdaLoRA,
@@ -19,6 +20,7 @@ from lightning_peft import (
     LoHa,
     LoKr,
     LoRA,
+    MiSS,
     NewTokens,
     PEFTMethod,
     PrefixTuning,
@@ -103,6 +105,21 @@ METHODS: dict[str, tuple[Ours, Judge, list[str]]] = {
         )
     },
 }
+METHODS["miss"] = (
+    lambda targets: MiSS(r=5, target_modules=targets),
+    lambda targets: peft.MissConfig(r=5, target_modules=targets),
+    ["llama", "bert", "t5"],
+)
+METHODS["miss of fewer columns"] = (
+    lambda targets: MiSS(r=4, mini_r=4, target_modules=targets),
+    lambda targets: peft.MissConfig(r=4, mini_r=4, init_weights="mini", target_modules=targets),
+    ["llama"],
+)
+METHODS["beft"] = (
+    lambda targets: BEFT(target_modules=targets),
+    lambda targets: peft.BeftConfig(target_modules=targets),
+    ["bert"],  # HF PEFT merges it into biases that are there alone
+)
 METHODS["adalora"] = (
     lambda targets: AdaLoRA(init_r=5, target_r=3, alpha=12, target_modules=targets),
     lambda targets: peft.AdaLoraConfig(init_r=5, target_r=3, lora_alpha=12, total_step=9, target_modules=targets),

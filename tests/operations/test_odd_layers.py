@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_peft import (
+    BEFT,
     IA3,
     OFT,
     AdaLoRA,
@@ -23,6 +24,7 @@ from lightning_peft import (
     LoHa,
     LoKr,
     LoRA,
+    MiSS,
     PEFTError,
     PEFTMethod,
     PEFTStrategy,
@@ -45,6 +47,8 @@ METHODS: dict[str, PEFTMethod] = {
     "adalora": AdaLoRA(init_r=2, target_r=1, target_modules="layer"),
     "loha": LoHa(r=2, target_modules="layer"),
     "lokr": LoKr(r=2, target_modules="layer"),
+    "beft": BEFT(target_modules="layer"),
+    "miss": MiSS(r=4, target_modules="layer"),
     "oft": OFT(block_size=4, target_modules="layer"),
     "vera": VeRA(r=2, target_modules="layer"),
     "ia3": IA3(target_modules="layer"),

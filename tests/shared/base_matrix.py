@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from lightning_peft import (
+    BEFT,
     IA3,
     OFT,
     AdaLoRA,
@@ -24,6 +25,7 @@ from lightning_peft import (
     LoHa,
     LoKr,
     LoRA,
+    MiSS,
     NewTokens,
     ParallelAdapter,
     PEFTMethod,
@@ -150,6 +152,7 @@ Build = Callable[[], nn.Module]
 HEAD = ["up", "down"]
 CELLS: dict[str, tuple[Build, PEFTMethod | list[PEFTMethod], list[str] | None]] = {
     "AdaLoRA": (Text, AdaLoRA(init_r=3, target_r=2, tinit=1, tfinal=1), None),
+    "BEFT": (Text, BEFT(), None),
     "BitFit": (Text, BitFit(), None),
     "BitFit(create_missing=True)": (Text, BitFit(create_missing=True), None),
     "Compacter": (Text, Compacter(bottleneck=4), None),
@@ -161,6 +164,7 @@ CELLS: dict[str, tuple[Build, PEFTMethod | list[PEFTMethod], list[str] | None]] 
     "LoKr": (Text, LoKr(r=1, decompose_both=True), None),
     "LoRA": (Text, LoRA(r=2), None),
     'LoRA(init="pissa")': (Text, LoRA(r=2, init="pissa"), None),
+    "MiSS": (Text, MiSS(r=3), None),
     "NewTokens": (Text, NewTokens(token_indices=[1, 2, 9]), None),
     "OFT": (Text, OFT(block_size=4), None),
     "ParallelAdapter": (Text, ParallelAdapter(bottleneck=4), None),

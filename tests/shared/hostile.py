@@ -15,6 +15,7 @@ from families import build, outputs
 from strangers import unsealed
 
 from lightning_peft import (
+    BEFT,
     IA3,
     OFT,
     AdaLoRA,
@@ -24,6 +25,7 @@ from lightning_peft import (
     LoHa,
     LoKr,
     LoRA,
+    MiSS,
     ParallelAdapter,
     PEFTError,
     PEFTMethod,
@@ -51,6 +53,8 @@ METHODS: dict[str, PEFTMethod | list[PEFTMethod]] = {
     "loha": LoHa(r=2),
     "lokr": LoKr(r=2),
     "oft": OFT(block_size=4),
+    "miss": MiSS(r=4, mini_r=2),
+    "beft": BEFT(),
     "norms": LayerNormTuning(),
     "two": [LoRA(r=2, target_modules="attention"), SeriesAdapter(bottleneck=4, target_modules="mlp")],
 }

@@ -22,6 +22,7 @@ class OFTInHF(Counterpart):
 
     method = OFT
     peft_type = "OFT"
+    on_conv1d = False
     # Dropout of blocks is a key that HF PEFT does nothing with.
     keys = frozenset({"r", "oft_block_size", "module_dropout", "eps", *_SAME})
     plain: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none",), "coft": (False,)}
