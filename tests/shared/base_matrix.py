@@ -226,7 +226,7 @@ REASONS: dict[str, str] = {
     "the MLP of the prefix is in shards, unless it is injected after": "in shards, and cannot be folded",
     "a prefix is for all heads": "Tensor parallelism has split .* for all of them",
     "it starts from weights in shards, unless it is injected before": "computed here: its weights are in shards",
-    "it does not say how what it rotates is split": "'oft_R' is split beside",
+    "it rotates inputs that are whole": "'oft_R' is split beside",
     "what is trained is whole on every process": "keeps what is trained whole on every process",
 }
 GRADIENTS, CALLS, _, SHARDS, HEADS, START, ROTATED, WHOLE = REASONS
