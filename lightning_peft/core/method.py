@@ -18,7 +18,10 @@ T = TypeVar("T", bound="PEFTMethod")
 
 _METHODS: dict[str, type[PEFTMethod]] = {}
 
-_OF_HF = {"lora_alpha": "alpha", "lora_dropout": "dropout", "layers_to_transform": "layers"}
+_OF_HF = {
+    **{"lora_alpha": "alpha", "lora_dropout": "dropout", "layers_to_transform": "layers"},
+    **{"oft_block_size": "block_size", "miss_dropout": "dropout"},
+}
 """HF PEFT's names of hyper-parameters that have others here."""
 _ELSEWHERE = {
     **{theirs: f"{ours}={{}}" for theirs, ours in {**_OF_HF, "rank": "r", "lora_r": "r"}.items()},

@@ -36,6 +36,8 @@ class Counterpart(ABC):
     method: ClassVar[type[PEFTMethod]]
     peft_type: ClassVar[str]
     """HF PEFT's name of the method."""
+    on_conv1d: ClassVar[bool] = True
+    """Whether HF PEFT has the method for transformers' ``Conv1D``."""
     parameters: ClassVar[Mapping[str, str]] = {}
     """What follows the module's name in the file, with the name of that parameter in the adapter."""
     keys: ClassVar[frozenset[str]] = frozenset()

@@ -1,12 +1,13 @@
 """One file per method. Importing this package registers them all; ``__all__`` is what the package exports.
 
-Imports tensors, core, structure, targets, adapters.bottleneck, adapters.low_rank and adapters.virtual_tokens.
+Imports tensors, core, structure, targets, adapters, adapters.bottleneck, adapters.low_rank and adapters.virtual_tokens.
 """
 
 import pkgutil
 from importlib import import_module
 
 from lightning_peft.methods.adalora import AdaLoRA
+from lightning_peft.methods.beft import BEFT
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.compacter import Compacter
 from lightning_peft.methods.dora import DoRA
@@ -16,7 +17,9 @@ from lightning_peft.methods.layer_norm_tuning import LayerNormTuning
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.new_tokens import NewTokens
+from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.parallel_adapter import ParallelAdapter
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
@@ -24,7 +27,9 @@ from lightning_peft.methods.series_adapter import SeriesAdapter
 from lightning_peft.methods.vera import VeRA
 
 __all__ = [
+    "BEFT",
     "IA3",
+    "OFT",
     "AdaLoRA",
     "BitFit",
     "Compacter",
@@ -34,6 +39,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "MiSS",
     "NewTokens",
     "ParallelAdapter",
     "PrefixTuning",

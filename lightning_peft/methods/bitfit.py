@@ -7,48 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_peft.core.adapter import Adapter
+from lightning_peft.adapters.added_bias import AddedBias
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.structure.frozen import frozen_apart
 from lightning_peft.structure.inner_models import head_modules
 from lightning_peft.targets.patterns import as_list, match_names, require_matches
-from lightning_peft.tensors.weights import features, is_linear, tensor_options
-
-
-class AddedBias(Adapter):
-    """h = W0 x + b for a layer that has no bias; b ``[out]``."""
-
-    mergeable = True
-    adds_bias = True
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"bias": ("out",)}
-
-    def __init__(self, host: nn.Module) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(features(host)[1], **tensor_options(host)))
-
-    def reset_parameters(self) -> None:
-        """Set the bias to zero."""
-        nn.init.zeros_(self.bias)
-
-    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        """Add the bias to ``output`` ``[..., out]``."""
-        return output + self.bias.to(output.dtype)
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the bias as the layer's own."""
-        return weight, self.bias.detach().to(weight.dtype)
+from lightning_peft.tensors.weights import is_linear
 
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit(PEFTMethod):
     """Train the biases of the model, and nothing else.
+
+    HF PEFT trains biases in place beside adapters of other methods alone; what it has by itself is :class:`BEFT`.
 
     Args:
         create_missing: Give linear layers without a bias (but for the output head) one that starts at zero.

@@ -72,7 +72,8 @@ class LoHa(PEFTMethod):
         r: Rank of each of the two.
         alpha: The update is multiplied by ``alpha / r``.
         target_modules: What to adapt: ``all-linear`` (every linear layer but a language model's head), ``attention``,
-            ``mlp``, or names, globs and regular expressions (``re:.*proj``). HF PEFT has no LoHa for ``Conv1D``.
+            ``mlp``, or names, globs and regular expressions (``re:.*proj``). HF PEFT has no LoHa for ``Conv1D``:
+            files of these are in a format of our own.
         exclude_modules: Patterns of modules to leave out, with what is in them.
         layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.
     """

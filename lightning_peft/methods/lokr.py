@@ -92,7 +92,8 @@ class LoKr(PEFTMethod):
         decompose_factor: Rows and columns of the first factor, where they divide those of the weight; else the largest
             divisors below it. -1 makes both factors as square as possible.
         target_modules: What to adapt: ``all-linear`` (every linear layer but a language model's head), ``attention``,
-            ``mlp``, or names, globs and regular expressions (``re:.*proj``). HF PEFT has no LoKr for ``Conv1D``.
+            ``mlp``, or names, globs and regular expressions (``re:.*proj``). HF PEFT has no LoKr for ``Conv1D``:
+            files of these are in a format of our own.
         exclude_modules: Patterns of modules to leave out, with what is in them.
         layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.
     """

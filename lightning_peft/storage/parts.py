@@ -10,6 +10,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.formats.addition import form_of
 from lightning_peft.formats.content import Part
 from lightning_peft.structure.inner_models import InnerModels
+from lightning_peft.tensors.weights import is_conv1d
 
 
 def parts_of(model: ModelView, names: Iterable[str] | None) -> tuple[list[Part], list[str]]:
@@ -21,7 +22,7 @@ def parts_of(model: ModelView, names: Iterable[str] | None) -> tuple[list[Part],
             listed = _full_names(registry_prefix, registry, adapter)
             methods = registry.methods[adapter]
             position_of = {f"{registry_prefix}.{h}".strip("."): i for h, i in registry.hosts[adapter].items()}
-            own = _is_own(methods, position_of, inner, listed) or _has_bare(model, inner, listed)
+            own = _is_own(model, methods, position_of, inner, listed) or _has_bare(model, inner, listed)
             # HF PEFT reads one transformers model at a time; the own format has room for what is around it.
             common = _common_prefix(inner.transformers, registry_prefix, listed) if own else None
             for what, name in [(what, name) for what, full_names in listed.items() for name in full_names]:
@@ -43,16 +44,25 @@ def parts_of(model: ModelView, names: Iterable[str] | None) -> tuple[list[Part],
 
 
 def _is_own(
+    model: ModelView,
     methods: tuple[PEFTMethod, ...],
     position_of: Mapping[str, int],
     inner: InnerModels,
     listed: Mapping[str, list[str]],
 ) -> bool:
-    """Whether HF PEFT's format has no room for ``methods``: they stand beside one of them, in one model with it."""
+    """Whether HF PEFT's format has no room for ``methods``.
+
+    It has for some modules, and for several methods if they stand beside one of them, in one model with it.
+    """
     form = form_of(methods)
-    if form is None or not form.added:
-        return form is None
-    around = {inner.around(host) for host, position in position_of.items() if position == form.main}
+    if form is None:
+        return True
+    main = [host for host, position in position_of.items() if position == form.main]
+    if not form.counterpart.on_conv1d and any(is_conv1d(model.modules[host]) for host in main if host in model.modules):
+        return True
+    if not form.added:
+        return False
+    around = {inner.around(host) for host in main}
     return any(inner.around(name) not in around for name in (*position_of, *listed["chosen"]))
 
 

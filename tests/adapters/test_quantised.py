@@ -11,11 +11,15 @@ from families import randomise
 from torch import Tensor, nn
 
 from lightning_peft import (
+    BEFT,
     IA3,
+    OFT,
     DoRA,
     FullFinetuning,
     LoRA,
+    MiSS,
     PEFTError,
+    PEFTMethod,
     VeRA,
     eject,
     inject,
@@ -243,7 +247,14 @@ def test_unmerged_they_stay_float(make: Callable[[], nn.Module]) -> None:
 
 
 def test_other_methods_beside_them(make: Callable[[], nn.Module]) -> None:
-    for method in (IA3(target_modules=["0"]), VeRA(r=4, target_modules=["0"])):
+    kinds: dict[type[PEFTMethod], dict[str, Any]] = {
+        IA3: {},
+        VeRA: {"r": 4},
+        OFT: {"block_size": 8},
+        MiSS: {},
+        BEFT: {},
+    }
+    for method in (kind(target_modules=["0"], **options) for kind, options in kinds.items()):
         model = make()
         base = model(X)
         inject(model, method)

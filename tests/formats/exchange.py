@@ -55,6 +55,8 @@ OTHERS: dict[str, Callable[[list[str]], peft.PeftConfig]] = {
     "lokr": lambda targets: peft.LoKrConfig(r=2, target_modules=targets),
     "vera": lambda targets: peft.VeraConfig(r=2, target_modules=targets[:1]),
     "oft": lambda targets: peft.OFTConfig(r=0, oft_block_size=4, target_modules=targets),
+    "miss": lambda targets: peft.MissConfig(r=3, target_modules=targets),
+    "beft": lambda targets: peft.BeftConfig(target_modules=targets),
     "boft": lambda targets: peft.BOFTConfig(boft_block_size=4, target_modules=targets),
     "hra": lambda targets: peft.HRAConfig(r=2, target_modules=targets),
     "norms": lambda targets: peft.LNTuningConfig(),

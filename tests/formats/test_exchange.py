@@ -19,7 +19,7 @@ from lightning_peft import PEFTError, load_adapter, save_adapter
 
 # What HF PEFT has and this package has not, by what the refusal says.
 REASONS = (
-    "is an adapter of type",  # OFT, BOFT, HRA, P-tuning
+    "is an adapter of type",  # BOFT, HRA
     "shares a parameter with",  # a tied head or embedding that is trained whole: which of the two is meant?
     "works on decoder-only transformers models",  # prompts and prefixes before an encoder
 )

@@ -19,12 +19,15 @@ from strangers import unsealed
 from torch import nn
 
 from lightning_peft import (
+    BEFT,
     IA3,
+    OFT,
     AdaLoRA,
     LayerNormTuning,
     LoHa,
     LoKr,
     LoRA,
+    MiSS,
     PEFTError,
     PEFTMethod,
     VeRA,
@@ -291,6 +294,9 @@ LOST: dict[str, PEFTMethod] = {
     "ia3": IA3(target_modules=["q_proj", "v_proj"], feedforward_modules=[]),
     "loha": LoHa(r=2, target_modules=["q_proj", "v_proj"]),
     "lokr": LoKr(r=2, target_modules=["q_proj", "v_proj"]),
+    "beft": BEFT(target_modules=["q_proj", "v_proj"]),
+    "miss": MiSS(r=4, target_modules=["q_proj", "v_proj"]),
+    "oft": OFT(block_size=4, target_modules=["q_proj", "v_proj"]),
     "vera": VeRA(r=2, target_modules=["q_proj", "v_proj"]),
 }
 

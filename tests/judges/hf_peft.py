@@ -11,13 +11,16 @@ from families import build, outputs
 from torch import Tensor, nn
 
 from lightning_peft import (
+    BEFT,
     IA3,
+    OFT,
     AdaLoRA,
     DoRA,
     LayerNormTuning,
     LoHa,
     LoKr,
     LoRA,
+    MiSS,
     NewTokens,
     PEFTMethod,
     PrefixTuning,
@@ -81,7 +84,42 @@ METHODS: dict[str, tuple[Ours, Judge, list[str]]] = {
             {"r": 1, "decompose_factor": 3, "decompose_both": True},
         )
     },
+    **{
+        f"oft {options}": (
+            lambda targets, options=options: OFT(target_modules=targets, **options),
+            lambda targets, options=options: peft.OFTConfig(
+                target_modules=targets,
+                oft_block_size=0 if "r" in options else options["block_size"],
+                **{key: value for key, value in options.items() if key != "block_size"},
+            ),
+            families,
+        )
+        # A size that divides inputs, and one that does not; a number of blocks; one block for all; exact rotations.
+        for options, families in (
+            ({"block_size": 8}, ["llama", "bert", "t5"]),
+            ({"block_size": 7}, ["llama"]),
+            ({"r": 3}, ["llama"]),
+            ({"block_size": 4, "block_share": True}, ["llama"]),
+            ({"block_size": 8, "use_cayley_neumann": False}, ["llama", "bert"]),
+            ({"block_size": 8, "num_cayley_neumann_terms": 8}, ["llama"]),
+        )
+    },
 }
+METHODS["miss"] = (
+    lambda targets: MiSS(r=5, target_modules=targets),
+    lambda targets: peft.MissConfig(r=5, target_modules=targets),
+    ["llama", "bert", "t5"],
+)
+METHODS["miss of fewer columns"] = (
+    lambda targets: MiSS(r=4, mini_r=4, target_modules=targets),
+    lambda targets: peft.MissConfig(r=4, mini_r=4, init_weights="mini", target_modules=targets),
+    ["llama"],
+)
+METHODS["beft"] = (
+    lambda targets: BEFT(target_modules=targets),
+    lambda targets: peft.BeftConfig(target_modules=targets),
+    ["bert"],  # HF PEFT merges it into biases that are there alone
+)
 METHODS["adalora"] = (
     lambda targets: AdaLoRA(init_r=5, target_r=3, alpha=12, target_modules=targets),
     lambda targets: peft.AdaLoraConfig(init_r=5, target_r=3, lora_alpha=12, total_step=9, target_modules=targets),

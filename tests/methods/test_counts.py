@@ -10,11 +10,14 @@ import transformers as t
 from torch import nn
 
 from lightning_peft import (
+    BEFT,
+    OFT,
     AdaLoRA,
     BitFit,
     FullFinetuning,
     LoKr,
     LoRA,
+    MiSS,
     ParallelAdapter,
     PEFTMethod,
     PrefixTuning,
@@ -103,7 +106,8 @@ GPT3, OPT = "GPT-3", "GPT-3 as OPT"
 # The LoRA paper's figures of PreLayer are not those of its formula, L · d · (l_p + l_i), by 0.4 to 1.6 M.
 PRE_LAYER = "L d (l_p + l_i) by the paper's own formula is less"
 # LoRA, arXiv:2106.09685, tables 2 (RoBERTa, DeBERTa), 3 (GPT-2), 4 and 15 (GPT-3: the figures of LoRA are cut off, not
-# rounded, after one decimal); LLM-Adapters, arXiv:2304.01933, its README (LLaMA-7B). Rows without a figure are sums by
+# rounded, after one decimal); LLM-Adapters, arXiv:2304.01933, its README (LLaMA-7B); OFTv2,
+# arXiv:2506.19847, and MiSS, arXiv:2409.15371, of Llama-2-7B. Rows without a figure are sums by
 # the formulas of this package's README for settings that these papers' code uses.
 ROWS = [
     Row(GPT3, FullFinetuning(), 174_604_259_328, 175_255.8, "its own count; embeddings tied, 2048 positions here"),
@@ -168,6 +172,10 @@ ROWS = [
     ),
     Row("LLaMA-7B", PrefixTuning(num_virtual_tokens=10), 2_621_440),
     Row("LLaMA-7B", LoKr(r=8, target_modules=["q_proj", "v_proj"]), 327_680),
+    Row("LLaMA-7B", MiSS(r=64), 87_031_808, 87.0),
+    Row("LLaMA-7B", BEFT(), 131_072),
+    Row("MiniLM", BEFT(target_modules="all-linear"), 20_736),
+    Row("LLaMA-7B", OFT(block_size=32), 17_649_664, 17.65),
     Row("LLaMA-7B", AdaLoRA(init_r=12, target_modules=["q_proj", "v_proj"]), 6_292_224),
     Row("MiniLM", LoRA(r=8, target_modules=["query", "value"]), 73_728),
     Row("MiniLM", houlsby(16, norms=True), 161_472),

@@ -15,11 +15,15 @@ from resuming import straight_and_resumed
 from torch import Tensor, nn
 
 from lightning_peft import (
+    BEFT,
+    OFT,
     DoRA,
     LoHa,
     LoKr,
     LoRA,
+    MiSS,
     PEFTError,
+    PEFTMethod,
     PEFTStrategy,
     VeRA,
     inject,
@@ -339,6 +343,131 @@ def test_damaged_lokr_files_are_refused(tmp_path: Path) -> None:
         file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
         with pytest.raises(PEFTError, match=message):
             load_adapter(base("llama")[0], tmp_path / "adapter")
+
+
+def test_oft_is_its_equation() -> None:
+    """Cayley's transform, of whole matrices; the series comes to it with more terms."""
+    for options in ({"use_cayley_neumann": False}, {"num_cayley_neumann_terms": 40}):
+        model, x = one_layer()
+        inject(model, OFT(block_size=3, **options))
+        assert torch.equal(model(x), one_layer()[0](x))
+        shift(model)
+        q = torch.zeros(6, 6, dtype=torch.float64)
+        for block, numbers in enumerate(tensors(model)["oft_R"].detach()):
+            for (row, column), number in zip(((0, 1), (0, 2), (1, 2)), numbers, strict=True):
+                q[3 * block + row, 3 * block + column], q[3 * block + column, 3 * block + row] = number, -number
+        identity = torch.eye(6, dtype=torch.float64)
+        rotation = (identity - q) @ (identity + q).inverse()
+        rotation = rotation if "use_cayley_neumann" in options else rotation.T
+        assert (rotation @ rotation.T - identity).abs().max() <= 1e-12
+        weight = model[0].weight @ rotation.T
+        assert (model(x) - x @ weight.T - model[0].bias).abs().max() <= 1e-12
+        merge(model, unload=True)
+        assert (model[0].weight - weight).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "options", [{"block_size": 1}, {"r": 0}, {"num_cayley_neumann_terms": 3}, {"num_cayley_neumann_terms": 10**9}]
+)
+def test_oft_refuses(options: dict[str, Any]) -> None:
+    with pytest.raises(PEFTError, match=f"OFT: {next(iter(options))}="):
+        OFT(**options)
+
+
+def test_miss_is_its_equation() -> None:
+    """Shards of 4 features, of which the last one is filled up: 6 inputs; S of 8 columns, or of 2, repeated."""
+    for options, columns in (({}, 8), ({"mini_r": 2}, 2)):
+        model, x = one_layer()
+        inject(model, MiSS(r=4, **options))
+        assert torch.equal(model(x), one_layer()[0](x))
+        shift(model)
+        shared = tensors(model)["miss_block"]
+        assert shared.shape == (4, columns)
+        weight = model[0].weight.detach().clone()
+        for row in range(8):
+            for column in range(6):
+                weight[row, column] += shared[column % 4, row % columns].item()
+        assert (model(x) - x @ weight.T - model[0].bias).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("options", [{"r": 0}, {"mini_r": 0}, {"mini_r": True}, {"dropout": 1.0}])
+def test_miss_refuses(options: dict[str, Any]) -> None:
+    with pytest.raises(PEFTError, match=f"MiSS: {next(iter(options))}="):
+        MiSS(**options)
+
+
+def test_miss_leaves_out_what_it_does_not_fit() -> None:
+    model = nn.Sequential(nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 4), nn.Linear(4, 8))
+    with pytest.warns(UserWarning, match="leaves out") as caught:
+        assert inject(model, MiSS(r=8, mini_r=4)) == ["2"]
+    said = " ".join(str(warning.message) for warning in caught)
+    assert "'0': it has 9 outputs, which mini_r=4 does not divide" in said
+    assert "'3': it has 4 inputs, which make no shard of r=8" in said
+
+
+def test_a_miss_that_depends_on_the_weight_is_refused(tmp_path: Path) -> None:
+    config = peft.MissConfig(r=4, init_weights="bat", target_modules=["q_proj"])
+    peft.get_peft_model(base("llama")[0], config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(PEFTError, match="uses init_weights='bat', which MiSS has not here"):
+        load_adapter(base("llama")[0], tmp_path / "adapter")
+
+
+def test_beft_beside_layers_without_biases(tmp_path: Path) -> None:
+    """Its default are the value projections; HF PEFT reads them, but does not merge them."""
+    model, inputs = base("llama")
+    assert [host.rpartition(".")[2] for host in inject(model, BEFT())] == ["v_proj"] * 2
+    shift(model)
+    expected = outputs(model, inputs)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="no bias term"):
+        judge = loaded_by_judge("llama", tmp_path / "adapter")
+    assert (outputs(judge, inputs) - expected).abs().max() <= 1e-9
+    merge(model, unload=True)
+    assert (outputs(model, inputs) - expected).abs().max() <= 1e-9
+
+
+def test_beft_refuses_exclusions_from_what_was_not_named() -> None:
+    with pytest.raises(PEFTError, match="BEFT: exclude_modules was given without target_modules"):
+        BEFT(exclude_modules=["q_proj"])
+
+
+@pytest.mark.parametrize("method", [LoHa(r=2), LoKr(r=2), OFT(block_size=4), MiSS(r=4), BEFT()])
+def test_what_hf_peft_has_not_for_conv1d_is_written_in_our_format(method: PEFTMethod, tmp_path: Path) -> None:
+    model, inputs = base("gpt2")
+    inject(model, method)
+    shift(model)
+    expected = outputs(model, inputs)
+    save_adapter(model, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LIGHTNING_PEFT"
+    fresh, _ = base("gpt2")
+    load_adapter(fresh, tmp_path / "adapter")
+    assert torch.equal(outputs(fresh, inputs), expected)
+
+
+def test_oft_says_where_blocks_are_of_another_size() -> None:
+    with pytest.warns(UserWarning, match=r"block_size=4 does not divide .* other sizes in '2' \(5\)"):
+        inject(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(10, 2)), OFT(block_size=4))
+    with pytest.raises(PEFTError, match="'0' cannot be adapted: its 37 inputs make no blocks"):
+        inject(nn.Sequential(nn.Linear(37, 8)), OFT(block_size=8, target_modules=["0"]))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"oft_block_size": None}, "has no oft_block_size"),
+        ({"peft_version": "0.17.1"}, "before HF PEFT's release 0.18"),
+        ({"peft_version": None}, "before HF PEFT's release 0.18"),
+        ({"coft": True}, "uses coft=True"),
+    ],
+)
+def test_files_of_another_oft_are_refused(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"])
+    peft.get_peft_model(base("llama")[0], config).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    written = {**json.loads(file.read_text()), **keys}
+    file.write_text(json.dumps({key: value for key, value in written.items() if value is not None}))
+    with pytest.raises(PEFTError, match=message):
+        load_adapter(base("llama")[0], tmp_path / "adapter")
 
 
 def test_loha_files_with_patterns_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations
 
 from lightning_peft import (
+    BEFT,
     IA3,
+    OFT,
     AdaLoRA,
     BitFit,
     DoRA,
@@ -24,6 +26,7 @@ from lightning_peft import (
     LoHa,
     LoKr,
     LoRA,
+    MiSS,
     PEFTError,
     PEFTMethod,
     PEFTStrategy,
@@ -46,6 +49,9 @@ METHODS: dict[str, PEFTMethod] = {
     "adalora": AdaLoRA(init_r=2, target_r=1, target_modules="layer"),
     "loha": LoHa(r=2, target_modules="layer"),
     "lokr": LoKr(r=2, target_modules="layer"),
+    "beft": BEFT(target_modules="layer"),
+    "miss": MiSS(r=4, target_modules="layer"),
+    "oft": OFT(block_size=4, target_modules="layer"),
     "vera": VeRA(r=2, target_modules="layer"),
     "ia3": IA3(target_modules="layer"),
     "ia3 of the input": IA3(target_modules="layer", feedforward_modules="layer"),

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_peft import (
+    BEFT,
     IA3,
+    OFT,
     AdaLoRA,
     BitFit,
     Compacter,
@@ -20,6 +22,7 @@ from lightning_peft import (
     LoHa,
     LoKr,
     LoRA,
+    MiSS,
     NewTokens,
     ParallelAdapter,
     PEFTError,
@@ -126,6 +129,9 @@ OTHERS: dict[str, tuple[str, PEFTMethod]] = {
     "vera": ("gpt2", VeRA(r=4)),
     "loha": ("llama", LoHa(r=2)),
     "lokr": ("llama", LoKr(r=2)),
+    "beft": ("llama", BEFT()),
+    "miss": ("llama", MiSS(r=4)),
+    "oft": ("llama", OFT(block_size=4)),
     "adalora": ("llama", AdaLoRA(init_r=3, target_r=2)),
     "new tokens": ("llama", NewTokens(token_indices=list(range(3, 50)))),
     "lora on parts": ("gpt2", LoRA(r=2, fused_parts=["q", "v"])),

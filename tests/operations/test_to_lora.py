@@ -11,10 +11,12 @@ from torch import nn
 
 from lightning_peft import (
     IA3,
+    OFT,
     DoRA,
     LoHa,
     LoKr,
     LoRA,
+    MiSS,
     ParallelAdapter,
     PEFTError,
     PEFTMethod,
@@ -35,6 +37,8 @@ METHODS: dict[str, tuple[str, PEFTMethod]] = {
     "dora": ("llama", DoRA(r=2, target_modules=TARGETS)),
     "loha": ("llama", LoHa(r=2, target_modules=TARGETS)),
     "lokr": ("llama", LoKr(r=2, target_modules=TARGETS)),
+    "miss": ("llama", MiSS(r=4, target_modules=TARGETS)),
+    "oft": ("llama", OFT(block_size=4, target_modules=TARGETS)),
     "ia3": ("llama", IA3()),
     "vera": ("llama", VeRA(r=8, target_modules=["q_proj"])),
     "lora on Conv1D": ("gpt2", LoRA(r=2, target_modules=["c_attn", "c_fc"])),

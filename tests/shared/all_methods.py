@@ -47,6 +47,8 @@ NO_DECODER = ("sequential", *ENCODERS, "t5", "bart", "whisper", "torch_decoder")
 REFUSED: dict[tuple[str, str], str] = {
     **{("bitfit", family): "has no biases" for family in NO_BIAS},
     **{(method, "sequential"): "No (attention|mlp) block was found" for method in BLOCKS},
+    ("beft", "sequential"): "No attention block was found",
+    **{("beft", family): "has no value projection" for family in ("torch_encoder", "torch_decoder")},
     ("layer_norm_tuning", "sequential"): "has no LayerNorm",
     # The experts' 3-D parameters belong to no linear layer.
     **{("ia3", family): "'model.layers.0.mlp'.*no linear layers" for family in MIXTURES},

@@ -13,7 +13,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from lightning_peft import (
+    BEFT,
     IA3,
+    OFT,
     AdaLoRA,
     BitFit,
     Compacter,
@@ -23,6 +25,7 @@ from lightning_peft import (
     LoHa,
     LoKr,
     LoRA,
+    MiSS,
     NewTokens,
     ParallelAdapter,
     PEFTMethod,
@@ -149,6 +152,7 @@ Build = Callable[[], nn.Module]
 HEAD = ["up", "down"]
 CELLS: dict[str, tuple[Build, PEFTMethod | list[PEFTMethod], list[str] | None]] = {
     "AdaLoRA": (Text, AdaLoRA(init_r=3, target_r=2, tinit=1, tfinal=1), None),
+    "BEFT": (Text, BEFT(), None),
     "BitFit": (Text, BitFit(), None),
     "BitFit(create_missing=True)": (Text, BitFit(create_missing=True), None),
     "Compacter": (Text, Compacter(bottleneck=4), None),
@@ -160,7 +164,9 @@ CELLS: dict[str, tuple[Build, PEFTMethod | list[PEFTMethod], list[str] | None]] 
     "LoKr": (Text, LoKr(r=1, decompose_both=True), None),
     "LoRA": (Text, LoRA(r=2), None),
     'LoRA(init="pissa")': (Text, LoRA(r=2, init="pissa"), None),
+    "MiSS": (Text, MiSS(r=3), None),
     "NewTokens": (Text, NewTokens(token_indices=[1, 2, 9]), None),
+    "OFT": (Text, OFT(block_size=4), None),
     "ParallelAdapter": (Text, ParallelAdapter(bottleneck=4), None),
     "PrefixTuning": (Text, PrefixTuning(num_virtual_tokens=3), None),
     "PrefixTuning(prefix_projection=True)": (
@@ -220,9 +226,10 @@ REASONS: dict[str, str] = {
     "the MLP of the prefix is in shards, unless it is injected after": "in shards, and cannot be folded",
     "a prefix is for all heads": "Tensor parallelism has split .* for all of them",
     "it starts from weights in shards, unless it is injected before": "computed here: its weights are in shards",
+    "it rotates inputs that are whole": "'oft_R' is split beside",
     "what is trained is whole on every process": "keeps what is trained whole on every process",
 }
-GRADIENTS, CALLS, _, SHARDS, HEADS, START, WHOLE = REASONS
+GRADIENTS, CALLS, _, SHARDS, HEADS, START, ROTATED, WHOLE = REASONS
 PREFIXES = ("PrefixTuning", "PrefixTuning(prefix_projection=True)", "PrefixTuning with ParallelAdapter")
 REFUSED: dict[tuple[str, str], str] = {
     **{(base, "AdaLoRA"): GRADIENTS for base in STAGES},
@@ -231,6 +238,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("fsdp", "FullFinetuning"): WHOLE,
     ("fsdp2", "PrefixTuning(prefix_projection=True)"): SHARDS,
     **{("tensor", cell): HEADS for cell in PREFIXES},
+    ("tensor", "OFT"): ROTATED,
     ("fsdp2_late", "PromptTuning(every_layer=True)"): START,
 }
 # New biases are merged where the layers are whole: a parameter that comes new into shards belongs to none.

@@ -15,7 +15,9 @@ from families import build, outputs
 from strangers import unsealed
 
 from lightning_peft import (
+    BEFT,
     IA3,
+    OFT,
     AdaLoRA,
     Compacter,
     DoRA,
@@ -23,6 +25,7 @@ from lightning_peft import (
     LoHa,
     LoKr,
     LoRA,
+    MiSS,
     ParallelAdapter,
     PEFTError,
     PEFTMethod,
@@ -49,6 +52,9 @@ METHODS: dict[str, PEFTMethod | list[PEFTMethod]] = {
     "adalora": AdaLoRA(),
     "loha": LoHa(r=2),
     "lokr": LoKr(r=2),
+    "oft": OFT(block_size=4),
+    "miss": MiSS(r=4, mini_r=2),
+    "beft": BEFT(),
     "norms": LayerNormTuning(),
     "two": [LoRA(r=2, target_modules="attention"), SeriesAdapter(bottleneck=4, target_modules="mlp")],
 }

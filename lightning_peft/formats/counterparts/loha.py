@@ -17,6 +17,7 @@ class LoHaInHF(Counterpart):
 
     method = LoHa
     peft_type = "LOHA"
+    on_conv1d = False
     keys = frozenset({"r", "alpha", "rank_dropout", "module_dropout", "use_effective_conv2d"})
     plain: ClassVar[Mapping[str, tuple[Any, ...]]] = {"rank_pattern": ({}, None), "alpha_pattern": ({}, None)}
     parameters: ClassVar[Mapping[str, str]] = {

@@ -22,6 +22,7 @@ class LoKrInHF(Counterpart):
 
     method = LoKr
     peft_type = "LOKR"
+    on_conv1d = False
     keys = frozenset(
         {
             "r",
