@@ -59,7 +59,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 """Commands that need no Trainer."""
 _WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
-    "reader": ("--for", {"type": str, "help": f"Who is to read it: {', '.join(READERS)}."}),
+    "reader": ("--for", {"dest": "reader", "type": str, "help": f"Who is to read it: {', '.join(READERS)}."}),
     "private": ("--private", {"action": "store_true", "help": "Make a repository that others do not see."}),
     "json": ("--json", {"action": "store_true", "help": "Print JSON, for programs."}),
     "words": ("words", {"nargs": "*", "help": "Nothing, or `copy NAME`.", "metavar": "copy NAME"}),
@@ -186,7 +186,7 @@ class PEFTCLI(LightningCLI):
             command.add_function_arguments(function, as_group=False, as_positional=True, skip=set(_WRITTEN))
             for argument, (option, how) in _WRITTEN.items():
                 if argument in signature(function).parameters:
-                    command.add_argument(option, **({"dest": argument} if option.startswith("-") else {}), **how)
+                    command.add_argument(option, **how)
             commands.add_subcommand(name, command, help=summary)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
