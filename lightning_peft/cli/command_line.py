@@ -26,17 +26,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import lightning_peft.callbacks
 import lightning_peft.tasks  # noqa: F401
 from lightning_peft.callbacks import PredictionWriter
-from lightning_peft.cli import commands
-from lightning_peft.cli.chat import chat
-from lightning_peft.cli.combine import combine
-from lightning_peft.cli.compare import diff, verify
-from lightning_peft.cli.configs import configs
-from lightning_peft.cli.convert import convert
 from lightning_peft.cli.errors import method_error
-from lightning_peft.cli.export import export
-from lightning_peft.cli.merge import merge
 from lightning_peft.cli.plan import show_plan
-from lightning_peft.cli.push import push
+from lightning_peft.cli.tools.analyse import analyse
+from lightning_peft.cli.tools.chat import chat
+from lightning_peft.cli.tools.combine import combine
+from lightning_peft.cli.tools.compare import diff, verify
+from lightning_peft.cli.tools.configs import configs
+from lightning_peft.cli.tools.convert import convert
+from lightning_peft.cli.tools.export import export
+from lightning_peft.cli.tools.inspect import inspect
+from lightning_peft.cli.tools.merge import merge
+from lightning_peft.cli.tools.push import push
 from lightning_peft.core.method import registered_methods
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.serving.readers import READERS
@@ -48,7 +49,8 @@ DESCRIPTION = "Parameter-efficient fine-tuning for any LightningModule, as one T
 COMMANDS: dict[str, Callable[..., None]] = {
     "configs": configs,
     "chat": chat,
-    "inspect": commands.inspect,
+    "inspect": inspect,
+    "analyse": analyse,
     "merge": merge,
     "export": export,
     "convert": convert,
@@ -62,6 +64,7 @@ _WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
     "reader": ("--for", {"dest": "reader", "type": str, "help": f"Who is to read it: {', '.join(READERS)}."}),
     "private": ("--private", {"action": "store_true", "help": "Make a repository that others do not see."}),
     "json": ("--json", {"action": "store_true", "help": "Print JSON, for programs."}),
+    "other": ("other", {"nargs": "?", "help": "Another adapter directory, to compare with."}),
     "words": ("words", {"nargs": "*", "help": "Nothing, or `copy NAME`.", "metavar": "copy NAME"}),
 }
 """Arguments whose options are written in a way of their own."""

@@ -25,12 +25,12 @@ _ROOMS = {
     "storage": "base_weights checkpoint fingerprint parts state",
     "strategy": "bases restore",
     "strategy.optimizers": "optim param_groups schedule",
-    "cli": "commands",
 }
 MOVED = {
     **{name: f"{room}.{name}" for room, names in _ROOMS.items() for name in names.split()},
     "bottleneck_rows": "adapters.bottleneck.rows",
     "cli_errors": "cli.errors",
+    "commands": "cli.tools.inspect",
     "formats.files": "files.contents",
     "planning.command": "cli.plan",
     **{f"tasks.{name}": f"tasks.answers.{name}" for name in ("answer_loss", "generation")},

@@ -69,7 +69,7 @@ def to_lora(model: nn.Module, *, rank: int | None = None, energy: float | None =
     for name, host, slot in view.slots:
         if (adapter := slot.active_adapter) is None:
             continue
-        changes[name], bias = _change(name, host, adapter)
+        changes[name], bias = change_of_weight(name, host, adapter)
         left += [f"{name}.bias"] if bias else []
     made = _made(changes, rank, energy)
     eject(model)
@@ -137,8 +137,12 @@ def _has_room(module: nn.Module) -> bool:
     return is_linear(module) or isinstance(module, nn.Embedding)
 
 
-def _change(name: str, host: nn.Module, adapter: Adapter) -> tuple[Tensor, bool]:
-    """Return the change of the weight ``[out, in]``, and whether the bias changes too."""
+def change_of_weight(name: str, host: nn.Module, adapter: Adapter) -> tuple[Tensor, bool]:
+    """Return the change of the weight ``[out, in]``, and whether the bias changes too.
+
+    Raises:
+        PEFTError: The adapter is no change of the weight of a linear layer or an embedding.
+    """
     if adapter.replaces or not can_merge(host, adapter) or not _has_room(host):
         raise PEFTError(
             f"The {type(adapter).__name__} of {name!r} is no change of the weight of a linear layer or an embedding, "

@@ -454,11 +454,11 @@ def test_where_a_merge_is_written_is_checked_before_the_work(tmp_path: Path, mon
     command = ["merge", str(tmp_path / "adapter"), f"--model={tmp_path / 'base'}"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    monkeypatch.setattr("lightning_peft.cli.merge.stream_tensors", None)
+    monkeypatch.setattr("lightning_peft.cli.tools.merge.stream_tensors", None)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     assert "has room for" in refused([*command, f"--out={tmp_path / 'full'}"])
     assert not (tmp_path / "full").exists()
-    monkeypatch.setattr("lightning_peft.cli.merge.meta_model", None)
+    monkeypatch.setattr("lightning_peft.cli.tools.merge.meta_model", None)
     assert "was not written by lightning_peft" in refused([*command, f"--out={tmp_path / 'mine'}"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "mine"]
 

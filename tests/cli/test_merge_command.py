@@ -14,7 +14,7 @@ from families import build, randomise
 from launch import run_script
 from safetensors import safe_open
 
-import lightning_peft.cli.merge as command
+import lightning_peft.cli.tools.merge as command
 from lightning_peft import LoRA, PEFTError, inject, save_adapter
 
 IDS = torch.arange(2, 10)[None]

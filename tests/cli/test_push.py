@@ -14,7 +14,7 @@ from families import build
 from huggingface_hub import ModelCard
 
 from lightning_peft import LoRA, PEFTError, SeriesAdapter, inject, save_adapter
-from lightning_peft.cli.push import push
+from lightning_peft.cli.tools.push import push
 
 
 def saved(path: Path, method: Any, **options: Any) -> Path:

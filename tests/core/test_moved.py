@@ -51,6 +51,7 @@ OLD = sorted(f"{package}.{name}".strip(".") for package, names in MODULES.items(
 OTHERWISE_CALLED = {
     "bottleneck_rows": "rows",
     "cli_errors": "errors",
+    "commands": "inspect",
     "formats.files": "contents",
     "planning.command": "plan",
 }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_peft import LoRA, PEFTError, inject, load_adapter, save_adapter
 from lightning_peft.cli import main
-from lightning_peft.cli.export import export
+from lightning_peft.cli.tools.export import export
 
 PATTERNS: dict[str, Any] = {
     "use_rslora": True,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_peft import LoRA, PEFTError, inject, load_adapter, save_adapter
-from lightning_peft.cli.export import export
+from lightning_peft.cli.tools.export import export
 
 EXPERTS = 4
 MIXTRAL, QWEN = ("block_sparse_moe", "w1", "w3", "w2"), ("mlp", "gate_proj", "up_proj", "down_proj")

@@ -11,7 +11,7 @@ from families import build, outputs, randomise
 
 from lightning_peft import PEFTError
 from lightning_peft.cli import main
-from lightning_peft.cli.export import export
+from lightning_peft.cli.tools.export import export
 from lightning_peft.formats.serving import RANKS
 from lightning_peft.formats.serving.readers import READERS
 

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "formats.serving": "formats formats.counterparts",
     "storage": "tensors core structure targets operations files formats",
     "planning": "core structure adapters.virtual_tokens",
+    "analysis": "tensors core adapters.low_rank operations files formats formats.counterparts",
     "callbacks": "tensors core structure files formats formats.serving storage",
     "strategy": "tensors core structure targets operations files formats formats.peft_config storage callbacks "
     "strategy.optimizers strategy.bases",
@@ -43,9 +44,9 @@ MAY_IMPORT = {
     "tasks.data": "adapters.virtual_tokens tasks.batches tasks.pretrained",
     "tasks.batches": "tensors adapters.virtual_tokens",
     "tasks.pretrained": "",
-    "cli": "core operations files formats formats.serving storage planning callbacks strategy strategy.bases tasks "
-    "tasks.batches "
-    "tasks.pretrained",
+    "cli": "core operations formats.serving planning callbacks strategy strategy.bases tasks tasks.pretrained "
+    "cli.tools",
+    "cli.tools": "core operations files formats formats.serving storage analysis tasks.batches tasks.pretrained",
 }
 KNOW_LIGHTNING = {
     "callbacks",

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from lightning_peft.cli.merge import merge
+from lightning_peft.cli.tools.merge import merge
 
 
 def peak() -> int:

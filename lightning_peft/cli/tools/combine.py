@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_peft.cli.commands import base_name, model_class, refuse_place
-from lightning_peft.cli.merge import mapped
+from lightning_peft.cli.tools.inspect import base_name, model_class, refuse_place
+from lightning_peft.cli.tools.merge import mapped
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.combine import How
 from lightning_peft.operations.combine import combine as combine_adapters

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import transformers
 
-from lightning_peft.cli.commands import base_name, model_class, refuse_place
+from lightning_peft.cli.tools.inspect import base_name, model_class, refuse_place
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import read_json
 from lightning_peft.formats.content import CONFIG_FILE

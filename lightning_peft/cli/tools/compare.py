@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_peft.cli.commands import base_name, model_class
-from lightning_peft.cli.merge import mapped
+from lightning_peft.cli.tools.inspect import base_name, model_class
+from lightning_peft.cli.tools.merge import mapped
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError, listed
 from lightning_peft.files.contents import read_tensors

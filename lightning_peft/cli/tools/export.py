@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.cli.commands import refuse_place
+from lightning_peft.cli.tools.inspect import refuse_place
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import MARKER, read_tensors, write_json, write_tensors
 from lightning_peft.files.leftovers import restore_interrupted

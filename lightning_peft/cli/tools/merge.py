@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_peft.cli.commands import base_name, model_class
+from lightning_peft.cli.tools.inspect import base_name, model_class
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.registry import changed, trained_whole
 from lightning_peft.core.view import ModelView
