@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import CHILD, clean_name
 from lightning_peft.core.method import method_from_config
-from lightning_peft.core.registry import changed, note_moved, required, restore_changed, trains_everything
+from lightning_peft.core.registry import changed, differs, note_moved, required, restore_changed, trains_everything
 from lightning_peft.core.view import ModelView, own_state
 from lightning_peft.errors import PEFTError, StateError
 from lightning_peft.operations.inject import activate as activate_in
@@ -106,6 +106,7 @@ def apply(checkpoint: Mapping[str, Any], model: ModelView, strict: bool = True) 
             "no copies were kept: they stay as they are now. Load the checkpoint into a new module.",
             stacklevel=2,
         )
+    _refuse_tied(base, model, source)
     if base or saved.get("full"):
         missing, extra = _apply_base(base, model, source)
         if strict and saved.get("full") and (missing or extra):
@@ -126,6 +127,23 @@ def _in_base(model: ModelView, name: str) -> bool:
     owner, _, leaf = name.rpartition(".")
     module = model.modules.get(model.aliases.get(owner, owner))
     return module is not None and (leaf in module._parameters or leaf in module._buffers or leaf in own_state(module))
+
+
+def _refuse_tied(base: Mapping[str, Any], model: ModelView, source: str) -> None:
+    """Check that ``base`` has no value for what is one weight with another here and was not where it was written.
+
+    Raises:
+        PEFTError: It has; the other would get that value too.
+    """
+    first = {id(parameter): name for name, parameter in model.parameters.items()}
+    for name in base.keys() - first.keys():
+        weight = model.parameter(name)
+        other = first.get(id(weight), name)
+        if weight is not None and other not in {name, *base} and differs(weight, base[name]):
+            raise PEFTError(
+                f"{source} has {name!r} by itself, which is one weight with {other!r} here: a run has untied them. "
+                "Untie them where the module is made, in __init__ or configure_model."
+            )
 
 
 def _is_in_pieces(model: ModelView) -> bool:
