@@ -33,6 +33,7 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, path: str) -> None:
         super().__init__(write_interval="batch")
         self.path = Path(path)
+        self._last: Sequence[int] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a place that cannot be written before the work."""
@@ -55,12 +56,20 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         """Add the predictions of a batch to this process's part."""
         values = _plain(prediction)
-        if not isinstance(values, list) or batch_indices is None or len(values) != len(batch_indices):
+        # Of a stream there are none, or still those of the batch before it.
+        if not batch_indices or batch_indices is self._last:
             raise PEFTError(
-                f"predict_step returned {type(prediction).__name__} for batch {batch_idx}; expected a list or a tensor "
-                "with one prediction for each example, and a dataset with a length: of a stream, Lightning does not "
-                "know which examples a batch has"
+                f"{self.path} is to have predictions in the order of the data, and of a stream, or of a sampler of "
+                "batches of its own, Lightning does not know which examples a batch has; expected a dataset with a "
+                "length. Or write them in predict_step"
             )
+        if not isinstance(values, list) or len(values) != len(batch_indices):
+            number = f"{len(values)} predictions" if isinstance(values, list) else type(prediction).__name__
+            raise PEFTError(
+                f"predict_step returned {number} for batch {batch_idx}; expected a list or a tensor with one "
+                f"prediction for each of its {len(batch_indices)} examples"
+            )
+        self._last = batch_indices
         with self._part(trainer.global_rank).open("a", encoding="utf-8") as file:
             for index, value in zip(batch_indices, values, strict=True):
                 file.write(json.dumps([dataloader_idx, index, value]) + "\n")

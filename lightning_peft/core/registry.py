@@ -136,8 +136,8 @@ def changed(model: ModelView) -> Iterator[tuple[str, Tensor, Tensor | None]]:
             if new and lead + name not in known:
                 yield lead + name, buffer, before
             known.add(lead + name)
-        parameters = part.parameters if registry.moved else {}
-        yield from ((lead + name, parameters[name], None) for name in parameters if name in registry.moved)
+        moved = {name: part.parameter(name) for name in sorted(registry.moved)}
+        yield from ((lead + name, p, None) for name, p in moved.items() if p is not None)
 
 
 def added(model: ModelView) -> set[str]:

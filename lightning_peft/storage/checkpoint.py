@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import CHILD, clean_name
 from lightning_peft.core.method import method_from_config
-from lightning_peft.core.registry import changed, note_moved, required, restore_changed, trains_everything
+from lightning_peft.core.registry import changed, differs, note_moved, required, restore_changed, trains_everything
 from lightning_peft.core.view import ModelView, own_state
 from lightning_peft.errors import PEFTError, StateError
 from lightning_peft.operations.inject import activate as activate_in
@@ -38,14 +38,16 @@ _INJECTION_KEYS = {"adapters", "active", "train_also", "base"}
 
 
 def finish(checkpoint: dict[str, Any], model: ModelView, full: bool) -> None:
-    """Add what tells this checkpoint's adapters apart, and take out whatever is not adapter state unless ``full``.
+    """Add what tells this checkpoint's adapters apart, and take out frozen weights unless ``full``.
+
+    What a hook has put in that is none of the model's tensors stays: it is for another hook to take out.
 
     Raises:
         PEFTError: An adapter tensor is missing: a hook changed ``checkpoint["state_dict"]``.
     """
     extra = extra_state(model)
     checkpoint[KEY] = {**metadata(model), "full": full, EXTRA: extra}
-    state = {clean_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
+    state = {clean_name(name): tensor for name, tensor in checkpoint.setdefault("state_dict", {}).items()}
     trained = adapter_parameters_and_whole(model).keys()
     if missing := sorted(trained - state.keys()):
         raise PEFTError(
@@ -57,7 +59,21 @@ def finish(checkpoint: dict[str, Any], model: ModelView, full: bool) -> None:
     elif not full:
         # Hooks that take frozen weights out take with them what has changed of the rest.
         state = {**{name: tensor.detach() for name, tensor, _ in changed(model)}, **state}
-        checkpoint["state_dict"] = {name: state[name] for name in saved_tensors(model)}
+        saved = {name: state.pop(name) for name in saved_tensors(model)}
+        others = {name: value for name, value in state.items() if name not in by_name(extra)}
+        checkpoint["state_dict"] = {**saved, **_of_hooks(others, model)}
+
+
+def _of_hooks(state: Mapping[str, Any], model: ModelView) -> dict[str, Any]:
+    """Return what of ``state`` is none of the tensors of ``model``, by whatever name."""
+    others = {name: value for name, value in state.items() if not _in_base(model, name)}
+    own = {memory for tensor in model.tensors.values() if (memory := _memory(tensor))} if others else set()
+    return {name: value for name, value in others.items() if _memory(value) not in own}
+
+
+def _memory(value: Any) -> int | None:
+    """Return where a tensor is that has memory of its own."""
+    return value.data_ptr() if type(value) in (Tensor, nn.Parameter) else None
 
 
 def trained(checkpoint: Mapping[str, Any], model: ModelView) -> dict[str, Tensor]:
@@ -99,13 +115,15 @@ def apply(checkpoint: Mapping[str, Any], model: ModelView, strict: bool = True) 
     names = adapter_parameters_and_whole(model).keys()
     # What has changed of the base, all of it in a full checkpoint, and what on_load_checkpoint has put in.
     base = {n: t for n, t in state.items() if n not in names and (saved.get("full") or _in_base(model, n))}
-    load_adapter_state_dict(model, {n: tensor for n, tensor in state.items() if n not in base}, source)
+    adapters = {n: t for n, t in state.items() if n not in base and (strict or n in names or CHILD in n.split("."))}
+    load_adapter_state_dict(model, adapters, source)
     if unknown := restore_changed(model, but_for=base.keys()):
         warnings.warn(
             f"{source} was written before {unknown[0]!r} and {len(unknown) - 1} other frozen tensors changed, of which "
             "no copies were kept: they stay as they are now. Load the checkpoint into a new module.",
             stacklevel=2,
         )
+    _refuse_tied(base, model, source)
     if base or saved.get("full"):
         missing, extra = _apply_base(base, model, source)
         if strict and saved.get("full") and (missing or extra):
@@ -126,6 +144,23 @@ def _in_base(model: ModelView, name: str) -> bool:
     owner, _, leaf = name.rpartition(".")
     module = model.modules.get(model.aliases.get(owner, owner))
     return module is not None and (leaf in module._parameters or leaf in module._buffers or leaf in own_state(module))
+
+
+def _refuse_tied(base: Mapping[str, Any], model: ModelView, source: str) -> None:
+    """Check that ``base`` has no value for what is one weight with another here and was not where it was written.
+
+    Raises:
+        PEFTError: It has; the other would get that value too.
+    """
+    first = {id(parameter): name for name, parameter in model.parameters.items()}
+    for name in base.keys() - first.keys():
+        weight = model.parameter(name)
+        other = first.get(id(weight), name)
+        if weight is not None and other not in {name, *base} and differs(weight, base[name]):
+            raise PEFTError(
+                f"{source} has {name!r} by itself, which is one weight with {other!r} here: a run has untied them. "
+                "Untie them where the module is made, in __init__ or configure_model."
+            )
 
 
 def _is_in_pieces(model: ModelView) -> bool:

@@ -24,7 +24,8 @@ from lightning_peft.storage.readable import TRAINER_STATE, reading
 from lightning_peft.storage.saving import FILES, about, write_adapters
 
 _PLACES = "tensors"
-_SPARSE = "sparse"
+_OTHERS = "sparse"
+"""Under it is what has no place beside the adapters: sparse tensors, and what hooks of the run have added."""
 
 
 class AdapterDirectory:
@@ -44,8 +45,9 @@ def write_directory(checkpoint: Mapping[str, Any], path: str | os.PathLike[str],
     sparse = {n: t for n, t in state.items() if isinstance(t, Tensor) and t.layout is not torch.strided}
     with atomic_directory(path) as directory:
         places = write_adapters(directory, model, {n: t for n, t in state.items() if n not in sparse})
+        others = {name: value for name, value in state.items() if name not in places}
         with (directory / TRAINER_STATE).open("wb") as file:
-            torch.save({**rest, KEY: {**checkpoint[KEY], _PLACES: places, _SPARSE: sparse}}, file)
+            torch.save({**rest, KEY: {**checkpoint[KEY], _PLACES: places, _OTHERS: others}}, file)
         write_manifest(directory, about(model, checkpoint))
 
 
@@ -90,7 +92,7 @@ def read_directory(
     with reading(file):
         checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only is not False)
     saved = checkpoint_metadata(checkpoint)
-    state: dict[str, Tensor] = {**read_adapters(directory, saved[_PLACES]), **saved.get(_SPARSE, {})}
+    state: dict[str, Tensor] = {**read_adapters(directory, saved[_PLACES]), **saved.get(_OTHERS, {})}
     return {**checkpoint, "state_dict": state}
 
 

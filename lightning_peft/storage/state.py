@@ -101,11 +101,17 @@ def check_tensors(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], so
     missing, extra = sorted(targets.keys() - state.keys()), sorted(state.keys() - targets.keys())
     if missing or extra:
         near = difflib.get_close_matches(missing[0], extra, n=1) if missing else []
+        added = [name for name in extra if CHILD not in name.split(".")]
         raise PEFTError(
             f"{source} does not fit this model's adapters."
             + (f" Missing: {listed(missing)}." if missing else "")
             + (f" Superfluous: {listed(extra)}." if extra else "")
             + (f" Is {near[0]!r} meant for {missing[0]!r}?" if near else "")
+            + (
+                f" The model had {added[0]!r} when it was written: make it in __init__ or configure_model."
+                if added
+                else ""
+            )
             + " Use the method and the targets that it was written with."
         )
     for name, target in targets.items():

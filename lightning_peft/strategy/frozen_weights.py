@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -27,14 +30,16 @@ class FrozenWeights:
 
     def changed(self, model: ModelView) -> set[str]:
         """Return the names of frozen weights of ``model`` that have changed since, or are new."""
-        now = _sums(model)
+        # One that another was put in the place of is there by a further name.
+        tied = {n: p for n in self._names - model.parameters.keys() if (p := model.parameter(n)) is not None}
+        now = _sums(model, tied)
         return {name for name, value in now.items() if value != self._sums.get(name, value) or name not in self._names}
 
 
-def _sums(model: ModelView) -> dict[str, int]:
+def _sums(model: ModelView, more: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, int]:
     trained = {name for name, _, _ in trained_whole(model)}
     found: dict[torch.device, dict[str, Tensor]] = {}
-    for name, weight in model.parameters.items():
+    for name, weight in {**model.parameters, **more}.items():
         if name not in trained and _is_readable(weight):
             found.setdefault(weight.device, {})[name] = _sum(weight)
     # One transfer for each device, not one for each weight.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_peft.tensors.sharding import local_part
 
@@ -32,3 +32,10 @@ def _spans(tensors: Iterable[Tensor]) -> Iterator[tuple[str, int, int, int]]:
         reach = sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True)) + 1
         start = part.data_ptr()
         yield str(part.device), start, start + reach * part.element_size(), id(tensor)
+
+
+def is_expanded(tensor: Tensor | None) -> bool:
+    """Whether several elements of ``tensor`` lie in one place, as ``expand`` puts them."""
+    if tensor is None or tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    return any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))

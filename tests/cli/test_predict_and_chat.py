@@ -123,7 +123,7 @@ def test_predict_writes_records_with_what_was_predicted(
 
 
 class Doubles(L.LightningModule):
-    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
+    def predict_step(self, batch: torch.Tensor, batch_idx: int, dataloader_idx: int = 0) -> Any:
         return 2 * batch
 
 
@@ -137,6 +137,11 @@ class Odd(L.LightningModule):
         return "one text for a batch"
 
 
+class Summed(L.LightningModule):
+    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return batch.sum(0, keepdim=True)
+
+
 def test_any_module_can_be_asked(tmp_path: Path) -> None:
     writer = PredictionWriter(str(tmp_path / "new" / "out.jsonl"))
     trainer = L.Trainer(**QUIET, callbacks=[writer])
@@ -146,12 +151,14 @@ def test_any_module_can_be_asked(tmp_path: Path) -> None:
     ]
     with pytest.raises(PEFTError, match="predict_step returned str for batch 0; expected a list or a tensor"):
         trainer.predict(Odd(), DataLoader(torch.arange(5.0), batch_size=2))
+    with pytest.raises(PEFTError, match=r"returned 1 predictions for batch 0; expected .* each of its 2 examples"):
+        trainer.predict(Summed(), DataLoader(torch.arange(5.0), batch_size=2))
     with pytest.warns(UserWarning, match="hold NaN or infinity"):
         trainer.predict(Doubles(), DataLoader(torch.tensor([1.0, float("nan")])))
     written = (tmp_path / "new" / "out.jsonl").read_text()
     assert written.splitlines() == ['{"prediction": 2.0}', '{"prediction": null}']
-    with pytest.raises(PEFTError, match="of a stream, Lightning does not know which"):
-        trainer.predict(Doubles(), DataLoader(Stream(), batch_size=2))
+    with pytest.raises(PEFTError, match=r"of a stream, .* Lightning does not know which"):
+        trainer.predict(Doubles(), [DataLoader(torch.arange(2.0), batch_size=2), DataLoader(Stream(), batch_size=2)])
     with pytest.raises(PEFTError, match="is a directory; expected a file"):
         L.Trainer(**QUIET, callbacks=[PredictionWriter(str(tmp_path))]).predict(
             Doubles(), DataLoader(torch.arange(5.0))

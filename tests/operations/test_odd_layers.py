@@ -125,7 +125,13 @@ def packed(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
+def expanded(layer: nn.Linear) -> nn.Linear:
+    layer.weight = nn.Parameter(layer.weight.detach()[:, :1].expand(8, 8), requires_grad=False)
+    return layer
+
+
 UNMERGED: dict[str, tuple[nn.Module, str]] = {
+    "expanded": (expanded(nn.Linear(8, 8)), "elements of its weight lie in one place"),
     "grouped": (nn.Conv1d(8, 8, 3, groups=2), "it has several groups"),
     "complex": (nn.Linear(8, 8, dtype=torch.cfloat), "its weight is complex"),
     "quantised": (packed(nn.Linear(8, 8)), "its weight is quantised"),

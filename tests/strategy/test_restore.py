@@ -155,6 +155,33 @@ def test_hooks_may_change_the_state_on_both_ways(tmp_path: Path, kind: type) -> 
     assert seen == [names, names]
 
 
+class Adding(SteppedRegression):
+    """Puts an average of its own into the state, which it takes out again; and what it has there anyway."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] |= {"average": torch.arange(3.0), "own.bias": self.net[0].bias, **self.state_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.average = checkpoint["state_dict"].pop("average")
+
+
+@pytest.mark.parametrize("kind", [ModelCheckpoint, AdapterCheckpoint])
+def test_what_a_hook_puts_into_the_state_is_there_for_the_other_hook(tmp_path: Path, kind: type) -> None:
+    saver = kind(tmp_path, save_last=True, save_top_k=0)
+    trainer(tmp_path, PEFTStrategy(LoRA(r=2)), callbacks=[saver]).fit(module := Adding(), loader())
+    read = restore._load_file_or_directory(saver.last_model_path, weights_only=True)["state_dict"]
+    assert read.keys() == {*adapter_state_dict(module), "average"}
+    resumed = Adding()
+    trainer(tmp_path, PEFTStrategy(LoRA(r=2)), max_epochs=2).fit(resumed, loader(), ckpt_path=saver.last_model_path)
+    loaded = Adding.load_from_checkpoint(saver.last_model_path)
+    torch.testing.assert_close(loaded(X), module(X))
+    assert loaded.average.tolist() == resumed.average.tolist() == [0.0, 1.0, 2.0]
+    with pytest.raises(PEFTError, match=r"Superfluous: average\. The model had 'average' when it was written"):
+        SteppedRegression.load_from_checkpoint(saver.last_model_path)
+    lenient = SteppedRegression.load_from_checkpoint(saver.last_model_path, strict=False)
+    torch.testing.assert_close(lenient(X), module(X))
+
+
 class Filtering(SteppedRegression):
     """Keeps what it has a place for, as a module does that is to load files with more in them."""
 

@@ -398,6 +398,57 @@ def test_whatever_writes_to_a_frozen_weight_is_noticed(
     torch.testing.assert_close(fresh(inputs()), expected, rtol=1e-5, atol=1e-5)
 
 
+class Square(SteppedRegression):
+    """Has two layers of one shape, which are tied or untied when it is built, or in a run."""
+
+    ties = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            self.net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 4))
+        if self.ties:
+            self.net[2].weight = self.net[0].weight
+
+
+class TyingLate(Square):
+    def on_fit_start(self) -> None:
+        self.net[2].weight = self.net[0].weight
+
+
+class UntyingLate(Square):
+    ties = True
+
+    def on_fit_start(self) -> None:
+        self.net[2].weight = nn.Parameter(torch.eye(8), requires_grad=False)
+
+
+def test_a_weight_that_is_tied_in_a_run_is_noticed(tmp_path: Path) -> None:
+    module = TyingLate()
+    run = trainer(tmp_path, lora(), enable_checkpointing=False)
+    with pytest.warns(UserWarning, match=r"1 frozen weights have changed.*net\.2\.weight"):
+        run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    run.save_checkpoint(tmp_path / "one", storage_options=AdapterDirectory())
+    load_adapter(fresh := TyingLate(), tmp_path / "one")
+    for loaded in (fresh, *(TyingLate.load_from_checkpoint(tmp_path / name) for name in ("one.ckpt", "one"))):
+        assert torch.equal(loaded(inputs()), module(inputs()))
+    whole = trainer(tmp_path, lora(), max_epochs=2)
+    whole.fit(uninterrupted := TyingLate(), loader())
+    trainer(tmp_path, lora(), max_epochs=2).fit(resumed := TyingLate(), loader(), ckpt_path=tmp_path / "one.ckpt")
+    assert torch.equal(resumed(inputs()), uninterrupted(inputs()))
+
+
+@pytest.mark.filterwarnings("ignore:1 parameters are new")
+def test_a_weight_that_is_untied_in_a_run_is_not_given_to_both(tmp_path: Path) -> None:
+    run = trainer(tmp_path, lora(), enable_checkpointing=False)
+    run.fit(UntyingLate(), loader())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(PEFTError, match=r"'net\.2\.weight' by itself.*one weight with 'net\.0\.weight'.*Untie them"):
+        UntyingLate.load_from_checkpoint(tmp_path / "one.ckpt")
+
+
 def test_a_merge_for_a_while_is_no_change(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     class Merging(Regression):
         def on_validation_start(self) -> None:

@@ -198,7 +198,8 @@ def _home(model: ModelView, name: str, homes: Mapping[int, dict[str, Any]]) -> d
                     return homes[id(parameter)]
     raise PEFTError(
         f"{name!r} is trained, but no optimizer from configure_optimizers holds it or a parameter of {host!r}. Give "
-        "the optimizer self.parameters(), or the adapters by requires_grad."
+        "the optimizer self.parameters(), or the adapters by requires_grad; or leave the module out, exclude_modules="
+        f"[{host!r}]."
     )
 
 
