@@ -427,7 +427,9 @@ def test_inspect_refuses_what_is_no_adapter(tmp_path: Path) -> None:
     assert "does not exist" in refused(["inspect", str(tmp_path / "nothing")])
     assert "adapter_config.json" in refused(["inspect", str(tmp_path)])
     (tmp_path / "text.ckpt").write_text("no checkpoint")
-    assert "cannot be read" in refused(["inspect", str(tmp_path / "text.ckpt")])
+    assert "is damaged or truncated, or no checkpoint" in refused(["inspect", str(tmp_path / "text.ckpt")])
+    torch.save({"state_dict": {}, "path": tmp_path}, tmp_path / "object.ckpt")
+    assert "holds more than tensors and plain values: pathlib" in refused(["inspect", str(tmp_path / "object.ckpt")])
     torch.save([1], tmp_path / "list.ckpt")
     assert "no Lightning checkpoint" in refused(["inspect", str(tmp_path / "list.ckpt")])
 

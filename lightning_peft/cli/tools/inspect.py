@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from json import dumps
 from math import prod
@@ -21,6 +20,7 @@ from lightning_peft.formats import own
 from lightning_peft.formats.configuration import read_config, read_marker
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
 from lightning_peft.storage.checkpoint import KEY
+from lightning_peft.storage.readable import check_sums, reading
 from lightning_peft.storage.saving import BESIDE_FILE
 
 # HF PEFT's task types, for adapters that do not say what class their base is.
@@ -120,11 +120,9 @@ def _own_methods(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any
 
 
 def _describe_checkpoint(file: Path) -> list[_Row]:
-    try:
+    with reading(file):
+        check_sums(file)
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise PEFTError(f"{file} cannot be read as a checkpoint of tensors and plain values: {reason}") from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
         raise PEFTError(f"{file} is no Lightning checkpoint: it has no state_dict.")
