@@ -18,14 +18,17 @@ _Switch = bool | None
 _OF_CONFIG: Mapping[str, Any] = {
     **dict.fromkeys(("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern"), _Names),
     **dict.fromkeys(("modules_to_save", "target_parameters"), list[str] | None),
-    **dict.fromkeys(("peft_type", "task_type", "base_model_name_or_path", "revision"), str | None),
+    **dict.fromkeys(("peft_type", "task_type", "base_model_name_or_path", "revision", "peft_version"), str | None),
     **dict.fromkeys(("r", "init_r", "target_r", "tinit", "tfinal", "deltaT"), int),
     **dict.fromkeys(("num_virtual_tokens", "projection_prng_key", "decompose_factor"), int),
+    **dict.fromkeys(("oft_block_size", "num_cayley_neumann_terms", "mini_r"), int),
     **dict.fromkeys(("total_step", "encoder_hidden_size", "num_layers", "token_dim"), int | None),
     **dict.fromkeys(("lora_alpha", "alpha", "beta1", "beta2", "orth_reg_weight", "d_initial"), float),
-    **dict.fromkeys(("lora_dropout", "vera_dropout", "rank_dropout", "module_dropout"), float),
+    **dict.fromkeys(("lora_dropout", "vera_dropout", "miss_dropout", "rank_dropout", "module_dropout"), float),
     **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "prefix_projection", "decompose_both"), _Switch),
-    **dict.fromkeys(("save_projection", "inference_mode", "use_effective_conv2d"), _Switch),
+    **dict.fromkeys(
+        ("save_projection", "inference_mode", "use_effective_conv2d", "block_share", "use_cayley_neumann"), _Switch
+    ),
     "rank_pattern": _Ranks,
     "alpha_pattern": dict[str, float] | None,
     "layers_to_transform": int | list[int] | None,

@@ -87,7 +87,7 @@ class OFT(PEFTMethod):
     Args:
         block_size: Features that are rotated together; where they do not divide a layer's inputs, the nearest number
             that does.
-        r: The number of blocks of a layer, in place of their size.
+        r: The number of blocks of a layer; then ``block_size`` is without meaning, and 0.
         block_share: Have all blocks of a layer share one rotation.
         use_cayley_neumann: Rotate by the first terms of a series, without an inverse: faster, and a rotation as long
             as the angles are small. Without it, rotations are exact whatever the angles.
@@ -104,7 +104,7 @@ class OFT(PEFTMethod):
     count: ClassVar[str] = "Σ in (b - 1) / 2"
 
     block_size: int = 32
-    r: int | None = None
+    r: int = 0
     block_share: bool = False
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
@@ -113,10 +113,12 @@ class OFT(PEFTMethod):
     layers: list[int] | str | None = None
 
     def __post_init__(self) -> None:
-        for what, least in (("block_size", 2), ("r", 1)):
-            value = getattr(self, what)
-            if (what, value) != ("r", None) and not _is_whole(value, least):
-                raise PEFTError(f"OFT: {what}={value!r} was given; it is a whole number of at least {least}.")
+        if not _is_whole(self.r, 0):
+            raise PEFTError(f"OFT: r={self.r!r} was given; it is a number of blocks, or 0.")
+        if self.r:
+            object.__setattr__(self, "block_size", 0)
+        elif not _is_whole(self.block_size, 2):
+            raise PEFTError(f"OFT: block_size={self.block_size!r} was given; it is a whole number of at least 2.")
         terms = self.num_cayley_neumann_terms
         if not _is_whole(terms, 4) or terms > _MOST_TERMS:
             raise PEFTError(
@@ -139,17 +141,17 @@ class OFT(PEFTMethod):
         terms = self.num_cayley_neumann_terms if self.use_cayley_neumann else None
         if others := [name for name, host in hosts.items() if not self._divides(host)]:
             sizes = listed(f"{name!r} ({self.size(hosts[name])})" for name in others)
-            asked = f"block_size={self.block_size}" if self.r is None else f"r={self.r}"
+            asked = f"r={self.r}" if self.r else f"block_size={self.block_size}"
             model.remark(f"OFT: {asked} does not divide the inputs of all layers; blocks have other sizes in {sizes}.")
         return {name: OFTAdapter(host, self.size(host), self.block_share, terms) for name, host in hosts.items()}
 
     def size(self, host: nn.Module) -> int:
         """Return the size of the blocks beside ``host``, which HF PEFT's files do not say either."""
         d_in = features(host)[0]
-        return nearest_divisor(d_in, self.block_size) if self.r is None else d_in // nearest_divisor(d_in, self.r)
+        return d_in // nearest_divisor(d_in, self.r) if self.r else nearest_divisor(d_in, self.block_size)
 
     def _divides(self, host: nn.Module) -> bool:
-        return features(host)[0] % (self.block_size if self.r is None else self.r) == 0
+        return features(host)[0] % (self.r or self.block_size) == 0
 
     def _obstacle(self, name: str, host: nn.Module) -> str | None:
         if self.size(host) == 1:

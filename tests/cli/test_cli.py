@@ -298,7 +298,7 @@ WRONG_TYPES: dict[tuple[str, str, object], str] = {
     ("Compacter", "placement", "[layer]"): "Compacter: placement=['layer'] was given; one of 'attention', 'mlp' was",
     ("BitFit", "create_missing", "perhaps"): "BitFit: create_missing=perhaps was given; bool was expected.",
     ("LoRA", "alfa", 3): "LoRA has no 'alfa'. Did you mean 'alpha'? It has r, alpha, dropout,",
-    ("Compactor", "n", 4): "There is no method 'Compactor'. Did you mean 'Compacter'? Methods: AdaLoRA, BitFit,",
+    ("Compactor", "n", 4): "There is no method 'Compactor'. Did you mean 'Compacter'? Methods: AdaLoRA, BEFT,",
 }
 
 

@@ -45,7 +45,6 @@ REFUSED: dict[str, tuple[PEFTMethod, dict[str, Any]]] = {
     "aLoRA": (LoRA(r=2), {"alora_invocation_tokens": [3]}),
     "QALoRA": (LoRA(r=2), {"use_qalora": True}),
     "layers twice": (LoRA(r=2), {"layer_replication": [[0, 2], [1, 2]]}),
-    "CorDA": (LoRA(r=2), {"init_lora_weights": "corda"}),
     "AdaLoRA": (AdaLoRA(init_r=2, target_r=1), {"use_rslora": True}),
     "LoHa": (LoHa(r=2), {"rank_pattern": {"q_proj": 1}}),
     "VeRA": (VeRA(r=2), {"bias": "all"}),

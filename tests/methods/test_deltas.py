@@ -367,7 +367,7 @@ def test_oft_is_its_equation() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"block_size": 1}, {"r": 0}, {"num_cayley_neumann_terms": 3}, {"num_cayley_neumann_terms": 10**9}]
+    "options", [{"block_size": 1}, {"r": -1}, {"num_cayley_neumann_terms": 3}, {"num_cayley_neumann_terms": 10**9}]
 )
 def test_oft_refuses(options: dict[str, Any]) -> None:
     with pytest.raises(PEFTError, match=f"OFT: {next(iter(options))}="):

@@ -39,7 +39,8 @@ KEYS = frozenset(
     }
 )
 PLAIN: dict[str, tuple[Any, ...]] = {
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    # The base is as it was under all of these.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
     "enable_lora": (None,),
     **dict.fromkeys(
         (
@@ -56,6 +57,14 @@ _ALONE: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "trainable_token_indices": (None, {}, []),
 }
+
+
+_CHANGING = ("corda", "lora_ga", "loftq")
+
+
+def changes_base(init: Any) -> bool:
+    """Whether HF PEFT changes the base's weights where adapters start so: their file is nothing without that change."""
+    return is_principal(str(init)) or init in _CHANGING
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class LoRAInHF(Counterpart):
 
     def reads(self, config: Mapping[str, Any]) -> bool:
         """Tell LoRA and DoRA apart."""
-        plain = self.use_dora or not is_principal(str(config.get("init_lora_weights")))
+        plain = self.use_dora or not changes_base(config.get("init_lora_weights"))
         return bool(config.get("use_dora", False)) == self.use_dora and UNSAID not in config and plain
 
     def parameters_of(self, module: nn.Module, method: Any) -> Mapping[str, str]:

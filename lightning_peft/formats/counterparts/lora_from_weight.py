@@ -17,7 +17,7 @@ from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.counterpart import PREFIX, UNSAID, Shapes
-from lightning_peft.formats.counterparts.lora import KEYS, PLAIN, LoRAInHF
+from lightning_peft.formats.counterparts.lora import KEYS, PLAIN, LoRAInHF, changes_base
 from lightning_peft.formats.pieces import piece
 from lightning_peft.methods.lora import LoRA
 
@@ -81,17 +81,22 @@ class UnconvertedLoRAInHF(LoRAInHF):
 
     def reads(self, config: Mapping[str, Any]) -> bool:
         """Whether a configuration names such a start, and does not come from here."""
-        named = is_principal(str(config.get("init_lora_weights")))
-        return named and not config.get("use_dora") and UNSAID not in config
+        return changes_base(config.get("init_lora_weights")) and not config.get("use_dora") and UNSAID not in config
 
     def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the LoRA, whose adapters find the start in the weights of ``root``."""
         init = str(config["init_lora_weights"])
+        if init == "loftq":
+            raise PEFTError(
+                f"{source} was trained from init_lora_weights='loftq', beside weights that HF PEFT had quantised and "
+                "changed to what that left of them: beside others its outputs are others. Make a plain model of it "
+                "there, by PeftModel.from_pretrained(base, path).merge_and_unload()."
+            )
         if init not in ("pissa", "olora"):
             raise PEFTError(
-                f"{source} was trained from init_lora_weights={init!r}, whose start HF PEFT draws at random and this "
-                "file does not hold: no reader can tell what was trained. Write it as plain LoRA there, by "
-                "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+                f"{source} was trained from init_lora_weights={init!r}, whose start HF PEFT took out of the weights "
+                "and this file does not hold, nor can it be worked out again: no reader can tell what was trained. "
+                "Write it as plain LoRA there, by save_pretrained(..., path_initial_model_for_weight_conversion=...)."
             )
         plain = super().read(root, {**config, "init_lora_weights": True}, shapes, source)
         assert isinstance(plain, LoRA)

@@ -12,7 +12,7 @@ from lightning_peft.formats.counterpart import Counterpart, Shapes, targets_for_
 from lightning_peft.methods.oft import OFT
 from lightning_peft.targets.naming import targets_from
 
-_SAME = ("block_share", "use_cayley_neumann", "num_cayley_neumann_terms")
+_SAME = ("r", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms")
 _SERIES_SINCE = (0, 18)
 """The release of HF PEFT from which on the series is today's; earlier ones say none in their files."""
 
@@ -24,7 +24,7 @@ class OFTInHF(Counterpart):
     peft_type = "OFT"
     on_conv1d = False
     # Dropout of blocks is a key that HF PEFT does nothing with.
-    keys = frozenset({"r", "oft_block_size", "module_dropout", "eps", *_SAME})
+    keys = frozenset({"oft_block_size", "module_dropout", "eps", *_SAME})
     plain: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none",), "coft": (False,)}
     parameters: ClassVar[Mapping[str, str]] = {"oft_R.weight": "oft_R"}
 
@@ -32,8 +32,7 @@ class OFTInHF(Counterpart):
         """Return the hyper-parameters."""
         return {
             **{key: getattr(method, key) for key in _SAME},
-            "r": method.r or 0,
-            "oft_block_size": method.block_size if method.r is None else 0,
+            "oft_block_size": method.block_size,
             "target_modules": targets_for_hf(hosts, root),
             "bias": "none",
             # Without a version HF PEFT takes the series for that of an older one.
@@ -52,11 +51,9 @@ class OFTInHF(Counterpart):
                 f"{source} was trained with use_cayley_neumann before HF PEFT's release 0.18, which changed the "
                 "series: its outputs would be others. Merge it with the release that wrote it, or train it anew."
             )
-        r, size = config.get("r") or None, config["oft_block_size"]
         return OFT(
             **{key: config[key] for key in _SAME if key in config},
-            r=r,
-            block_size=OFT.block_size if r else size,
+            block_size=config["oft_block_size"],
             target_modules=targets_from(self.hosts(root, shapes, source), root),
         )
 

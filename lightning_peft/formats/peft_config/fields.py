@@ -11,13 +11,16 @@ from typing import Any
 
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.methods.adalora import AdaLoRA
+from lightning_peft.methods.beft import BEFT
 from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.layer_norm_tuning import LayerNormTuning
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.new_tokens import NewTokens
+from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.vera import VeRA
@@ -78,6 +81,16 @@ FIELDS: Mapping[str, Fields] = {
         {"vera_dropout": "dropout", "projection_prng_key": "projection_seed"},
         frozenset({"save_projection"}),
     ),
+    "OFT": Fields(
+        OFT,
+        ("r", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"),
+        {"oft_block_size": "block_size"},
+        # HF PEFT itself drops no blocks; the other is of interest only beside a field that is refused.
+        frozenset({"module_dropout", "eps"}),
+    ),
+    # Whether there are fewer columns, and their number, are read by hand.
+    "MISS": Fields(MiSS, ("r",), {"miss_dropout": "dropout"}, frozenset({"init_weights", "mini_r"})),
+    "BEFT": Fields(BEFT),
     "LN_TUNING": Fields(LayerNormTuning),
     "TRAINABLE_TOKENS": Fields(NewTokens, ("token_indices",)),
     "PREFIX_TUNING": Fields(PrefixTuning, ("num_virtual_tokens", "prefix_projection", "encoder_hidden_size")),

@@ -148,6 +148,8 @@ def _start(values: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:
     """Return where the values of a new adapter begin."""
     if kind == "PROMPT_TUNING":
         return _prompt(values)
+    if kind == "MISS":
+        return _shards(values, name)
     init = values.get("init_lora_weights", True)
     if (kind == "ADALORA" and init is True) or kind != "LORA":
         return {}
@@ -158,6 +160,12 @@ def _start(values: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:
     raise PEFTError(
         f"{name} has init_lora_weights={init!r}; True, 'gaussian', 'pissa', 'pissa_niter_N' and 'olora' can be read."
     )
+
+
+def _shards(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if values["init_weights"] not in (True, "mini"):
+        raise PEFTError(f"{name} has init_weights={values['init_weights']!r}; True and 'mini' can be read.")
+    return {"mini_r": values["mini_r"]} if values["init_weights"] == "mini" else {}
 
 
 def _prompt(values: Mapping[str, Any]) -> dict[str, Any]:
