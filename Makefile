@@ -6,12 +6,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 INSTALLED := $(VENV)/.installed
 BENCH := $(VENV)/.bench
 MUTMUT := $(VENV)/.mutmut
+MKDOCS := $(VENV)/.mkdocs
 
 # Nothing here may wait for a model hub: the data and the model come with installed packages.
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart quickstart-fast test test-slow coverage mutants fuzz compat test-gpu bench lint format clean
+.PHONY: help install quickstart quickstart-fast test test-slow coverage mutants fuzz compat test-gpu bench docs lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -97,6 +98,14 @@ $(BENCH): $(INSTALLED)
 bench: $(BENCH) ## Measure speed and memory beside other implementations (a quarter of an hour); BENCH_ARGS=--quick
 	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks $(BENCH_ARGS)
 
+$(MKDOCS): $(INSTALLED)
+	@echo "==> $(VENV): installing what makes the documentation's site"
+	@$(PIP) --editable '.[docs]'
+	@touch $@
+
+docs: $(MKDOCS) ## Build the documentation as a site in .site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file examples/mkdocs.yml
+
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -107,5 +116,5 @@ format: $(INSTALLED) ## Rewrite the sources in the project's style
 	$(BIN)/ruff format .
 
 clean: ## Remove .venv and everything that was built or written by a run
-	rm -rf $(VENV) .compat .mutants build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .quickstart .bench lightning_logs
+	rm -rf $(VENV) .compat .mutants .site build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .quickstart .bench lightning_logs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -46,17 +46,15 @@ def combine(
     The methods are those of HF PEFT's ``add_weighted_adapter``, with its results. For an adapter with the change of
     weights ΔW = s B A, and its weight w:
 
-    ==================== ===========================================================================================
-    ``cat``              exactly Σ w ΔW; the rank is the sum of the ranks
-    ``svd``              the matrix of rank ``rank`` that is nearest to Σ w ΔW
-    ``linear``           A = Σ √(w s) A, B = Σ √(w s) B: of equal ranks, one of the same. It is not Σ w ΔW: the A of
-                         each adapter meets the B of every other
-    ``magnitude_prune``  ``linear`` of the largest elements of each A and each B
-    ``ties``             of the largest elements, the mean of those with the sign of their sum (arXiv:2306.01708)
-    ``dare_linear``      ``linear`` of elements drawn at random, divided by ``density`` (arXiv:2311.03099)
-    ``dare_ties``        of elements drawn so, the mean of those with the sign of their sum
-    ``…_svd``            the last four, of ΔW instead of A and B, as in the papers; then as ``svd``. It forms ΔW
-    ==================== ===========================================================================================
+    - ``cat``: exactly Σ w ΔW; the rank is the sum of the ranks.
+    - ``svd``: the matrix of rank ``rank`` that is nearest to Σ w ΔW.
+    - ``linear``: A = Σ √(w s) A, B = Σ √(w s) B: of equal ranks, one of the same. It is not Σ w ΔW: the A of each
+      adapter meets the B of every other.
+    - ``magnitude_prune``: ``linear`` of the largest elements of each A and each B.
+    - ``ties``: of the largest elements, the mean of those with the sign of their sum (arXiv:2306.01708).
+    - ``dare_linear``: ``linear`` of elements drawn at random, divided by ``density`` (arXiv:2311.03099).
+    - ``dare_ties``: of elements drawn so, the mean of those with the sign of their sum.
+    - ``…_svd``: the last four, of ΔW instead of A and B, as in the papers; then as ``svd``. It forms ΔW.
 
     TIES elects signs before the weights count. The new LoRA's scale is 1, and a module that an adapter leaves alone
     counts as one that it does not change.
