@@ -89,7 +89,7 @@ class WeightChange:
 
 
 @torch.no_grad()
-def changes(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, WeightChange]]:
+def changes(model: nn.Module, name: str | None = None, *, weights: bool = True) -> Iterator[tuple[str, WeightChange]]:
     """Yield the change of every weight that an adapter of ``model`` makes, with the module's name.
 
     A LoRA's comes in its factors. That of another method is worked out as a matrix as large as the weight, one module
@@ -98,6 +98,7 @@ def changes(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, We
     Args:
         model: A model with adapters that change weights, whole on this process, and not merged.
         name: The adapter's; the active one by default.
+        weights: Whether to copy the weights beside their changes.
 
     Raises:
         PEFTError: There is no such adapter, it is merged, or it does not change weights alone.
@@ -112,14 +113,25 @@ def changes(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, We
         adapter = slot.active_adapter if name is None else slot._modules.get(name)
         if not isinstance(adapter, Adapter):
             continue
-        readable = (is_linear(host) or isinstance(host, nn.Embedding)) and not is_packed(host)
-        weight = read_matrix(host).clone() if readable else None
-        if isinstance(adapter, LoRAAdapter) and type(adapter) in _IN_FACTORS:
-            a, b = whole(adapter.lora_A).double(), whole(adapter.lora_B).double()
-            change = WeightChange(adapter.scale * b, a, a, b, weight)
-        else:
-            change = _of_matrix(change_of_weight(host_name, host, adapter)[0], weight)
-        yield host_name, change
+        yield host_name, change_of(host_name, host, adapter, weights=weights)
+
+
+def change_of(name: str, host: nn.Module, adapter: Adapter, *, weights: bool = True) -> WeightChange:
+    """Return the change that an adapter makes to the weight of its module, called ``name``.
+
+    Raises:
+        PEFTError: It is no change of a weight.
+    """
+    weight = read_matrix(host).clone() if weights and is_readable(host) else None
+    if isinstance(adapter, LoRAAdapter) and type(adapter) in _IN_FACTORS:
+        a, b = whole(adapter.lora_A).double(), whole(adapter.lora_B).double()
+        return WeightChange(adapter.scale * b, a, a, b, weight)
+    return _of_matrix(change_of_weight(name, host, adapter)[0], weight)
+
+
+def is_readable(host: nn.Module) -> bool:
+    """Whether the module's weight is a matrix of numbers that can be read."""
+    return (is_linear(host) or isinstance(host, nn.Embedding)) and not is_packed(host)
 
 
 def _of_matrix(change: Tensor, weight: Tensor | None) -> WeightChange:

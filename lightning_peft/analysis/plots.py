@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +15,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def require_matplotlib() -> None:
+    """Raise :class:`PEFTError` if matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise PEFTError("Plots need matplotlib: pip install matplotlib.")
+
+
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
     """Return an empty figure and its axes ``[rows, columns]``; no display is needed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PEFTError("Plots need matplotlib: pip install matplotlib.") from error
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "storage": "tensors core structure targets operations files formats",
     "planning": "core structure adapters.virtual_tokens",
     "analysis": "tensors core adapters.low_rank operations files formats formats.counterparts",
-    "callbacks": "tensors core structure files formats formats.serving storage",
+    "callbacks": "tensors core structure files formats formats.serving storage analysis",
     "strategy": "tensors core structure targets operations files formats formats.peft_config storage callbacks "
     "strategy.optimizers strategy.bases",
     "strategy.optimizers": "tensors core operations storage",
