@@ -45,8 +45,9 @@ class PEFTSummary(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the table on rank 0; log the hyper-parameters, as ``peft/LoRA/r`` where a logger makes names flat."""
-        for logger in trainer.loggers:
-            logger.log_hyperparams({"peft": hyper_parameters(pl_module)})
+        found = hyper_parameters(pl_module)
+        for logger in trainer.loggers if any(found.values()) else ():
+            logger.log_hyperparams({"peft": found})
         if any(isinstance(callback, ModelSummary) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             rank_zero_info(summary_table(pl_module, trainer.optimizers, type(trainer.strategy).__name__))
 

@@ -12,9 +12,14 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a file at ``path``, here or elsewhere."""
+    """Whether there is a file at ``path``, here or elsewhere, of which parts can be read.
+
+    A web server need not give parts: what it has is read by Lightning from beginning to end, and not looked into.
+    """
     if not is_remote(path):
         return os.path.isfile(path)
+    if os.fspath(path).startswith(("http://", "https://")):
+        return False
     system, place = _system(path)
     return bool(system.isfile(place))
 

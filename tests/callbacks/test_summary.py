@@ -10,7 +10,7 @@ from modules import Regression, loader, trainer
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-from lightning_peft import LoRA, PEFTStrategy, adapter_summary, inject, merge
+from lightning_peft import FullFinetuning, LoRA, PEFTStrategy, adapter_summary, inject, merge
 from lightning_peft.callbacks import PEFTSummary
 from lightning_peft.callbacks.summary import _STATE_ELEMENTS, state_elements
 
@@ -153,3 +153,9 @@ def test_loggers_are_given_the_hyper_parameters(tmp_path: Path) -> None:
     logged = yaml.safe_load(Path(logger.log_dir, "hparams.yaml").read_text())
     assert logged["width"] == 3
     assert {"r": 2, "alpha": 16, "target_modules": "net.0"}.items() <= logged["peft"]["LoRA"].items()
+
+
+def test_loggers_are_given_nothing_of_a_method_without_any(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    trainer(tmp_path, PEFTStrategy(FullFinetuning()), logger=logger).fit(Named(), loader())
+    assert yaml.safe_load(Path(logger.log_dir, "hparams.yaml").read_text()) == {"width": 3}

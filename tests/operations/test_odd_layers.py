@@ -153,6 +153,17 @@ def test_why_an_adapter_stays_attached_is_said_from_the_start(name: str) -> None
     assert merge(model).kept == ("0",)
 
 
+def test_a_weight_whose_elements_lie_in_one_place_is_not_written_to() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    model[0].weight = nn.Parameter(model[0].weight.detach()[:, :1].expand(8, 8))
+    with pytest.warns(UserWarning, match="Reason: elements of its weight lie in one place"):
+        inject(model, LoRA(r=2))
+    randomise(model)
+    trained = model(x)
+    assert merge(model).kept == ("0",)
+    assert torch.allclose(model(x), trained, atol=1e-5)
+
+
 def scripted(kind: str) -> nn.Module:
     torch.manual_seed(0)
     layers, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.zeros(1, 8)

@@ -5,8 +5,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -170,6 +173,21 @@ def test_a_remote_file_goes_lightnings_way(tmp_path: Path) -> None:
     run.strategy.remove_checkpoint(REMOTE)
     with pytest.raises(FileNotFoundError):
         run.strategy.load_checkpoint(REMOTE)
+
+
+def test_a_file_of_a_web_server_that_knows_no_parts_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))  # where torch keeps what it has got
+    run = fit(tmp_path, enable_checkpointing=False)
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/one.ckpt"
+        resumed = trainer(tmp_path, max_epochs=2, enable_checkpointing=False)
+        resumed.fit(Regression(), loader(), ckpt_path=url)
+        assert resumed.global_step == 2 * run.global_step
+        assert_same(adapter_state(Regression.load_from_checkpoint(url)), adapter_state(run.lightning_module))
+        server.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,10 @@ class Accumulated(FiniteSteps):
         super().connect(model)
         self._waiting, self._to_go_on_with = frozenset(), None
 
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Differentiate, and note that there are gradients to step by."""
-        loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Note that there are gradients to step by."""
+        super().post_backward(closure_loss)
         self._waiting = frozenset(map(id, self.optimizers))
-        return loss
 
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Step, or leave the step out: its gradients are done with either way."""
