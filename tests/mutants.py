@@ -7,8 +7,10 @@ counted apart.
 """
 
 import argparse
+import ast
 import contextlib
 import difflib
+import gc
 import importlib
 import json
 import multiprocessing
@@ -35,7 +37,7 @@ ROOMS = ("core", "files", "operations", "storage", "strategy", "targets", "tenso
 TESTS = (*ROOMS, "adapters", "callbacks", "formats", "structure")
 # These start processes, which takes long.
 LEFT_OUT = ("deepspeed", "distributed", "leaving_distributed", "matrix", "multinode", "several_processes")
-LEFT_OUT += ("signals", "steps", "training_features")
+LEFT_OUT += ("signals", "steps", "tensor_parallel", "training_features")
 # What is imported once, before processes are forked.
 WARM = ("deepspeed", "hypothesis", "jsonargparse", "lightning", "peft", "torch", "torchmetrics", "transformers")
 
@@ -134,23 +136,35 @@ def record() -> int:
 
 @cache
 def reached(path: str) -> dict[int, set[str]]:
-    """Return the tests that reach each statement of a file, by its first line."""
+    """Return the tests that reach each statement of a file, by its first line; under 0, those that reach any."""
     data = CoverageData(str(DATA))
     data.read()
-    parser = PythonParser(text=(TREE / path).read_text())
-    parser.parse_source()
+    first_line = parsed(path).first_line
     found: defaultdict[int, set[str]] = defaultdict(set)
     for line, contexts in data.contexts_by_lineno(str(TREE / path)).items():
-        found[parser.first_line(line)].update(context.rpartition("|")[0] for context in contexts)
+        # Processes that tests start, and what is imported before the first one, have no test's name.
+        found[first_line(line)].update(context.rpartition("|")[0] for context in contexts if context)
     return {**found, 0: set().union(*found.values())}
+
+
+@cache
+def parsed(path: str) -> PythonParser:
+    parser = PythonParser(text=(TREE / path).read_text())
+    parser.parse_source()
+    return parser
+
+
+@cache
+def in_functions(path: str) -> set[int]:
+    """Return the lines of a file that do not run on import."""
+    functions = [n for n in ast.walk(ast.parse((TREE / path).read_text())) if isinstance(n, ast.FunctionDef)]
+    return {line for node in functions for line in range(node.body[0].lineno, (node.end_lineno or 0) + 1)}
 
 
 def tests_for(mutant: Mutant, seconds: dict[str, float]) -> list[str]:
     """Return the tests to run against a mutant; those of a line that runs on import are all that reach the file."""
-    parser = PythonParser(text=(TREE / mutant.path).read_text())
-    parser.parse_source()
-    tests = reached(mutant.path).get(parser.first_line(mutant.line), set())
-    tests = reached(mutant.path)[0] if "" in tests else tests
+    line = parsed(mutant.path).first_line(mutant.line) if mutant.line in in_functions(mutant.path) else 0
+    tests = reached(mutant.path).get(line, set())
     room = f"tests/{Path(mutant.path).parts[1]}/"
     chosen, left = [], BUDGET
     for test in sorted(tests & seconds.keys(), key=lambda test: (not test.startswith(room), seconds[test])):
@@ -198,6 +212,8 @@ def main() -> None:
     for name in recorded["warm"]:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a process that is forked would copy each page that its collector looks at
 
     files = sorted(
         str(path.relative_to(TREE)) for room in ROOMS for path in (TREE / "lightning_peft" / room).rglob("*.py")

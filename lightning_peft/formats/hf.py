@@ -94,7 +94,8 @@ def read_content(
     names = {**again, **counterpart.names(root, method, main.hosts, chosen), **whole}
     for addition, others in added.items():
         names |= addition.names(root, main, others, chosen) if others else {}
-    _refuse_lost(root, config, {*main.hosts, *train_also}, source)
+    adapted = main.hosts or [name.rpartition(".")[0] for name in method.trained(root)]
+    _refuse_lost(root, config, {*adapted, *train_also}, source)
     tied = [host for host in main.hosts if any(name.startswith(f"{PREFIX}{host}.") for name in repeats)]
     _refuse_unnamed(root, config, [host for host in main.hosts if host not in tied], source)
     return Content(methods, train_also, names, copies, unused)
@@ -131,8 +132,9 @@ def _refuse_lost(root: ModelView, config: Mapping[str, Any], present: set[str], 
         return
     excluded = config.get("exclude_modules") or ()
     excluded = excluded if isinstance(excluded, str) else frozenset(excluded)
+    kinds = {nn.MultiheadAttention, *(type(root.modules[name]) for name in present if name in root.modules)}
     for name, module in root.modules.items():
-        if not (is_weighted(module) or isinstance(module, nn.MultiheadAttention)):
+        if not (is_weighted(module) or isinstance(module, tuple(kinds))):
             continue
         if _names(targets, name) and not _names(excluded, name) and not is_inside(name, present):
             raise PEFTError(

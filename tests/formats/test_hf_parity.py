@@ -298,6 +298,7 @@ LOST: dict[str, PEFTMethod] = {
     "miss": MiSS(r=4, target_modules=["q_proj", "v_proj"]),
     "oft": OFT(block_size=4, target_modules=["q_proj", "v_proj"]),
     "vera": VeRA(r=2, target_modules=["q_proj", "v_proj"]),
+    "norms": LayerNormTuning(),
 }
 
 
@@ -307,13 +308,14 @@ def test_a_module_whose_tensors_are_lost_is_missed(name: str, tmp_path: Path) ->
     model, _ = build("llama")
     inject(model, LOST[name])
     save_adapter(model, tmp_path / "a")
+    lost = "model.layers.1.input_layernorm" if name == "norms" else "model.layers.1.self_attn.v_proj"
     (unsealed(tmp_path / "a") / "lightning_peft.json").unlink()
     load_adapter(build("llama")[0], tmp_path / "a")
     file = tmp_path / "a" / "adapter_model.safetensors"
-    kept = {key: tensor for key, tensor in load_file(file).items() if "layers.1.self_attn.v_proj" not in key}
+    kept = {key: tensor for key, tensor in load_file(file).items() if lost not in key}
     save_file(kept, file)
     fresh, _ = build("llama")
-    with pytest.raises(PEFTError, match=r"'model.layers.1.self_attn.v_proj' is adapted .* no tensors for it"):
+    with pytest.raises(PEFTError, match=rf"'{lost}' is adapted .* no tensors for it"):
         load_adapter(fresh, tmp_path / "a")
     assert not ModelView(fresh).slots
 

@@ -132,7 +132,7 @@ def test_it_says_what_the_directory_is(directory: Path) -> None:
     assert content["step"] == 4
     assert content["methods"] == {"": {"default": ["lora"]}}
     assert content["base"] == {"": {"class": "Regression", "name_or_path": ""}}
-    assert content["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(content["versions"]["torch"])  # which may name a build beside
     assert content["files"].keys() == set(FILES)
 
 
