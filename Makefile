@@ -7,12 +7,13 @@ INSTALLED := $(VENV)/.installed
 BENCH := $(VENV)/.bench
 MUTMUT := $(VENV)/.mutmut
 MKDOCS := $(VENV)/.mkdocs
+LLAMA_CPP := $(VENV)/.llama.cpp
 
 # Nothing here may wait for a model hub: the data and the model come with installed packages.
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart quickstart-fast test test-slow coverage mutants fuzz compat test-gpu bench docs lint format clean
+.PHONY: help install quickstart quickstart-fast test test-slow coverage mutants fuzz compat test-gpu llama-cpp bench docs lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -88,6 +89,18 @@ compat-%: .compat/%/.installed
 
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+# It comes within the sources of a Python package, of which nothing is built.
+$(LLAMA_CPP): $(INSTALLED)
+	@echo "==> $@: fetching the sources of llama-cpp-python (75 MB)"
+	@rm -rf $@.part && mkdir -p $@.part
+	@$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --no-binary llama-cpp-python \
+		--dest $@.part llama-cpp-python
+	@cd $@.part && tar -tzf *.tar.gz | grep -E '/vendor/llama.cpp/(convert_lora_to_gguf.py|(conversion|gguf-py/gguf)/)' \
+		| tar -xzf *.tar.gz --strip-components 3 -T - && rm *.tar.gz
+	@mv $@.part $@
+
+llama-cpp: $(LLAMA_CPP) ## Fetch llama.cpp's converter of adapters, which a slow test runs
 
 # litgpt goes without its dependencies, which ask for other versions of what is here: only its layers are used.
 $(BENCH): $(INSTALLED)

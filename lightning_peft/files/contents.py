@@ -99,13 +99,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         PEFTError: The file is missing or damaged, or a ``.bin`` file holds anything but tensors by name.
     """
     if not path.is_file() and (older := path.with_suffix(".bin")).is_file():
-        return _read_bin(older)
+        return read_torch(older)
     with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
 
 
-def _read_bin(path: Path) -> dict[str, Tensor]:
-    """Read tensors that ``torch.save`` wrote: as data, no pickle is run, and no more than the file has bytes."""
+def read_torch(path: Path, key: str | None = None) -> dict[str, Tensor]:
+    """Read tensors that ``torch.save`` wrote: as data, no pickle is run, and no more than the file has bytes.
+
+    Args:
+        path: The file.
+        key: Under which entry of what it holds the tensors are, if it holds more.
+
+    Raises:
+        PEFTError: It is damaged, or holds anything else.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -114,6 +122,7 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise PEFTError(f"{path} cannot be read as tensors: {reason}. Take a copy with safetensors.") from error
+    content = content.get(key) if key is not None and isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise PEFTError(f"{path} holds other things than tensors by name. Take a copy with safetensors.")
     return {str(name): tensor for name, tensor in content.items()}

@@ -18,6 +18,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import read_json, read_shapes
 
 _CONFIG = "adapter_config.json"
+_READ = "`lightning-peft convert DIR --model BASE --out lora` reads it"
 _AS_MODEL = "`lightning-peft convert MODEL --model BASE --out lora --energy 0.99` makes a LoRA of the difference"
 
 
@@ -33,9 +34,9 @@ _TOOLS = (
     _Tool(
         "LitGPT",
         lambda path, config: (path / "lit_model.pth.lora").is_file() or path.name == "lit_model.pth.lora",
-        "`litgpt merge_lora DIR` and `litgpt convert_from_litgpt DIR OUT` write OUT/model.pth; save what "
-        "BASE_CLASS.from_pretrained(BASE, state_dict=torch.load('OUT/model.pth')) loads with save_pretrained(MODEL), "
-        f"and {_AS_MODEL}.",
+        f"{_READ}, if the model is laid out as Llama's. Else `litgpt merge_lora DIR` and `litgpt convert_from_litgpt "
+        "DIR OUT` write OUT/model.pth; save what BASE_CLASS.from_pretrained(BASE, "
+        f"state_dict=torch.load('OUT/model.pth')) loads with save_pretrained(MODEL), and {_AS_MODEL}.",
     ),
     _Tool(
         "LitGPT's adapters",
@@ -45,7 +46,8 @@ _TOOLS = (
     _Tool(
         "MLX",
         lambda path, config: "lora_parameters" in config or "fine_tune_type" in config or path.name == "adapters.npz",
-        "Write a model with `mlx_lm.fuse --model BASE --adapter-path DIR --save-path MODEL`, of a quantised base with "
+        f"{_READ}, if it is of linear layers. Else write a model with `mlx_lm.fuse --model BASE --adapter-path DIR "
+        "--save-path MODEL`, of a quantised base with "
         f"--dequantize; {_AS_MODEL}.",
     ),
     _Tool(
@@ -93,14 +95,23 @@ _TOOLS = (
 
 def refuse_other_tools(path: Path) -> None:
     """Raise :class:`PEFTError` if ``path``, a directory or a file, is an adapter in the format of another tool."""
+    if (tool := _tool_of(path)) is not None:
+        raise PEFTError(f"{path} is in the format of {tool.name}, which is not HF PEFT's. {tool.advice}")
+
+
+def name_of_tool(path: Path) -> str | None:
+    """Return the name of the other tool in whose format ``path`` is, if it is in one."""
+    tool = _tool_of(path)
+    return None if tool is None else tool.name
+
+
+def _tool_of(path: Path) -> _Tool | None:
     config: Mapping[str, Any] = {}
     if (path / _CONFIG).is_file():
         config = read_json(path / _CONFIG)
         if isinstance(config.get("peft_type"), str) and config["peft_type"] != "BOTTLENECK":
-            return
-    for tool in _TOOLS:
-        if path.exists() and tool.sign(path, config):
-            raise PEFTError(f"{path} is in the format of {tool.name}, which is not HF PEFT's. {tool.advice}")
+            return None
+    return next((tool for tool in _TOOLS if path.exists() and tool.sign(path, config)), None)
 
 
 def _is(path: Path, suffix: str) -> bool:

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "formats.counterparts": "tensors core targets adapters.low_rank adapters.virtual_tokens methods formats",
     "formats.additions": "core structure targets adapters.low_rank methods formats formats.counterparts",
     "formats.peft_config": "core targets methods formats",
+    "formats.foreign": "tensors core files formats",
     "formats.serving": "formats formats.counterparts",
     "storage": "tensors core structure targets operations files formats",
     "planning": "core structure adapters.virtual_tokens",
@@ -46,7 +47,7 @@ MAY_IMPORT = {
     "tasks.pretrained": "",
     "cli": "core operations formats.serving planning callbacks strategy strategy.bases tasks tasks.pretrained "
     "cli.tools",
-    "cli.tools": "core operations files formats formats.serving storage analysis tasks.batches tasks.pretrained",
+    "cli.tools": "core operations files formats formats.foreign formats.serving storage analysis tasks.batches tasks.pretrained",
 }
 KNOW_LIGHTNING = {
     "callbacks",

@@ -1,15 +1,19 @@
-"""The command ``lightning-peft convert``: any change of weights as a LoRA, which every server serves."""
+"""The command ``lightning-peft convert``: any change of weights, and other tools' adapters, as a LoRA."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import transformers
 
 from lightning_peft.cli.tools.inspect import base_name, model_class, refuse_place
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import read_json
+from lightning_peft.files.others import name_of_tool
 from lightning_peft.formats.content import CONFIG_FILE
+from lightning_peft.formats.foreign.reading import READERS, write_in_hf
 from lightning_peft.operations.to_lora import difference_to_lora, to_lora
 from lightning_peft.storage.loading import load_adapter
 from lightning_peft.storage.saving import save_adapter
@@ -22,10 +26,11 @@ def convert(
     """Turn an adapter of another method, or a fine-tuned model, into the LoRA that is nearest to it.
 
     Servers serve LoRA alone. Of the change of each weight its largest singular values are kept; how much of it is lost
-    is printed.
+    is printed. LoRA of mlx-lm and LitGPT is taken over as it is, without a rank.
 
     Args:
-        source: An adapter directory (DoRA, LoHa, LoKr, IA3, VeRA, …), or the directory of a fine-tuned model.
+        source: An adapter directory (DoRA, LoHa, LoKr, IA3, VeRA, OFT, …), one of mlx-lm or LitGPT, or the directory
+            of a fine-tuned model.
         model: The base model: a directory, a name on the Hugging Face hub, or package:NAME. The one that the adapter
             names, if not given.
         out: The directory to write.
@@ -36,7 +41,13 @@ def convert(
         PEFTError: The change is none of weights alone, or the directory cannot be written.
     """
     refuse_place(Path(source), Path(out))
-    if (Path(source) / CONFIG_FILE).is_file():
+    tool = name_of_tool(Path(source))
+    report: object
+    if tool in READERS:
+        base = _with_adapter_of(tool, Path(source), model)
+        asked = rank is not None or energy is not None
+        report = to_lora(base, rank=rank, energy=energy) if asked else f"what {tool} has written, as it is."
+    elif (Path(source) / CONFIG_FILE).is_file():
         base = load_model(model or base_name(Path(source)), model_class(Path(source)))
         load_adapter(base, source)
         report = to_lora(base, rank=rank, energy=energy)
@@ -48,6 +59,17 @@ def convert(
         report = difference_to_lora(base, load_model(source, kind), rank=rank, energy=energy)
     save_adapter(base, out)
     print(f"Wrote {out}: {report}")
+
+
+def _with_adapter_of(tool: str, source: Path, model: str | None) -> transformers.PreTrainedModel:
+    """Return the base with an adapter that another tool has written."""
+    if model is None:
+        raise PEFTError(f"{source} is in the format of {tool}, which names layers alone: name the base with --model.")
+    base = load_model(model, transformers.AutoModelForCausalLM)
+    with TemporaryDirectory() as directory:
+        write_in_hf(tool, source, ModelView(base), Path(directory))
+        load_adapter(base, directory)
+    return base
 
 
 def _class_of(model: Path) -> type[transformers.PreTrainedModel]:
