@@ -26,7 +26,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import lightning_peft.callbacks
 import lightning_peft.tasks  # noqa: F401
 from lightning_peft.callbacks import PredictionWriter
-from lightning_peft.cli.errors import method_error
 from lightning_peft.cli.plan import show_plan
 from lightning_peft.cli.tools.analyse import analyse
 from lightning_peft.cli.tools.chat import chat
@@ -126,7 +125,7 @@ class Parser(LightningArgumentParser):
             )
         elif re.search(r"required: \w+\.model$", message):
             message = "no model was given: give --model CLASS, or a file with an entry `model:` by --config FILE."
-        super().error(method_error(message) or message, ex)
+        super().error(message, ex)
 
 
 class SaveConfig(SaveConfigCallback):

@@ -29,7 +29,7 @@ _ROOMS = {
 MOVED = {
     **{name: f"{room}.{name}" for room, names in _ROOMS.items() for name in names.split()},
     "bottleneck_rows": "adapters.bottleneck.rows",
-    "cli_errors": "cli.errors",
+    "cli_errors": "parsing.method_errors",
     "commands": "cli.tools.inspect",
     "formats.files": "files.contents",
     "planning.command": "cli.plan",

@@ -2,7 +2,8 @@
 
 Lightning offers no public place for it: stock ``load_from_checkpoint`` lists every base weight as missing, or, with
 ``strict=False``, returns the base model and drops the adapters without a word. So three functions of
-``lightning.pytorch.core.saving``, and a module's ``load_state_dict``, are wrapped, here and nowhere else.
+``lightning.pytorch.core.saving``, a module's ``load_state_dict`` and how a file is read are wrapped, here and nowhere
+else.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core import saving
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -34,6 +36,7 @@ from lightning_peft.storage.readable import check_sums
 _load_file = saving.pl_load
 _load_state = saving._load_state
 _is_overridden = saving.is_overridden
+_read = TorchCheckpointIO.load_checkpoint
 
 _TRUSTED = "lightning_peft_trusted"
 """Under it, what read a checkpoint tells what makes the module that ``weights_only=False`` was given."""
@@ -201,8 +204,18 @@ def load_start(module: LightningModule, path: str | os.PathLike[str]) -> None:
         raise
 
 
+def _read_file(io: TorchCheckpointIO, path: Any, *args: Any, **kwargs: Any) -> Any:
+    if directories.is_directory(path):
+        raise PEFTError(
+            f"{path} is a directory that AdapterCheckpoint wrote, and this Trainer's strategy knows no adapters. Give "
+            "it the strategy that the run had: Trainer(strategy=PEFTStrategy(...))."
+        )
+    return _read(io, path, *args, **kwargs)
+
+
 def install() -> None:
-    """Make ``load_from_checkpoint`` read checkpoints with adapters."""
+    """Make ``load_from_checkpoint`` read checkpoints with adapters, and say what other strategies cannot read."""
+    TorchCheckpointIO.load_checkpoint = _read_file  # type: ignore[method-assign]
     saving.pl_load = _load_file_or_directory  # type: ignore[assignment]
     saving._load_state = _load_state_with_adapters  # type: ignore[assignment]
     saving.is_overridden = _is_overridden_once_made  # type: ignore[assignment]

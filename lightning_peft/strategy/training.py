@@ -94,6 +94,12 @@ class Training(Accumulated):
         super().pre_backward(closure_loss)
         if closure_loss.requires_grad or is_overridden("backward", self._module) or not ModelView(self._module).slots:
             return
+        adapters = [name for name, p in ModelView(self._module).adapter_parameters.items() if not p.requires_grad]
+        if adapters and len(adapters) == len(ModelView(self._module).adapter_parameters):
+            raise PEFTError(
+                f"All adapters are frozen, {adapters[0]!r} among them, so nothing can be trained: something has called "
+                "requires_grad_(False) on them since setup. The strategy freezes the base; leave that call out."
+            )
         raise PEFTError(
             "The loss depends on no adapter, so nothing can be trained: their modules were not called, or under "
             "no_grad. Gradient checkpointing with use_reentrant=True loses adapters as well, where what a model is "

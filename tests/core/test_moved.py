@@ -50,7 +50,7 @@ MODULES = {
 OLD = sorted(f"{package}.{name}".strip(".") for package, names in MODULES.items() for name in names.split())
 OTHERWISE_CALLED = {
     "bottleneck_rows": "rows",
-    "cli_errors": "errors",
+    "cli_errors": "method_errors",
     "commands": "inspect",
     "formats.files": "contents",
     "planning.command": "plan",

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "formats.foreign": "tensors core files formats",
     "formats.serving": "formats formats.counterparts",
     "storage": "tensors core structure targets operations files formats",
+    "parsing": "core",
     "planning": "core structure adapters.virtual_tokens",
     "analysis": "tensors core adapters.low_rank operations files formats formats.counterparts",
     "callbacks": "tensors core structure files formats formats.serving storage analysis",
@@ -47,10 +48,12 @@ MAY_IMPORT = {
     "tasks.pretrained": "",
     "cli": "core operations formats.serving planning callbacks strategy strategy.bases tasks tasks.pretrained "
     "cli.tools",
-    "cli.tools": "core operations files formats formats.foreign formats.serving storage analysis tasks.batches tasks.pretrained",
+    "cli.tools": "core operations files formats formats.foreign formats.serving storage analysis tasks.batches "
+    "tasks.pretrained",
 }
 KNOW_LIGHTNING = {
     "callbacks",
+    "parsing",
     "strategy",
     "strategy.bases",
     "strategy.optimizers",

@@ -45,15 +45,17 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "an option with a slip": (lambda: PEFTStrategy(checkpoints="full"), r"Did you mean 'checkpoint'\?"),
     "too many": (lambda: PEFTStrategy("lora", "ddp", True), r"base='ddp', merge_on_train_end=True\)"),
     "a number": (lambda: PEFTStrategy(8), r"8 was given as a method"),
-    "HF PEFT's configuration": (
-        lambda: PEFTStrategy(peft.LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj"])),
-        r"HF PEFT.*Write LoRA\(r=4, alpha=32, target_modules=\['q_proj'\]\)\.",
+    "HF PEFT's configuration elsewhere": (
+        lambda: inject(nn.Linear(2, 2), peft.LoraConfig(use_dora=True)),
+        r"PEFTStrategy takes such an object.*from_peft_config\(config\)",
     ),
-    "of DoRA": (lambda: inject(nn.Linear(2, 2), peft.LoraConfig(use_dora=True)), r"Write DoRA\(r=8, alpha=8\)"),
-    "of a method that is not here": (lambda: PEFTStrategy(peft.OFTConfig()), r"no counterpart of 'oft'.*lora"),
+    "of a method that is not here": (
+        lambda: PEFTStrategy(peft.PolyConfig()),
+        r"PolyConfig describes POLY, which this package does not have",
+    ),
     "HF PEFT's configuration, read from a file": (
         lambda: PEFTStrategy({"peft_type": "LORA", "r": 4}),
-        r"Write LoRA\(r=4\)",
+        r"A configuration of HF PEFT was given.*from_peft_config",
     ),
     "method and model in the other order": (
         lambda: inject(LoRA(), nn.Linear(2, 2)),  # type: ignore[arg-type]
@@ -186,3 +188,19 @@ def test_a_method_that_was_defined_since_is_a_name_too(monkeypatch: pytest.Monke
 
     assert isinstance(given("peft_mine").strategy.methods[0], Mine)
     StrategyRegistry.remove("peft_mine")
+
+
+def test_a_directory_without_the_strategy_that_wrote_it(tmp_path: Path) -> None:
+    saver = AdapterCheckpoint(tmp_path, save_last=True)
+    trainer(tmp_path, callbacks=[saver]).fit(Regression(), loader())
+    with pytest.raises(PEFTError, match=r"last is a directory that AdapterCheckpoint wrote.*Trainer\(strategy=PEFT"):
+        trainer(tmp_path, "auto").fit(Regression(), loader(), ckpt_path=tmp_path / "last")
+
+
+def test_adapters_that_somebody_freezes(tmp_path: Path) -> None:
+    class Freezes(Regression):
+        def on_fit_start(self) -> None:
+            self.requires_grad_(False)
+
+    with pytest.raises(PEFTError, match=r"All adapters are frozen, '.*lora_A' among them.*requires_grad_\(False\)"):
+        trainer(tmp_path).fit(Freezes(), loader())

@@ -9,6 +9,9 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from itertools import takewhile
+from typing import NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_peft.core.method import registered_methods
 from lightning_peft.errors import near
@@ -16,6 +19,23 @@ from lightning_peft.errors import near
 _PROBLEM = re.compile(r"( *)- Problem with given class_path '([\w.]+)':")
 _KEY = re.compile(r'Parser key "(\w+)":')
 _EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$", re.MULTILINE)
+
+_error = LightningArgumentParser.error
+
+
+def _error_of_one_line(parser: LightningArgumentParser, message: str, ex: Exception | None = None) -> NoReturn:
+    """Say what is wrong with a method without the usage of the whole command; else as Lightning's parser does."""
+    if (said := method_error(message)) is not None:
+        parser.exit(2, f"error: {said}\n")
+    _error(parser, message, ex)
+
+
+def install() -> None:
+    """Have every LightningCLI in this program say in one line what is wrong with a method.
+
+    A user's own LightningCLI makes its own parser, and no public place tells it of types that explain themselves.
+    """
+    LightningArgumentParser.error = _error_of_one_line  # type: ignore[method-assign]
 
 
 def method_error(message: str) -> str | None:
