@@ -440,6 +440,30 @@ def test_a_weight_that_is_tied_in_a_run_is_noticed(tmp_path: Path) -> None:
     assert torch.equal(resumed(inputs()), uninterrupted(inputs()))
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        lambda: PEFTStrategy(FullFinetuning()),
+        lambda: PEFTStrategy(LoRA(r=2), checkpoint="full"),
+        lambda: PEFTStrategy(LoRA(r=2), checkpoint="full", merge_on_train_end="unload"),
+    ],
+)
+def test_a_checkpoint_with_everything_has_a_weight_that_is_tied_in_a_run_by_both_names(
+    tmp_path: Path, strategy: Callable[[], PEFTStrategy]
+) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="one")
+    trainer(tmp_path, strategy(), callbacks=[saver]).fit(module := TyingLate(), loader())
+    loaded = TyingLate.load_from_checkpoint(tmp_path / "one.ckpt")
+    torch.testing.assert_close(loaded(inputs()), module(inputs()))
+    assert not torch.equal(module(inputs()), TyingLate()(inputs()))
+
+
+def test_eject_gives_each_weight_its_own_value_back_if_they_were_tied_in_a_run(tmp_path: Path) -> None:
+    trainer(tmp_path, PEFTStrategy(FullFinetuning())).fit(module := TyingLate(), loader())
+    eject(module)
+    assert torch.equal(module.net[0].weight, TyingLate().net[0].weight)
+
+
 @pytest.mark.filterwarnings("ignore:1 parameters are new")
 def test_a_weight_that_is_untied_in_a_run_is_not_given_to_both(tmp_path: Path) -> None:
     run = trainer(tmp_path, lora(), enable_checkpointing=False)
