@@ -417,6 +417,14 @@ class TyingLate(Square):
         self.net[2].weight = self.net[0].weight
 
 
+class TyingInConfigure(Square):
+    """Ties where it has adapters for the first time."""
+
+    def configure_optimizers(self) -> Any:
+        self.net[2].weight = self.net[0].weight
+        return super().configure_optimizers()
+
+
 class UntyingLate(Square):
     ties = True
 
@@ -424,19 +432,19 @@ class UntyingLate(Square):
         self.net[2].weight = nn.Parameter(torch.eye(8), requires_grad=False)
 
 
-def test_a_weight_that_is_tied_in_a_run_is_noticed(tmp_path: Path) -> None:
-    module = TyingLate()
+@pytest.mark.parametrize("make", [TyingLate, TyingInConfigure])
+def test_a_weight_that_is_tied_in_a_run_is_noticed(tmp_path: Path, make: type[Square]) -> None:
+    module = make()
     run = trainer(tmp_path, lora(), enable_checkpointing=False)
     with pytest.warns(UserWarning, match=r"1 frozen weights have changed.*net\.2\.weight"):
         run.fit(module, loader())
     run.save_checkpoint(tmp_path / "one.ckpt")
     run.save_checkpoint(tmp_path / "one", storage_options=AdapterDirectory())
-    load_adapter(fresh := TyingLate(), tmp_path / "one")
-    for loaded in (fresh, *(TyingLate.load_from_checkpoint(tmp_path / name) for name in ("one.ckpt", "one"))):
+    load_adapter(fresh := make(), tmp_path / "one")
+    for loaded in (fresh, *(make.load_from_checkpoint(tmp_path / name) for name in ("one.ckpt", "one"))):
         assert torch.equal(loaded(inputs()), module(inputs()))
-    whole = trainer(tmp_path, lora(), max_epochs=2)
-    whole.fit(uninterrupted := TyingLate(), loader())
-    trainer(tmp_path, lora(), max_epochs=2).fit(resumed := TyingLate(), loader(), ckpt_path=tmp_path / "one.ckpt")
+    trainer(tmp_path, lora(), max_epochs=2).fit(uninterrupted := make(), loader())
+    trainer(tmp_path, lora(), max_epochs=2).fit(resumed := make(), loader(), ckpt_path=tmp_path / "one.ckpt")
     assert torch.equal(resumed(inputs()), uninterrupted(inputs()))
 
 
