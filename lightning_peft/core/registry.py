@@ -112,12 +112,17 @@ def refuse_shared(model: ModelView) -> None:
 
 
 def trained_whole(model: ModelView) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield name, tensor and old value of everything of the base that is trained itself."""
+    """Yield name, tensor and old value of everything of the base that is trained itself.
+
+    What has been tied to another since comes first, so that the value of that one's own name is the last for it.
+    """
     for prefix, _, registry in registries(model):
-        tensors = model.part(prefix).tensors if registry.whole else {}
+        part, lead = model.part(prefix), f"{prefix}." if prefix else ""
+        tensors = part.tensors if registry.whole else {}
         for name, value in registry.whole.items():
-            if name in tensors:
-                yield f"{prefix}.{name}" if prefix else name, tensors[name], value
+            if name not in tensors and (tied := part.parameter(name)) is not None:
+                yield lead + name, tied, value
+        yield from ((lead + name, tensors[name], value) for name, value in registry.whole.items() if name in tensors)
 
 
 def changed(model: ModelView) -> Iterator[tuple[str, Tensor, Tensor | None]]:

@@ -48,6 +48,9 @@ def leave_plain(checkpoint: dict[str, Any], model: ModelView, full: bool) -> Non
             continue
         wanted = {*weight_names(adapter), "bias"}
         own = {name: names[id(parameter)] for name, parameter in host.named_parameters() if name in wanted}
+        if not adapter.follows_ties:
+            # Merging it unties a weight that was tied in the run.
+            own = {name: [a for a in every if _is_in(model, a, host_name, name)] for name, every in own.items()}
         if any(alias in beside for aliases in own.values() for alias in aliases):
             continue  # The second of two hosts of one weight.
         values = {name: state[aliases[0]] for name, aliases in own.items()}
@@ -85,6 +88,12 @@ def refuse_directory() -> None:
         "An adapter directory was asked for after the adapters were merged for good (merge_on_train_end='unload'). "
         "AdapterCheckpoint writes them during the run; trainer.save_checkpoint without it writes the plain module."
     )
+
+
+def _is_in(model: ModelView, name: str, host: str, parameter: str) -> bool:
+    """Whether ``name`` is one of those of ``parameter`` of the module ``host``."""
+    owner, _, leaf = name.rpartition(".")
+    return f"{model.aliases.get(owner, owner)}.{leaf}".lstrip(".") == f"{host}.{parameter}".lstrip(".")
 
 
 def _names(model: ModelView) -> dict[int, list[str]]:

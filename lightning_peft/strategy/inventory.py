@@ -50,9 +50,13 @@ class Inventory(Training):
         built = {name: value for name, value in self._built.items() if name in buffers}
         note_moved(view, [name for name, value in built.items() if differs(buffers[name], value)])
 
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """Look at the frozen weights before ``configure_optimizers``, the first hook at which there are adapters."""
+        self._look()
+        super().setup_optimizers(trainer)
+
     def _look(self) -> None:
-        """Check what is trained, and look at the frozen weights as they are when training starts."""
-        self._refuse_unsaved()
+        """Look at the frozen weights as they are."""
         if self._leaves_frozen and not self._full_checkpoints:
             view = resharded(self._module)
             self._frozen = FrozenWeights(view)

@@ -188,7 +188,7 @@ class Lifecycle(Checkpoints):
             del plugin.convert_module
         refusals.refuse_unserved(self, self._module, self._base_name, self._is_set_up)
         if trainer.state.fn == TrainerFn.FITTING:
-            self._look()
+            self._refuse_unsaved()
         elif restores and self._unloads:
             self._merge()
 

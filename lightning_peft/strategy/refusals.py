@@ -228,7 +228,8 @@ def refuse_untrained(model: ModelView, held: Collection[int]) -> None:
         if adapter is not None and any(p.requires_grad and id(p) not in held for p in adapter.parameters()):
             raise PEFTError(
                 f"The adapter {slot.active!r} runs in {host!r}, but no optimizer holds it, so it is not trained. It "
-                "was injected or loaded when the optimizers had been made: do that before fit, or in configure_model."
+                "was injected or loaded, or its module was copied, when the optimizers had been made: do that before "
+                "fit, or in configure_model; or freeze the copy, requires_grad_(False)."
             )
 
 

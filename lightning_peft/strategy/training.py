@@ -168,7 +168,8 @@ class Training(Accumulated):
             rank_zero_warn(
                 f"{len(idle)} adapter parameters got no gradient in the first step, so their modules were not called, "
                 f"under no_grad, or checkpointed with use_reentrant=True: {', '.join(idle[:5])}. If they never are, "
-                "leave them out with exclude_modules."
+                "leave them out with exclude_modules; or, if they are copies that follow other modules, freeze them "
+                "before fit, requires_grad_(False): then their adapters begin as those do."
             )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -19,7 +19,7 @@ _TRAIN = "Train them with the adapter:"
 
 def own_train_also(module: nn.Module, given: list[str] | None) -> list[str]:
     """Return ``train_also`` as it was given, or else as the module itself says it, in an attribute of that name."""
-    return list(getattr(module, "train_also", ())) if given is None else given
+    return as_list(getattr(module, "train_also", ())) if given is None else given
 
 
 def untrained(model: ModelView) -> Iterator[str]:

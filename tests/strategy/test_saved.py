@@ -417,6 +417,14 @@ class TyingLate(Square):
         self.net[2].weight = self.net[0].weight
 
 
+class TyingInConfigure(Square):
+    """Ties where it has adapters for the first time."""
+
+    def configure_optimizers(self) -> Any:
+        self.net[2].weight = self.net[0].weight
+        return super().configure_optimizers()
+
+
 class UntyingLate(Square):
     ties = True
 
@@ -424,20 +432,44 @@ class UntyingLate(Square):
         self.net[2].weight = nn.Parameter(torch.eye(8), requires_grad=False)
 
 
-def test_a_weight_that_is_tied_in_a_run_is_noticed(tmp_path: Path) -> None:
-    module = TyingLate()
+@pytest.mark.parametrize("make", [TyingLate, TyingInConfigure])
+def test_a_weight_that_is_tied_in_a_run_is_noticed(tmp_path: Path, make: type[Square]) -> None:
+    module = make()
     run = trainer(tmp_path, lora(), enable_checkpointing=False)
     with pytest.warns(UserWarning, match=r"1 frozen weights have changed.*net\.2\.weight"):
         run.fit(module, loader())
     run.save_checkpoint(tmp_path / "one.ckpt")
     run.save_checkpoint(tmp_path / "one", storage_options=AdapterDirectory())
-    load_adapter(fresh := TyingLate(), tmp_path / "one")
-    for loaded in (fresh, *(TyingLate.load_from_checkpoint(tmp_path / name) for name in ("one.ckpt", "one"))):
+    load_adapter(fresh := make(), tmp_path / "one")
+    for loaded in (fresh, *(make.load_from_checkpoint(tmp_path / name) for name in ("one.ckpt", "one"))):
         assert torch.equal(loaded(inputs()), module(inputs()))
-    whole = trainer(tmp_path, lora(), max_epochs=2)
-    whole.fit(uninterrupted := TyingLate(), loader())
-    trainer(tmp_path, lora(), max_epochs=2).fit(resumed := TyingLate(), loader(), ckpt_path=tmp_path / "one.ckpt")
+    trainer(tmp_path, lora(), max_epochs=2).fit(uninterrupted := make(), loader())
+    trainer(tmp_path, lora(), max_epochs=2).fit(resumed := make(), loader(), ckpt_path=tmp_path / "one.ckpt")
     assert torch.equal(resumed(inputs()), uninterrupted(inputs()))
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        lambda: PEFTStrategy(FullFinetuning()),
+        lambda: PEFTStrategy(LoRA(r=2), checkpoint="full"),
+        lambda: PEFTStrategy(LoRA(r=2), checkpoint="full", merge_on_train_end="unload"),
+    ],
+)
+def test_a_checkpoint_with_everything_has_a_weight_that_is_tied_in_a_run_by_both_names(
+    tmp_path: Path, strategy: Callable[[], PEFTStrategy]
+) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="one")
+    trainer(tmp_path, strategy(), callbacks=[saver]).fit(module := TyingLate(), loader())
+    loaded = TyingLate.load_from_checkpoint(tmp_path / "one.ckpt")
+    torch.testing.assert_close(loaded(inputs()), module(inputs()))
+    assert not torch.equal(module(inputs()), TyingLate()(inputs()))
+
+
+def test_eject_gives_each_weight_its_own_value_back_if_they_were_tied_in_a_run(tmp_path: Path) -> None:
+    trainer(tmp_path, PEFTStrategy(FullFinetuning())).fit(module := TyingLate(), loader())
+    eject(module)
+    assert torch.equal(module.net[0].weight, TyingLate().net[0].weight)
 
 
 @pytest.mark.filterwarnings("ignore:1 parameters are new")

@@ -114,9 +114,10 @@ def test_a_last_layer_that_a_preset_leaves_out(tmp_path: Path) -> None:
     assert said(Regression(), PEFTStrategy(LoRA(r=2)), tmp_path) == []
 
 
-def test_a_module_names_what_is_trained_with_its_adapters(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [("model.score",), "model.score"])
+def test_a_module_names_what_is_trained_with_its_adapters(base: Path, tmp_path: Path, names: Any) -> None:
     class Naming(Classifier):
-        train_also = ("model.score",)
+        train_also = names
 
     module = Naming(str(base))
     trainer(tmp_path, PEFTStrategy(LoRA(r=2)), max_steps=1).fit(module, loader())
