@@ -31,7 +31,7 @@ WRONG: dict[str, tuple[str, str, Callable[[Any], Any], str]] = {
     "a dropout of two": ("vera", CONFIG, put("vera_dropout", value=2), r"dropout=2 was given; it is a probability"),
     "more tokens than rows": ("prompt", CONFIG, put("num_virtual_tokens", value=9), r"shape \[3, 32\]; one with a row"),
     "rows that are not there": ("lora", CONFIG, put("trainable_token_indices", value=[1]), r"trains rows of .*embed"),
-    "a part that is not there": ("lora", MARKER, put("parts", value=["x"]), r"an adapter for 'x'; the model has no such"),
+    "a part that is not there": ("lora", MARKER, put("parts", value=["x"]), r"an adapter for 'x'; the model has no"),
     "one factor": ("lora", TENSORS, without("0.self_attn.q_proj.lora_A.weight"), r"q_proj' has lora_B\.weight alone"),
     "half a product": ("loha", TENSORS, without("1.mlp.down_proj.hada_w1_a"), r"down_proj' has hada_w1_b, .* alone"),
     "no projections": ("vera", TENSORS, without("vera_A"), r"lacks the projections that its configuration speaks of"),
