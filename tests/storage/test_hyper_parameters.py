@@ -78,6 +78,7 @@ def checkpoint(request: pytest.FixtureRequest, saved: Path) -> Callable[..., Pat
 def test_values_are_used(checkpoint: Callable[..., Path]) -> None:
     path = checkpoint(_instantiator=LIGHTNING, rate=1, betas=[0.5, 0.6], names={"a": 2}, layer=None, unknown=3)
     assert Typed.load_from_checkpoint(path).got == (1, [0.5, 0.6], {"a": 2}, None, None, None, Colour.RED, None)
+    assert Typed.load_from_checkpoint(path, rate=7.0).got[:2] == (7.0, [0.5, 0.6])
 
 
 @pytest.mark.parametrize("kind", [Typed, L.LightningModule])
