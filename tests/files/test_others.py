@@ -96,5 +96,9 @@ def test_one_file(tmp_path: Path) -> None:
 def test_others_are_as_before(tmp_path: Path) -> None:
     with pytest.raises(PEFTError, match="does not exist"):
         load_adapter(nn.Sequential(nn.Linear(16, 16)), tmp_path / "nowhere")
-    with pytest.raises(PEFTError, match="does not exist"):
-        load_adapter(nn.Sequential(nn.Linear(16, 16)), tmp_path)
+    # NeMo's directories have both.
+    for folder in (tmp_path, tmp_path / "a" / "weights", tmp_path / "b" / "context"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for directory in (tmp_path, tmp_path / "a", tmp_path / "b"):
+        with pytest.raises(PEFTError, match="does not exist"):
+            load_adapter(nn.Sequential(nn.Linear(16, 16)), directory)

@@ -370,8 +370,23 @@ def test_another_method_is_refused(tmp_path: Path, saved: Path) -> None:
         fit(tmp_path, ckpt_path=edited(saved, tmp_path, edit))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("train_also", ["net.2"], r"written with train_also=\['net\.2'\]; this model has \[\]"),
+        ("adapters", {"mine": []}, r"holds the adapters \['mine'\]; this model has \['default'\]"),
+    ],
+)
+def test_other_adapters_are_refused(tmp_path: Path, saved: Path, key: str, value: Any, words: str) -> None:
+    def edit(c: dict[str, Any]) -> None:
+        c["lightning_peft"]["injections"][""][key] = value
+
+    with pytest.raises(PEFTError, match=words):
+        fit(tmp_path, ckpt_path=edited(saved, tmp_path, edit))
+
+
 def test_another_base_is_refused(tmp_path: Path, saved: Path) -> None:
-    with pytest.raises(PEFTError, match=r"another base model: Regression.*weights differ by"):
+    with pytest.raises(PEFTError, match=r"another base model: Regression.*differ by \d+%\. Load the base model"):
         fit(tmp_path, Regression(seed=2), ckpt_path=saved)
 
     class Renamed(Regression):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import pytest
@@ -35,9 +35,12 @@ class Typed(Regression):
         call: Callable[..., Any] | None = None,
         colour: Colour = Colour.RED,
         folders: list[Path] | None = None,
+        choice: Literal["a", "b"] = "a",
+        size: Annotated[int, "of something"] = 1,
     ) -> None:
         super().__init__()
         self.got = (rate, betas, names, layer, anything, call, colour, folders)
+        self.chosen = (choice, size)
 
 
 class Derived(Typed):
@@ -78,6 +81,9 @@ def checkpoint(request: pytest.FixtureRequest, saved: Path) -> Callable[..., Pat
 def test_values_are_used(checkpoint: Callable[..., Path]) -> None:
     path = checkpoint(_instantiator=LIGHTNING, rate=1, betas=[0.5, 0.6], names={"a": 2}, layer=None, unknown=3)
     assert Typed.load_from_checkpoint(path).got == (1, [0.5, 0.6], {"a": 2}, None, None, None, Colour.RED, None)
+    assert Typed.load_from_checkpoint(checkpoint(_instantiator=LIGHTNING, choice="b", size=2)).chosen == ("b", 2)
+    path = checkpoint(_instantiator=LIGHTNING, rate=1, betas=[0.5, 0.6])
+    assert Typed.load_from_checkpoint(path, rate=7.0).got[:2] == (7.0, [0.5, 0.6])
 
 
 @pytest.mark.parametrize("kind", [Typed, L.LightningModule])
@@ -102,6 +108,8 @@ def test_the_class_that_was_trained_is_made(checkpoint: Callable[..., Path], kin
         {"folders": ["here"]},
         {"names": {"a": "b"}},
         {"rate": "0.1"},
+        {"choice": "c"},
+        {"size": "2"},
     ],
 )
 def test_what_an_object_would_be_made_from_is_refused(

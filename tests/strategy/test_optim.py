@@ -498,6 +498,13 @@ def test_state_is_saved_by_name_and_survives_another_order() -> None:
             assert reversed_optimizer.state[p]["step"] == expected["step"]
 
 
+def test_a_parameter_without_state_has_an_empty_one() -> None:
+    model, optimizer = stepped(steps=0)
+    saved = state_by_name(optimizer, optimizer.state_dict(), model)
+    assert saved["state"] == {name: {} for name, p in model.named_parameters() if p.requires_grad}
+    assert state_by_position(optimizer, saved, model)["state"] == {}
+
+
 def test_state_that_does_not_fit_is_refused() -> None:
     model, optimizer = stepped()
     saved = state_by_name(optimizer, optimizer.state_dict(), model)

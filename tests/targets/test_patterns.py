@@ -1,8 +1,10 @@
 """What patterns match, and the shortest that name modules again."""
 
 import pytest
+from torch import nn
 
 from lightning_peft import PEFTError
+from lightning_peft.core.view import ModelView
 from lightning_peft.targets import naming, patterns
 
 NAME = "model.layers.11.self_attn.q_proj"
@@ -86,6 +88,14 @@ def test_endings_and_exceptions() -> None:
 def test_endings_that_name_modules_and_no_others(hosts: list[str], expected: list[str] | None) -> None:
     modules = ["a", "b", "a.q", "b.q", "a.v", "b.v", *(["q"] if expected is None else [])]
     assert naming.suffixes(hosts, modules) == expected
+
+
+def test_where_no_ending_names_a_module_alone_its_whole_name_does() -> None:
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("q", "v")})
+    model["inner"] = nn.ModuleDict({"q": nn.Linear(2, 2), "v": nn.Linear(2, 2)})
+    pattern = naming.targets_from(["v", "q"], ModelView(model))
+    assert isinstance(pattern, str)
+    assert patterns.match_names(pattern, ModelView(model).modules) == {"q", "v"}
 
 
 def test_patterns_for_names_among_others() -> None:
