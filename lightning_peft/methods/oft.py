@@ -53,7 +53,8 @@ class OFTAdapter(Adapter):
         q = upper - upper.mT
         if self.terms is None:
             identity = torch.eye(self.size, dtype=q.dtype, device=q.device)
-            return torch.linalg.solve(identity + q, -2 * q, left=False)
+            exact: Tensor = torch.linalg.solve(identity + q, -2 * q, left=False)
+            return exact
         change, power = torch.zeros_like(q), q
         for _ in range(2, self.terms):
             change, power = change + 2 * power, power @ q

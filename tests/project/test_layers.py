@@ -47,7 +47,8 @@ MAY_IMPORT = {
     "tasks.pretrained": "",
     "cli": "core operations formats.serving planning callbacks strategy strategy.bases tasks tasks.pretrained "
     "cli.tools",
-    "cli.tools": "core operations files formats formats.foreign formats.serving storage analysis tasks.batches tasks.pretrained",
+    "cli.tools": "core operations files formats formats.foreign formats.serving storage analysis "
+    "tasks.batches tasks.pretrained",
 }
 KNOW_LIGHTNING = {
     "callbacks",
