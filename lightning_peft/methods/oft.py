@@ -33,6 +33,7 @@ class OFTAdapter(Adapter):
     """
 
     mergeable = True
+    changes_input = True
 
     def __init__(self, host: nn.Module, size: int, shared: bool, terms: int | None) -> None:
         super().__init__()
