@@ -44,6 +44,7 @@ def write_card(directory: Path, config_file: str, tensor_file: str, given: Mappi
     header = _header(config, data)
     rows = {
         "base": config.get("base_model_name_or_path") or "not named",
+        **({"revision of the base": config["revision"]} if config.get("revision") else {}),
         "method": config.get("peft_type"),
         **{key: config[key] for key in _SHOWN if config.get(key) not in (None, False, {}, [])},
         "parameters": f"{sum(map(prod, shapes.values())):,} in {len(shapes)} tensors",

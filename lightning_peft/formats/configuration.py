@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_peft.core.schema import check_values
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import MARKER, read_json
 from lightning_peft.formats.content import CONFIG_FILE
@@ -51,8 +53,19 @@ _OF_BASE: Mapping[str, Any] = {
     **dict.fromkeys(("samples", "frozen", "others"), dict[str, list[float]]),
 }
 
+_SNAPSHOT = re.compile(r"models--[^/]+/snapshots/([0-9a-f]{40})/?$")
 _MOST_PATTERNS = 1000
 """Patterns are tried one after another on the name of every adapted module."""
+
+
+def named_base(root: ModelView) -> dict[str, str | None]:
+    """Return what a configuration says of where the base came from: its name, and its commit where that is known."""
+    config = getattr(root.module, "config", None)
+    name = getattr(config, "_name_or_path", None) or None
+    # transformers keeps the commit of what it loads in no place any more, but for the path of a hub's cache.
+    of_cache = _SNAPSHOT.search(str(name))
+    commit = getattr(config, "_commit_hash", None) or (of_cache and of_cache[1]) or None
+    return {"base_model_name_or_path": name, "revision": commit}
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.formats import additions as _additions  # noqa: F401 (importing them registers what is in them)
 from lightning_peft.formats import counterparts as _counterparts  # noqa: F401
 from lightning_peft.formats.addition import Addition, Form, Used, additions_to
+from lightning_peft.formats.configuration import named_base
 from lightning_peft.formats.content import Content, Part
 from lightning_peft.formats.counterpart import PREFIX, UNSAID, for_config
 from lightning_peft.formats.keys import refuse_values, warn_of_unknown
@@ -30,13 +31,12 @@ HEADS = {
 
 def config_of(root: ModelView, part: Part, form: Form) -> dict[str, Any]:
     """Return ``adapter_config.json`` for the adapters of ``part`` on modules of ``root``."""
-    name_or_path = getattr(getattr(root.module, "config", None), "_name_or_path", None)
     used = _used(root, part)
     main = used[form.main]
     return {
         "peft_type": form.counterpart.peft_type,
         "task_type": _task_type(root),
-        "base_model_name_or_path": name_or_path or None,
+        **named_base(root),
         "inference_mode": True,
         "modules_to_save": part.train_also or None,
         **form.counterpart.config(root, main.method, main.hosts, part.chosen),

@@ -13,6 +13,7 @@ from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import method_from_config
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.formats.configuration import named_base
 from lightning_peft.formats.content import Content, Part, without_adapter
 
 PEFT_TYPE = "LIGHTNING_PEFT"
@@ -20,10 +21,9 @@ PEFT_TYPE = "LIGHTNING_PEFT"
 
 def config_of(root: ModelView, part: Part) -> dict[str, Any]:
     """Return ``adapter_config.json`` for the adapters of ``part`` on modules of ``root``."""
-    name_or_path = getattr(getattr(root.module, "config", None), "_name_or_path", None)
     return {
         "peft_type": PEFT_TYPE,
-        "base_model_name_or_path": name_or_path or None,
+        **named_base(root),
         "methods": [method.config() for method in part.methods],
         "train_also": part.train_also,
     }

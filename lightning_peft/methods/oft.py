@@ -33,6 +33,7 @@ class OFTAdapter(Adapter):
     """
 
     mergeable = True
+    changes_input = True
 
     def __init__(self, host: nn.Module, size: int, shared: bool, terms: int | None) -> None:
         super().__init__()
@@ -53,7 +54,8 @@ class OFTAdapter(Adapter):
         q = upper - upper.mT
         if self.terms is None:
             identity = torch.eye(self.size, dtype=q.dtype, device=q.device)
-            return torch.linalg.solve(identity + q, -2 * q, left=False)
+            exact: Tensor = torch.linalg.solve(identity + q, -2 * q, left=False)
+            return exact
         change, power = torch.zeros_like(q), q
         for _ in range(2, self.terms):
             change, power = change + 2 * power, power @ q

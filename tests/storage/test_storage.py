@@ -96,7 +96,7 @@ DAMAGE = {
     "no tensors": (lambda d: (d / TENSORS).unlink(), "does not exist"),
     "no configuration": (lambda d: (d / CONFIG).unlink(), "does not exist"),
     "broken JSON": (lambda d: (d / CONFIG).write_text("{"), "not valid JSON"),
-    "wrong method": (changed_config(peft_type="OFT"), "type 'OFT'"),
+    "wrong method": (changed_config(peft_type="BOFT"), "type 'BOFT'"),
     "not plain LoRA": (changed_config(use_qalora=True), "use_qalora=True"),
     "LoftQ": (changed_config(init_lora_weights="loftq"), "init_lora_weights='loftq'"),
     "other rank": (changed_config(r=4), "rank 4"),

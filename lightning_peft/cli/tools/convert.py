@@ -43,7 +43,7 @@ def convert(
     refuse_place(Path(source), Path(out))
     tool = name_of_tool(Path(source))
     report: object
-    if tool in READERS:
+    if tool is not None and tool in READERS:
         base = _with_adapter_of(tool, Path(source), model)
         asked = rank is not None or energy is not None
         report = to_lora(base, rank=rank, energy=energy) if asked else f"what {tool} has written, as it is."

@@ -104,7 +104,7 @@ def _describe_directory(directory: Path) -> list[_Row]:
     beside = directory / BESIDE_FILE
     return [
         ("kind", kind),
-        *_base_row({**_recorded_base(directory), "name_or_path": config.get("base_model_name_or_path")}),
+        *_base_row({**_recorded_base(directory), "name_or_path": _named(config)}),
         *methods,
         *([("trained whole", _listed(whole))] if whole else []),
         *([("beside it", _listed(sorted(read_shapes(beside))))] if beside.is_file() else []),
@@ -174,11 +174,16 @@ def _recorded_base(directory: Path) -> dict[str, Any]:
 
 
 def base_name(adapter: Path) -> str:
-    """Return the base model that an adapter names."""
-    name = read_config(adapter).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
+    """Return the base model that an adapter names, with its revision if that is on a hub."""
+    if not (name := _named(read_config(adapter))):
         raise PEFTError(f"{adapter} does not name its base model: give it with --model.")
     return name
+
+
+def _named(config: Mapping[str, Any]) -> str:
+    name, revision = config.get("base_model_name_or_path") or "", config.get("revision")
+    place = Path(name).expanduser()
+    return f"{name}@{revision}" if name and revision and not place.is_absolute() and not place.exists() else name
 
 
 def model_class(adapter: Path) -> Any:

@@ -41,7 +41,7 @@ class ForeignLoRA:
                     f"{source} adapts {name!r}, which this {root.kind} {what}: only linear layers, by the names that "
                     "transformers gives them, are taken over. Name the model that the adapter was trained on."
                 )
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, (a, b) in self.factors.items():
             tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
         tensors |= {f"{PREFIX}{name}.lora_magnitude_vector": m for name, m in self.magnitudes.items()}

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_peft.errors import PEFTError
 from lightning_peft.tasks.pretrained.gguf import default_cache_dir, dequantised
-from lightning_peft.tasks.pretrained.source import EXPECTED, locate
+from lightning_peft.tasks.pretrained.source import EXPECTED, Source, locate
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -49,6 +50,9 @@ def load_model(
         **config: Changes to the model's configuration, such as `num_labels`.
     """
     loaded: PreTrainedModel = _load(auto_class, model, cache_dir, dtype=getattr(torch, dtype), **config)
+    if (commit := _commit(locate(model))) is not None:
+        # Where transformers kept it until release 5; its files do not have it.
+        loaded.config._commit_hash = commit
     return loaded
 
 
@@ -70,7 +74,9 @@ def meta_model(
     source = locate(model)
     where = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     try:
-        settings = AutoConfig.from_pretrained(source.path, trust_remote_code=False, **where, **config)
+        settings = AutoConfig.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=False, **where, **config
+        )
         with torch.device("meta"):
             # A model's own class is called; those that choose one are asked.
             make = getattr(auto_class, "from_config", auto_class)
@@ -86,6 +92,14 @@ def _load(auto_class: Any, model: str, cache_dir: str | None, **kwargs: Any) -> 
     if source.gguf_file is not None:
         path = str(dequantised(source, Path(cache_dir) if cache_dir else default_cache_dir()))
     try:
-        return auto_class.from_pretrained(path, trust_remote_code=False, **kwargs)
+        return auto_class.from_pretrained(path, revision=source.revision, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
         raise PEFTError(f"model={model!r} does not load as {auto_class.__name__}: {error}; {EXPECTED}") from error
+
+
+def _commit(source: Source) -> str | None:
+    """Return the commit of a model that was loaded from the hub, as the cache of its files names it."""
+    if Path(source.path).is_dir():
+        return None
+    found = try_to_load_from_cache(source.path, "config.json", revision=source.revision)
+    return Path(found).parent.name if isinstance(found, str) else None

@@ -21,13 +21,16 @@ class Source:
 
     path: str
     gguf_file: str | None = None
+    revision: str | None = None
+    """Of a model on the hub: a branch, a tag or a commit."""
 
 
 def locate(model: str) -> Source:
     """Find out what a model string means, without loading anything.
 
     Args:
-        model: A local directory (or one `.gguf` file), a name on the Hugging Face hub, or `package:NAME`.
+        model: A local directory (or one `.gguf` file), a name on the Hugging Face hub, which may be followed by a
+            revision as in `NAME@REVISION`, or `package:NAME`.
 
     Raises:
         PEFTError: The string names a package or a path that does not exist or holds no model.
@@ -42,7 +45,8 @@ def locate(model: str) -> Source:
     # A hub name is NAME or OWNER/NAME; anything else can only have been meant as a path.
     if not model or path.is_absolute() or model[0] in ".~" or model.count("/") > 1 or path.suffix == ".gguf":
         raise PEFTError(f"model={model!r}: there is no such directory; {EXPECTED}")
-    return Source(model)
+    name, _, revision = model.partition("@")
+    return Source(name, revision=revision or None)
 
 
 def _package_directory(model: str) -> Path:
