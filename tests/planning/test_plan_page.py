@@ -14,7 +14,7 @@ from lightning_peft.planning import report
 from lightning_peft.planning.activations import step_bytes
 
 PAGE = (Path(__file__).resolve().parents[2] / "examples" / "docs" / "large_models.md").read_text()
-PAGE_OF_FILES = (Path(__file__).resolve().parents[2] / "examples" / "docs" / "files.md").read_text()
+PAGE_OF_QUANTISED = (Path(__file__).resolve().parents[2] / "examples" / "docs" / "quantised.md").read_text()
 SHAPES = {
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
@@ -100,7 +100,7 @@ def test_the_table_is_what_the_command_prints(model: str, tmp_path: Path) -> Non
 
 
 def test_what_a_quantised_base_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`examples/docs/files.md` gives what the command prints for the shape of Llama-2-7B, transformers' default one."""
+    """`examples/docs/quantised.md` gives what the command prints for the shape of Llama-2-7B, transformers' default one."""
     monkeypatch.setattr(report, "step_bytes", lambda *args, **options: 0)
     runs: dict[str, dict[str, Any]] = {
         "bfloat16": {"precision": "bf16-true"},
@@ -114,5 +114,5 @@ def test_what_a_quantised_base_takes(tmp_path: Path, monkeypatch: pytest.MonkeyP
             main(["plan", f"--config={file}"])
         (line,) = (line for line in out.getvalue().splitlines() if line.strip().startswith("frozen weights"))
         found[name] = line.partition("weights")[2].strip()
-    shown = (PAGE_OF_FILES.partition("| Llama-2-7B in |")[2].partition("\n\n")[0]).splitlines()[2:]
+    shown = (PAGE_OF_QUANTISED.partition("| Llama-2-7B in |")[2].partition("\n\n")[0]).splitlines()[2:]
     assert shown == [f"| {name} | {text} |" for name, text in found.items()]

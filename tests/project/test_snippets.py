@@ -50,22 +50,29 @@ class Model(L.LightningModule):
 
 def given(page: Path) -> dict[str, Any]:
     """Return what the snippets of a page take for granted."""
-    if page.name == "methods.md":
+    if page.name in ("methods.md", "coming_from.md"):
         ids = torch.arange(1, 9)[None]
         return {"model": build("llama")[0], "ids": ids, "labels": ids}
+    if page.name == "quantised.md":
+        build("llama")[0].save_pretrained("path/to/model")
     data = torch.utils.data.DataLoader(torch.randn(8, 16), batch_size=4)
     return {"model": Model(), "net": Model(), "data": data}
 
 
 @having("python", RUN_HERE)
-def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The snippets of a page one after the other, as a reader would type them."""
+def test_python_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The snippets of a page one after the other, as a reader would type them, print what the page says."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(L, "Trainer", functools.partial(L.Trainer, max_epochs=1, accelerator="cpu"))
     scope = given(page)
     for block in pages.blocks(page, "python"):
         assert not block.not_run
         exec(block.text, scope)
+    said = {line.strip() for line in caplog.text.splitlines()}
+    for block in pages.blocks(page, "text"):
+        assert set(block.text.splitlines()) - said == set()
     if page == README:
         assert isinstance(scope["trainer"].strategy, PEFTStrategy)
         assert scope["trainer"].global_step == 2
