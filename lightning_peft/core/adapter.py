@@ -270,13 +270,17 @@ def is_overtaken(host: nn.Module) -> bool:
     if not isinstance(slot, Slot) or slot.merged is not None:
         return False
     behind = [*_global_forward_hooks.values(), *host._forward_hooks.values()]
-    if not behind or getattr(behind[0], "__self__", None) is not slot:
+    if not behind or not _belongs(behind[0], slot):
         return True
     if (adapter := slot.active_adapter) is None or not adapter.changes_input:
         return False
     # Those of DeepSpeed's, which fetch weights, are registered last of all.
     ahead = [hook for hook in host._forward_pre_hooks.values() if not _is_of_deepspeed(hook)]
-    return not ahead or getattr(ahead[-1], "__self__", None) is not slot
+    return not ahead or not _belongs(ahead[-1], slot)
+
+
+def _belongs(hook: Any, slot: Slot) -> bool:
+    return getattr(hook, "__self__", None) is slot
 
 
 def _is_of_deepspeed(hook: Any) -> bool:

@@ -35,7 +35,7 @@ def install() -> None:
 
     A user's own LightningCLI makes its own parser, and no public place tells it of types that explain themselves.
     """
-    LightningArgumentParser.error = _error_of_one_line  # type: ignore[method-assign]
+    LightningArgumentParser.error = _error_of_one_line  # type: ignore[method-assign, assignment]
 
 
 def method_error(message: str) -> str | None:

@@ -215,7 +215,7 @@ def _read_file(io: TorchCheckpointIO, path: Any, *args: Any, **kwargs: Any) -> A
 
 def install() -> None:
     """Make ``load_from_checkpoint`` read checkpoints with adapters, and say what other strategies cannot read."""
-    TorchCheckpointIO.load_checkpoint = _read_file  # type: ignore[method-assign]
+    TorchCheckpointIO.load_checkpoint = _read_file  # type: ignore[method-assign, assignment]
     saving.pl_load = _load_file_or_directory  # type: ignore[assignment]
     saving._load_state = _load_state_with_adapters  # type: ignore[assignment]
     saving.is_overridden = _is_overridden_once_made  # type: ignore[assignment]

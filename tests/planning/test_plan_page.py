@@ -100,7 +100,7 @@ def test_the_table_is_what_the_command_prints(model: str, tmp_path: Path) -> Non
 
 
 def test_what_a_quantised_base_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`examples/docs/quantised.md` gives what the command prints for the shape of Llama-2-7B, transformers' default one."""
+    """`examples/docs/quantised.md` gives what the command prints for Llama-2-7B, whose shape is the default one."""
     monkeypatch.setattr(report, "step_bytes", lambda *args, **options: 0)
     runs: dict[str, dict[str, Any]] = {
         "bfloat16": {"precision": "bf16-true"},
