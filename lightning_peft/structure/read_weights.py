@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -20,6 +20,8 @@ from lightning_peft.core.view import ModelView
 
 # Of these, one argument counts or none: they take a shape or a dtype from others.
 _FIRST_ONLY = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
+# These leave nothing of what they write to: whoever has a copy made before each use reads the original.
+_COPIES = frozenset({"copy_", "_foreach_copy_", "set_"})
 
 
 class WeightReads(TorchFunctionMode):
@@ -65,7 +67,7 @@ class WeightReads(TorchFunctionMode):
         for tensor in made:
             if tensor.requires_grad:
                 self.found.setdefault(*read)
-            else:
+            elif function in _COPIES or not isinstance(tensor, nn.Parameter):  # else an average, or a norm, of its own
                 self._made[tensor] = read
 
     def _read(self, given: tuple[Any, ...]) -> tuple[str, str] | None:

@@ -73,12 +73,25 @@ class OfTheState(Autoencoder):
         return h @ self.net["encoder"].state_dict()["weight"]
 
 
+class Copied(Autoencoder):
+    """Copies before it decodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copy = nn.Parameter(torch.zeros(8, 4), requires_grad=False)
+
+    def decode(self, h: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.copy.copy_(self.net["encoder"].weight.T)
+        return functional.linear(h, self.copy)
+
+
 class Checkpointed(Autoencoder):
     def decode(self, h: Tensor) -> Tensor:
         return checkpoint(super().decode, h, use_reentrant=False)
 
 
-TIED = [Autoencoder, Cast, Looked, InATuple, InAMethod, OfTheState, Checkpointed]
+TIED = [Autoencoder, Cast, Looked, InATuple, InAMethod, OfTheState, Copied, Checkpointed]
 METHOD = LoRA(r=2, alpha=4, target_modules=["net.first", "net.encoder"])
 
 
@@ -145,8 +158,20 @@ class Harmless(Regression):
         return super().training_step(batch, batch_idx) + 0.1 * decay + distance
 
 
+class InPlace(Harmless):
+    """Writes averages and norms to the weights themselves; what a teacher says of them is compared with."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            own, teacher = ([layers[0].weight, layers[2].weight] for layers in (self.net, self.teacher))
+            torch._foreach_mul_(teacher, 0.9)
+            torch._foreach_add_(teacher, own, alpha=0.1)
+            own[0].div_(own[0].norm())
+        return (self(batch[0]) - self.teacher(batch[0])).square().mean()
+
+
 @pytest.mark.filterwarnings("ignore:.*frozen weights have changed")
-@pytest.mark.parametrize("make", [Harmless, Llama, partial(Llama, tie_word_embeddings=True)])
+@pytest.mark.parametrize("make", [Harmless, InPlace, Llama, partial(Llama, tie_word_embeddings=True)])
 def test_what_meets_nothing_that_is_trained_is_not_warned_of(
     tmp_path: Path, recwarn: pytest.WarningsRecorder, make: Callable[[], Any]
 ) -> None:
