@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -165,13 +165,23 @@ def tests_for(mutant: Mutant, seconds: dict[str, float]) -> list[str]:
     """Return the tests to run against a mutant; those of a line that runs on import are all that reach the file."""
     line = parsed(mutant.path).first_line(mutant.line) if mutant.line in in_functions(mutant.path) else 0
     tests = reached(mutant.path).get(line, set())
-    room = f"tests/{Path(mutant.path).parts[1]}/"
     chosen, left = [], BUDGET
-    for test in sorted(tests & seconds.keys(), key=lambda test: (not test.startswith(room), seconds[test])):
+    for test in spread(sorted(tests & seconds.keys(), key=seconds.__getitem__)):
         if seconds[test] <= min(QUICK, left):
             chosen.append(test)
             left -= seconds[test]
     return chosen
+
+
+def spread(tests: Sequence[str]) -> list[str]:
+    """Return ``tests`` with the first of each file before the second ones: they look at different things."""
+    before: Counter[str] = Counter()
+    places = []
+    for test in tests:
+        file = test.partition("::")[0]
+        places.append(before[file])
+        before[file] += 1
+    return [test for _, test in sorted(zip(places, tests, strict=True), key=lambda pair: pair[0])]
 
 
 def survives(mutant: Mutant, tests: list[str]) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import pickle
 from functools import cache
 from pathlib import Path
@@ -254,4 +255,4 @@ def test_every_hyper_parameter_has_a_default_and_a_line(name: str) -> None:
     method = cls()
     assert method == type(method)(**{k: v for k, v in method.config().items() if k != "method"})
     for key in dataclasses.fields(cls):  # type: ignore[arg-type]
-        assert f"\n        {key.name}: " in (cls.__doc__ or ""), key.name
+        assert f"\n    {key.name}: " in inspect.cleandoc(cls.__doc__ or ""), key.name
