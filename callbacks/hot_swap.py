@@ -7,6 +7,7 @@ import os
 import urllib.error
 import urllib.request
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -51,9 +52,12 @@ def send_adapter(
     if server not in _ENDPOINTS:
         raise PEFTError(f"server={server!r} was given; adapters are sent to {' or '.join(_ENDPOINTS)}.")
     place = Path(path).resolve()
-    save_adapter(model, place / "trained")
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        # What the first process reads is its own: another one would replace it meanwhile.
+        with TemporaryDirectory() as elsewhere:
+            save_adapter(model, Path(elsewhere) / "trained")
         return
+    save_adapter(model, place / "trained")
     config, tensors = read_config(place / "trained"), read_tensors(place / "trained" / TENSOR_FILE)
     rank = rank_for(server, config, {key: tuple(t.shape) for key, t in tensors.items()}, str(place / "trained"), None)
     config, tensors = serving_copy(config, tensors, str(place / "trained"), rank=rank)

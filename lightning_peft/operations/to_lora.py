@@ -143,7 +143,13 @@ def change_of_weight(name: str, host: nn.Module, adapter: Adapter) -> tuple[Tens
     Raises:
         PEFTError: The adapter is no change of the weight of a linear layer or an embedding.
     """
-    if adapter.replaces or not can_merge(host, adapter) or not _has_room(host):
+    if adapter.replaces:
+        raise PEFTError(
+            f"The {type(adapter).__name__} of {name!r} changes weights that the module reads itself, for which a LoRA "
+            "of layers has no place. Where these are experts, `lightning-peft export --experts mixtral` (or qwen) "
+            "writes a LoRA for each of them."
+        )
+    if not can_merge(host, adapter) or not _has_room(host):
         raise PEFTError(
             f"The {type(adapter).__name__} of {name!r} is no change of the weight of a linear layer or an embedding, "
             "so no LoRA comes near it."

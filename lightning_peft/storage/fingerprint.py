@@ -16,7 +16,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.structure.inner_models import transformers_models
 from lightning_peft.structure.layers import listed_blocks
-from lightning_peft.tensors.packed import holds_codes
+from lightning_peft.tensors.packed import holds_codes, is_rounded
 from lightning_peft.tensors.sharding import full_shape, in_flat_pieces, in_zero_pieces, whole
 from lightning_peft.tensors.weights import own_parameter
 
@@ -204,9 +204,12 @@ def _samples(
     found = {}
     for name in names:
         owner, _, leaf = _tensor(kind, name).rpartition(".")
-        present = getattr(model.modules.get(owner), leaf, None)
+        module = model.modules.get(owner)
+        present = getattr(module, leaf, None)
         tensor = before.get(id(present), present)
         if not isinstance(tensor, Tensor) or holds_codes(tensor) or not full_shape(tensor).numel():
+            continue
+        if module is not None and is_rounded(module):
             continue
         if in_flat_pieces(tensor) and not in_zero_pieces(tensor):
             continue  # FSDP1's, which their unit alone can gather

@@ -41,6 +41,14 @@ def holds_codes(tensor: Tensor) -> bool:
     return codes or hasattr(tensor, "__tensor_flatten__")
 
 
+def is_rounded(module: nn.Module) -> bool:
+    """Whether the float weight is what a quantiser's codes were, which is another by more than two dtypes differ.
+
+    compressed-tensors makes such weights of its codes when a model first runs, and leaves its mark.
+    """
+    return hasattr(module, "quantization_scheme")
+
+
 @torch.no_grad()
 def unpack(module: nn.Module, dtype: torch.dtype) -> None:
     """Make a packed linear layer an ``nn.Linear`` in place, whose weight is what it computes with, in ``dtype``.

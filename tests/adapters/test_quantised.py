@@ -264,3 +264,25 @@ def test_other_methods_beside_them(make: Callable[[], nn.Module]) -> None:
         assert (tuned - base).abs().max() > 1e-3
         assert merge(model).kept == ("0",)
         assert torch.equal(model(X), tuned)
+
+
+def test_weights_that_a_quantiser_has_made_of_its_codes(tmp_path: Path) -> None:
+    """As compressed-tensors does in a model's first run: its adapters are for the float base all the same."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 32))
+    rounded = nn.Sequential(nn.Linear(64, 32))
+    rounded.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        rounded[0].weight.mul_(56).round_().div_(56)  # as coarse as four bits: 6 % off
+    inject(rounded, LoRA(r=2))
+    randomise(rounded)
+    save_adapter(rounded, tmp_path / "without a mark")
+    with pytest.raises(PEFTError, match="written for another base model"):
+        load_adapter(plain, tmp_path / "without a mark")
+    eject(rounded)
+    rounded[0].quantization_scheme = "W4A16"
+    inject(rounded, LoRA(r=2))
+    randomise(rounded)
+    save_adapter(rounded, tmp_path / "adapter")
+    load_adapter(plain, tmp_path / "adapter")
+    assert (plain(X) - rounded(X)).abs().max() < 0.3

@@ -120,7 +120,7 @@ def test_a_bias_that_changes_is_named() -> None:
 REFUSED: dict[str, tuple[PEFTMethod, list[str], dict[str, Any], str]] = {
     "no change of weights": (ParallelAdapter(bottleneck=4), [], {"rank": 2}, "no LoRA comes near it"),
     "a head": (LoRA(r=2), ["lm_head"], {"rank": 2}, "'lm_head.weight' is trained whole"),
-    "experts": (LoRA(r=2, target_modules="mlp"), [], {"rank": 2}, "no LoRA comes near it"),
+    "experts": (LoRA(r=2, target_modules="mlp"), [], {"rank": 2}, "lightning-peft export --experts mixtral"),
     "both": (LoRA(r=2), [], {"rank": 2, "energy": 0.5}, "either a rank"),
     "neither": (LoRA(r=2), [], {}, "either a rank"),
     "too much": (LoRA(r=2), [], {"energy": 1.5}, "between 0 and 1"),

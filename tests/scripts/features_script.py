@@ -1,6 +1,7 @@
 """What training a transformers model on two processes comes to, on one base strategy after the other.
 
-For every feature of training, the gradients of the adapters in the first step, and the adapters after three.
+For every feature of training, the gradients of the adapters in the first step, and the adapters after three; of a plain
+run also what a server was sent.
 ``features_script.py BASES OUT``, with commas between names; each base has a folder of its name in ``OUT``.
 """
 
@@ -11,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from distributed_script import CPUFSDPStrategy, finish, parallel
+from fake_server import serving, url
 from modules import Llama, adapter_state, loader, trainer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -19,6 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lightning_peft import LoRA, PEFTStrategy
+from lightning_peft.callbacks import HotSwap
 from lightning_peft.core.view import ModelView
 from lightning_peft.tensors.sharding import whole
 
@@ -108,7 +111,15 @@ def run(out: Path, base: str, feature: str, devices: int) -> None:
     fitted = trainer(out, PEFTStrategy(LoRA(r=2), base=strategy(base, feature)), **options)
     if feature == "compiled" and base not in ("fsdp2", "tensor"):
         module = torch.compile(module, backend="eager")
-    fitted.fit(module, loader(count=24, batch_size=4 if feature == "accumulation" else 8))
+    data = loader(count=24, batch_size=4 if feature == "accumulation" else 8)
+    if feature != "plain":
+        fitted.fit(module, data)
+        return
+    # Each process has a server of its own, and the first one's alone is to hear of adapters.
+    with serving() as server:
+        fitted.callbacks.append(HotSwap(url(server), "policy", str(out / "sent")))  # type: ignore[attr-defined]
+        fitted.fit(module, data)
+    torch.save({"calls": server.calls, "loaded": server.loaded}, out / f"served-{fitted.global_rank}.pt")
 
 
 def main() -> None:

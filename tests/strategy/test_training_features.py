@@ -8,12 +8,15 @@ import pytest
 import torch
 from launch import run_script
 
+from lightning_peft import LoRA
+
 EXACT = [feature for feature in features_script.FEATURES if not feature.startswith("bf16")]
 BASES = ["ddp", "fsdp", "fsdp2", "tensor"]
 
 # Gradients are about 0.2 in size. Float32 sums in another order: measured 4e-8. bfloat16 keeps 8 bits: measured 1e-3.
 BOUND = 1e-6
 NARROW_BOUND = 5e-3
+SCALE = LoRA(r=2).alpha / 2
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,20 @@ def test_clipping_is_by_the_norm_of_all_gradients(out: Path) -> None:
     grads = load(out / "clipping-0.pt")["grads"]
     norm = torch.cat([grad.flatten() for grad in grads.values()]).norm()
     assert norm == pytest.approx(0.01, rel=1e-3)
+
+
+def test_one_process_sends_whole_adapters_to_a_server(out: Path) -> None:
+    """At the start and after each of three steps; what it has last is what was learnt."""
+    found = [load(file) for file in sorted(out.glob("served-?.pt"))]
+    assert [len(seen["calls"]) for seen in found] == [2 * 4, *(0 for _ in found[1:])]
+    sent, state = found[0]["loaded"]["policy"], load(out / "plain-0-end.pt")
+    learnt = [name for name in state if name.endswith("lora_A")]
+    assert 2 * len(learnt) == len(sent)
+    for name in learnt:
+        host = name.partition(".peft.")[0].removeprefix("model.")
+        a, b = (sent[f"base_model.model.{host}.lora_{letter}.weight"] for letter in "AB")
+        expected = SCALE * state[name.replace("lora_A", "lora_B")] @ state[name]
+        assert (b @ a - expected).abs().max() <= 1e-6, name
 
 
 @pytest.mark.parametrize("feature", ["bf16-mixed", "bf16-true"])
