@@ -57,7 +57,7 @@ def _pip(arguments: list[str]) -> None:
 
 def _ours(arguments: list[str]) -> None:
     command, *options = arguments
-    assert command in {*RUNS, *COMMANDS, "plan", "COMMAND"}
+    assert command in {*RUNS, *COMMANDS, "plan", "COMMAND", "--version"}
     if options and "--help" not in options:
         Read([str(QUICKSTART) if word == "run.yaml" else word for word in arguments])
 
@@ -92,4 +92,5 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "examples/launch/torchrun.sh": lambda arguments: _shell(["examples/launch/torchrun.sh"]),
     "kubectl": _cluster,
     "sky": _cluster,
+    "docker": lambda arguments: None,
 }

@@ -19,6 +19,11 @@ def test_the_readme_is_one_that_is_read() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 300
 
 
+def test_the_citation_is_of_this_version() -> None:
+    (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert f"version = {{{version}}}" in (ROOT / "README.md").read_text()
+
+
 @every_page
 def test_links_lead_somewhere(page: Path) -> None:
     for link in pages.links(page):
