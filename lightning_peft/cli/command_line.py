@@ -180,7 +180,9 @@ class PEFTCLI(LightningCLI):
         summary = parse(show_plan.__doc__ or "").short_description
         usage = f"{PROG} plan [--config FILE] [--devices N] [--num_nodes N] [--gpu_memory GIB] --model CLASS"
         planner = self._prepare_subcommand_parser(Trainer, "fit", description=summary, usage=usage)
-        self._plan_options = planner.add_function_arguments(show_plan, as_group=False, skip={"run"})
+        self._plan_options = planner.add_function_arguments(show_plan, as_group=False, skip={"run", "json"})
+        option, how = _WRITTEN["json"]
+        planner.add_argument(option, **how)
         commands.add_subcommand("plan", planner, help=summary)
         for name, function in COMMANDS.items():
             summary = parse(function.__doc__ or "").short_description
@@ -209,7 +211,7 @@ class PEFTCLI(LightningCLI):
             self.config[command].trainer.strategy = named_strategy(strategy)
         if command == "plan":
             run = self.config[command].as_dict()
-            fits = show_plan(run, **{option: run[option] for option in self._plan_options})
+            fits = show_plan(run, **{option: run[option] for option in (*self._plan_options, "json")})
             raise SystemExit(0 if fits else f"{PROG}: nothing fits {run['gpu_memory']} GiB")
 
     def _parse_ckpt_path(self) -> None:

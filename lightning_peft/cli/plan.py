@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pydoc
 from collections.abc import Mapping
+from dataclasses import asdict
+from json import dumps
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ from torch import nn
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.inject import inject
 from lightning_peft.planning.layout import Layout, Precision
-from lightning_peft.planning.report import GIB, Batch, report
+from lightning_peft.planning.memory import Memory
+from lightning_peft.planning.report import GIB, Batch, Report, report
 from lightning_peft.strategy import PEFTStrategy
 from lightning_peft.strategy.bases.names import base_names
 from lightning_peft.strategy.untrained import own_train_also
@@ -44,6 +47,7 @@ def show_plan(
     gpu_memory: float | None = None,
     batch_size: int | None = None,
     sequence_length: int | None = None,
+    json: bool = False,
 ) -> bool:
     """Print the memory that a run needs on each device, and that of other base strategies. No weight is loaded.
 
@@ -54,6 +58,7 @@ def show_plan(
         gpu_memory: Memory of a device in GiB, to say what fits.
         batch_size: Sequences in the batch of a device. The data's, or else 1, if not given.
         sequence_length: Tokens in a sequence. The data's max_length, or else 1024, if not given.
+        json: Print a JSON object with bytes, for programs.
 
     Returns:
         Whether the run or one of the other bases fits, as far as the memory of a device is known.
@@ -82,8 +87,18 @@ def show_plan(
         _checkpoints(run["model"]) or any(options.get(f"activation_checkpointing{end}") for end in ("", "_policy")),
     )
     found = report(module, layout, precision, batch, None if gpu_memory is None else gpu_memory * GIB)
-    print(found.text)
+    print(dumps(_bytes(found, gpu_memory)) if json else found.text)
     return found.fits
+
+
+def _bytes(found: Report, gpu_memory: float | None) -> _Setting:
+    """Return what a report says of each base, in bytes and in plain values."""
+
+    def plain(memory: Memory) -> _Setting:
+        fits = {} if gpu_memory is None else {"fits": memory.fits(gpu_memory * GIB)}
+        return {**asdict(memory), "total": memory.total, **fits}
+
+    return {"run": plain(found.run), "bases": {name: plain(memory) for name, memory in found.bases.items()}}
 
 
 def _strategy(value: Any) -> tuple[_Setting | None, type | None, _Setting]:

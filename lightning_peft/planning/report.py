@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -40,6 +41,10 @@ class Report(NamedTuple):
     text: str
     fits: bool
     """Whether the run, or one of the other bases, fits the device; also if its memory is not known."""
+    run: Memory
+    """What the run itself needs."""
+    bases: Mapping[str, Memory]
+    """What it would need on each base, by its name."""
 
 
 def report(module: nn.Module, layout: Layout, precision: Precision, batch: Batch, capacity: float | None) -> Report:
@@ -52,9 +57,15 @@ def report(module: nn.Module, layout: Layout, precision: Precision, batch: Batch
         batch: Of one device.
         capacity: Bytes of a device's memory, if known.
     """
-    memories: list[Memory] = []
-    text = "\n".join(_lines(module, layout, precision, batch, capacity, memories))
-    return Report(text, capacity is None or any(memory.fits(capacity) for memory in memories))
+    steps = _Steps(module, precision)
+    run = plan(module, layout, precision, step=steps.bytes(batch, layout))
+    bases: dict[str, Memory] = {}
+    for choice in alternatives(layout):
+        with suppress(PEFTError):  # not with this precision
+            bases[str(choice)] = plan(module, choice, precision, step=steps.bytes(batch, choice))
+    text = "\n".join(_lines(module, layout, precision, batch, capacity, steps, run, bases))
+    fits = capacity is None or any(memory.fits(capacity) for memory in (run, *bases.values()))
+    return Report(text, fits, run, bases)
 
 
 def _lines(
@@ -63,13 +74,11 @@ def _lines(
     precision: Precision,
     batch: Batch,
     capacity: float | None,
-    memories: list[Memory],
+    steps: _Steps,
+    memory: Memory,
+    bases: Mapping[str, Memory],
 ) -> Iterator[str]:
-    """Yield the lines, and put into ``memories`` what each base needs."""
-    steps = _Steps(module, precision)
     yield from _headed("", _heading(module, layout, precision))
-    memory = plan(module, layout, precision, step=steps.bytes(batch, layout))
-    memories.append(memory)
     yield from _headed("on each device", [*_rows(memory), ("total", _verdict(memory, capacity))])
     yield f"  Activations are an estimate for {batch}."
     other = replace(batch, gradient_checkpointing=not batch.gradient_checkpointing)
@@ -78,14 +87,7 @@ def _lines(
     yield f"  {how} it they would be {size(needed)}." if needed is not None else f"  They are unknown: {steps.reason}"
     files = [("adapter", memory.adapter_file), ("to resume from", memory.checkpoint), ("whole", memory.full_checkpoint)]
     yield from _headed("files", [(name, size(count)) for name, count in files])
-    rows = []
-    for choice in alternatives(layout):
-        try:
-            planned = plan(module, choice, precision, step=steps.bytes(batch, choice))
-        except PEFTError:  # not with this precision
-            continue
-        memories.append(planned)
-        rows.append((str(choice), _verdict(planned, capacity)))
+    rows = [(name, _verdict(planned, capacity)) for name, planned in bases.items()]
     yield from _headed(f"every base on {_devices(layout)}", rows)
     if capacity is not None:
         yield f"  {ROOM:.0%} of the memory is planned with. The rest is for CUDA itself, kernels and fragmentation."

@@ -1,5 +1,6 @@
 """The command, mostly run within this process; its classes below are what a user's module would hold."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,10 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from modules import Llama
 from torch import nn
@@ -21,6 +24,7 @@ from transformers import LlamaForCausalLM
 
 import lightning_peft
 from lightning_peft import LoRA, PEFTStrategy, SeriesAdapter, adapter_state_dict, inject, save_adapter
+from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.cli import COMMANDS, PEFTCLI, RUNS, main
 
 MODEL = "--model=test_cli.Regression"
@@ -421,6 +425,27 @@ def test_inspect_shows_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     for part in ("adapters only", "Regression", "lora (default) r=2", "4 with 96 values", "epoch 1, step 2"):
         assert part in printed
+
+
+def test_inspect_shows_how_far_a_run_had_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Falling(BoringModel):
+        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            self.log("val_loss", torch.tensor(0.5 if self.current_epoch else 0.25))
+
+    saver = AdapterCheckpoint(tmp_path, filename="{epoch}", monitor="val_loss", save_last=True, save_top_k=2)
+    L.Trainer(
+        strategy=PEFTStrategy(LoRA(r=1, alpha=1e-3)), callbacks=[saver], accelerator="cpu", max_epochs=2, limit_train_batches=3,
+        limit_val_batches=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+    ).fit(Falling())  # fmt: skip
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / "last")])
+    printed = capsys.readouterr().out
+    assert "progress     epoch 1, step 6\n" in printed
+    assert "monitored    val_loss 0.5, the best 0.25\n" in printed
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / "last"), "--json"])
+    assert json.loads(capsys.readouterr().out)["monitored"] == ["val_loss 0.5, the best 0.25"]
 
 
 def test_inspect_refuses_what_is_no_adapter(tmp_path: Path) -> None:

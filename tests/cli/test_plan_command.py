@@ -1,5 +1,6 @@
 """`lightning-peft plan`: the configuration of a run in, the memory of its devices out; nothing is loaded."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,21 @@ def test_a_run_on_one_device(folder: Path, tmp_path: Path, capsys: pytest.Captur
     tight = planned(capsys, file(tmp_path, causal(folder), devices=1), "--gpu_memory=0.8", "--sequence_length=64")
     assert tight["total"].endswith(" fits 819.2 MiB")
     assert tight["DeepSpeed ZeRO-3 with offload"].endswith("does not fit 819.2 MiB")  # its bucket alone is 763 MiB
+
+
+def test_bytes_for_programs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = (file(tmp_path, causal(folder), devices=1), "--gpu_memory=0.8", "--sequence_length=64")
+    rows = planned(capsys, *options)
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", *options, "--json"])
+    assert stop.value.code == 0
+    said = json.loads(capsys.readouterr().out)
+    assert size_of(rows["frozen weights"]) == pytest.approx(said["run"]["weights"], rel=1e-2)
+    assert size_of(rows["total"]) == pytest.approx(said["run"]["total"], rel=1e-2)
+    assert said["run"]["fits"] is True
+    offloaded = said["bases"]["DeepSpeed ZeRO-3 with offload"]
+    assert offloaded["fits"] is False
+    assert size_of(rows["DeepSpeed ZeRO-3 with offload"]) == pytest.approx(offloaded["total"], rel=1e-2)
 
 
 def test_where_nothing_fits_the_command_fails(folder: Path, tmp_path: Path) -> None:

@@ -11,9 +11,8 @@ from lightning_peft.cli.tools.inspect import base_name, model_class, refuse_plac
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import read_json
-from lightning_peft.files.others import name_of_tool
 from lightning_peft.formats.content import CONFIG_FILE
-from lightning_peft.formats.foreign.reading import READERS, write_in_hf
+from lightning_peft.formats.foreign.reading import tool_of, write_in_hf
 from lightning_peft.operations.to_lora import difference_to_lora, to_lora
 from lightning_peft.storage.loading import load_adapter
 from lightning_peft.storage.saving import save_adapter
@@ -21,32 +20,39 @@ from lightning_peft.tasks.pretrained import load_model
 
 
 def convert(
-    source: str, model: str | None = None, out: str = "lora", rank: int | None = None, energy: float | None = None
+    source: str,
+    model: str | None = None,
+    out: str = "lora",
+    rank: int | None = None,
+    energy: float | None = None,
+    alpha: float | None = None,
 ) -> None:
     """Turn an adapter of another method, or a fine-tuned model, into the LoRA that is nearest to it.
 
     Servers serve LoRA alone. Of the change of each weight its largest singular values are kept; how much of it is lost
-    is printed. LoRA of mlx-lm and LitGPT is taken over as it is, without a rank.
+    is printed. LoRA of mlx-lm and LitGPT is taken over as it is, without a rank, and so is HF PEFT's in a Lightning
+    checkpoint (.ckpt) of a module that called `get_peft_model` itself.
 
     Args:
-        source: An adapter directory (DoRA, LoHa, LoKr, IA3, VeRA, OFT, …), one of mlx-lm or LitGPT, or the directory
-            of a fine-tuned model.
+        source: An adapter directory (DoRA, LoHa, LoKr, IA3, VeRA, OFT, …), one of mlx-lm or LitGPT, a .ckpt with
+            tensors of HF PEFT's, or the directory of a fine-tuned model.
         model: The base model: a directory, a name on the Hugging Face hub, or package:NAME. The one that the adapter
             names, if not given.
         out: The directory to write.
         rank: The rank of the LoRA.
         energy: Or which part of the sum of squares of each change to keep, for example 0.99, whatever the rank.
+        alpha: HF PEFT's lora_alpha, for a .ckpt, which does not say it.
 
     Raises:
         PEFTError: The change is none of weights alone, or the directory cannot be written.
     """
     refuse_place(Path(source), Path(out))
-    tool = name_of_tool(Path(source))
+    tool = tool_of(Path(source))
     report: object
-    if tool is not None and tool in READERS:
-        base = _with_adapter_of(tool, Path(source), model)
+    if tool is not None:
+        base = _with_adapter_of(tool, Path(source), model, alpha)
         asked = rank is not None or energy is not None
-        report = to_lora(base, rank=rank, energy=energy) if asked else f"what {tool} has written, as it is."
+        report = to_lora(base, rank=rank, energy=energy) if asked else f"what stood in {source}, as it is."
     elif (Path(source) / CONFIG_FILE).is_file():
         base = load_model(model or base_name(Path(source)), model_class(Path(source)))
         load_adapter(base, source)
@@ -61,13 +67,13 @@ def convert(
     print(f"Wrote {out}: {report}")
 
 
-def _with_adapter_of(tool: str, source: Path, model: str | None) -> transformers.PreTrainedModel:
+def _with_adapter_of(tool: str, source: Path, model: str | None, alpha: float | None) -> transformers.PreTrainedModel:
     """Return the base with an adapter that another tool has written."""
     if model is None:
         raise PEFTError(f"{source} is in the format of {tool}, which names layers alone: name the base with --model.")
     base = load_model(model, transformers.AutoModelForCausalLM)
     with TemporaryDirectory() as directory:
-        write_in_hf(tool, source, ModelView(base), Path(directory))
+        write_in_hf(tool, source, ModelView(base), Path(directory), alpha)
         load_adapter(base, directory)
     return base
 

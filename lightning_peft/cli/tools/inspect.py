@@ -20,7 +20,7 @@ from lightning_peft.formats import own
 from lightning_peft.formats.configuration import read_config, read_marker
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
 from lightning_peft.storage.checkpoint import KEY
-from lightning_peft.storage.readable import check_sums, reading
+from lightning_peft.storage.readable import TRAINER_STATE, check_sums, reading
 from lightning_peft.storage.saving import BESIDE_FILE
 
 # HF PEFT's task types, for adapters that do not say what class their base is.
@@ -33,7 +33,7 @@ _TASK_CLASSES = {
 }
 
 _Row = tuple[str, str]
-_SEVERAL = ("method", "to resume")
+_SEVERAL = ("method", "monitored", "to resume")
 
 
 def inspect(path: str, json: bool = False) -> None:
@@ -109,6 +109,7 @@ def _describe_directory(directory: Path) -> list[_Row]:
         *([("trained whole", _listed(whole))] if whole else []),
         *([("beside it", _listed(sorted(read_shapes(beside))))] if beside.is_file() else []),
         ("tensors", _size(shapes.values(), tensors.stat().st_size)),
+        *_progress_of_directory(directory),
         *(("to resume", f"{file.name} has {file.stat().st_size:,} bytes") for file in directory.glob("*.ckpt")),
     ]
 
@@ -137,9 +138,26 @@ def _describe_checkpoint(file: Path) -> list[_Row]:
         if injection["train_also"]:
             rows.append(("trained whole", _listed(injection["train_also"])))
     rows.append(("tensors", _size((tensor.shape for tensor in state.values()), file.stat().st_size)))
+    return [*rows, *_progress(checkpoint)]
+
+
+def _progress(checkpoint: Mapping[str, Any]) -> Iterator[_Row]:
+    """Yield how far the run had come, and what its checkpoints are chosen by."""
     if "global_step" in checkpoint:
-        rows.append(("progress", f"epoch {checkpoint.get('epoch')}, step {checkpoint['global_step']}"))
-    return rows
+        yield "progress", f"epoch {checkpoint.get('epoch')}, step {checkpoint['global_step']}"
+    for state in (checkpoint.get("callbacks") or {}).values():
+        if isinstance(state, dict) and state.get("monitor") and state.get("current_score") is not None:
+            best = state.get("best_model_score")
+            so_far = "" if best is None else f", the best {float(best):.6g}"
+            yield "monitored", f"{state['monitor']} {float(state['current_score']):.6g}{so_far}"
+
+
+def _progress_of_directory(directory: Path) -> list[_Row]:
+    file = directory / TRAINER_STATE
+    if not file.is_file():
+        return []
+    with reading(file):
+        return list(_progress(torch.load(file, map_location="cpu", weights_only=True, mmap=True)))
 
 
 def _content(saved: Any) -> str:
