@@ -43,6 +43,7 @@ _OF_MARKER: Mapping[str, Any] = {
     "version": int,
     "prefix": str,
     "parts": list[str],
+    "extra": list[str],
     "lightning": bool,
     "exported": str,
     "base": dict[str, Any],

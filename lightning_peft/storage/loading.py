@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.refusals import refuse_merged
 from lightning_peft.core.registry import adapted, note_moved, own_registry, registries
 from lightning_peft.core.view import ModelView
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, listed
 from lightning_peft.files.contents import inside, read_tensors
 from lightning_peft.files.leftovers import restore_interrupted
 from lightning_peft.files.manifest import check_manifest
@@ -82,6 +83,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str = 
     for load in loads:
         load.run()
     _load_beside(view, beside)
+    if lost := [module for module in marker.get("extra", ()) if module in view.modules]:
+        warnings.warn(
+            f"{directory} was written beside state of {listed(map(repr, lost))} that is neither parameter nor buffer, "
+            "for which an adapter has no place. It is as it was; load_from_checkpoint, or ckpt_path, gives a module "
+            "what a checkpoint of the run has.",
+            stacklevel=2,
+        )
 
 
 @dataclass

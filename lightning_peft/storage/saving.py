@@ -109,6 +109,8 @@ def write_adapters(
     """
     places: dict[str, list[str]] = {}
     parts, beside = parts_of(model, names)
+    # What modules have in their state that is neither parameter nor buffer has a place in the files of runs alone.
+    marker: dict[str, Any] = {"version": 1, **({"extra": list(extra)} if (extra := extra_state(model)) else {})}
     several = len({part.prefix for part in parts}) > 1
     adapters = [part.adapter for part in parts]
     primary = "default" if "default" in adapters else adapters[0]
@@ -116,7 +118,7 @@ def write_adapters(
         # HF PEFT puts every adapter but "default" into a subdirectory of its name.
         segments = [part.prefix if several else "", "" if part.adapter == primary else part.adapter]
         subdirectory = "/".join(segment for segment in segments if segment)
-        for in_file, in_model in _write_part(directory / subdirectory, model, part, state).items():
+        for in_file, in_model in _write_part(directory / subdirectory, model, part, state, marker).items():
             places[in_model] = [f"{subdirectory}/{TENSOR_FILE}".lstrip("/"), in_file]
     others = model.adapter_tensors if names is None else {}
     beside += sorted(state.keys() & {*others, *(name for name, _, _ in changed(model))} - places.keys())
@@ -125,12 +127,14 @@ def write_adapters(
         places.update({name: [BESIDE_FILE, name] for name in beside})
     if several:
         # What is adapted around those models stands in the directory itself, with a marker of its own.
-        around = read_marker(directory) or {"version": 1}
+        around = read_marker(directory) or marker
         write_json(directory / MARKER, {**around, "parts": sorted({part.prefix for part in parts})})
     return places
 
 
-def _write_part(directory: Path, model: ModelView, part: Part, state: Mapping[str, Tensor]) -> dict[str, str]:
+def _write_part(
+    directory: Path, model: ModelView, part: Part, state: Mapping[str, Tensor], marker: Mapping[str, Any]
+) -> dict[str, str]:
     """Write one directory and return the tensors' names in the model by their names in the file.
 
     Left out are those of which the file has another form: a run does not go on from them.
@@ -143,7 +147,7 @@ def _write_part(directory: Path, model: ModelView, part: Part, state: Mapping[st
     tensors = {in_file: converted(adapters, in_model, state[in_model]) for in_file, in_model in names.items()}
     write_tensors(directory / TENSOR_FILE, joined(tensors))
     write_json(directory / CONFIG_FILE, config)
-    marker = {"version": 1, "prefix": part.prefix, "base": describe_base(model, part.prefix)}
+    marker = {**marker, "prefix": part.prefix, "base": describe_base(model, part.prefix)}
     if form is not None and (unsaid := form.counterpart.unsaid(part.methods[form.main])):
         marker[UNSAID] = unsaid
     write_json(directory / MARKER, {**marker, "lightning": is_lightning_module(root.module)})

@@ -10,7 +10,7 @@ from modules import SteppedRegression, inputs, loader, trainer
 from torch import Tensor, nn
 from torchmetrics import CatMetric
 
-from lightning_peft import FullFinetuning, LoRA, PEFTError, PEFTStrategy, inject, save_adapter
+from lightning_peft import FullFinetuning, LoRA, PEFTError, PEFTStrategy, inject, load_adapter, save_adapter
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.core.view import ModelView
 from lightning_peft.structure.extra_state import extra_state, load_extra_state
@@ -119,6 +119,9 @@ def test_a_resumed_run_and_a_loaded_module_have_it(
     trainer(tmp_path, strategy(), max_epochs=2, callbacks=[saver]).fit(first, loader())
     loaded = make.load_from_checkpoint(saver.last_model_path)
     assert loaded.part.counted == first.part.counted == whole.part.counted // 2 > 0
+    if saving is AdapterCheckpoint and method == "adapter":
+        with pytest.warns(UserWarning, match=r"beside state of 'part.*' that is neither parameter nor buffer"):
+            load_adapter(make(), saver.last_model_path)
     torch.testing.assert_close(loaded.eval()(inputs()), first.eval()(inputs()))
     trainer(tmp_path, strategy(), max_epochs=4).fit(resumed, loader(), ckpt_path=saver.last_model_path)
     assert resumed.part.counted == whole.part.counted
