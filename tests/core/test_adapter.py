@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import IA3, LoRA, inject
-from lightning_peft.core.adapter import restore_hooks
+from lightning_peft import IA3, LoRA, PEFTError, inject
+from lightning_peft.core.adapter import Adapter, restore_hooks
 from lightning_peft.core.view import ModelView
 
 
@@ -48,3 +48,17 @@ def test_every_host_is_hooked_again(kind: str) -> None:
     assert not torch.allclose(model(x), expected)
     restore_hooks(ModelView(model).slots)
     assert torch.equal(model(x), expected)
+
+
+def test_what_an_adapter_lacks_is_said() -> None:
+    """Of whoever writes a method."""
+    adapter = type("Bare", (Adapter,), {})()
+    with pytest.raises(PEFTError, match="Bare cannot be merged into weights"):
+        adapter.fold(torch.ones(1), None)
+    with pytest.raises(TypeError, match="Bare names weights to replace but does not define replace"):
+        adapter.replace({})
+    with pytest.raises(TypeError, match="Bare does not define reset_parameters"):
+        adapter.reset_parameters()
+    x = torch.ones(2)
+    assert adapter(nn.Identity(), (x,), {}, x) is x
+    assert adapter.before(nn.Identity(), (x,), {}) == ((x,), {})

@@ -44,6 +44,19 @@ def test_names_follow_by_the_part_that_has_another_one() -> None:
     assert names(checkpoint) == [*new]
 
 
+def test_the_state_of_optimizers_follows_and_what_is_no_parameter_s_stays() -> None:
+    injection = {"adapters": {}, "active": "", "train_also": [], "base": {}}
+    groups = [{"params": [A], "param_names": [A], "lr": 0.1}]
+    optimizers = [{"state": {A: {"step": 1}, 7: {"own": 2}}, "param_groups": groups}, {"wrapped": 3}]
+    new = {name.replace("net.", "body."): tensor for name, tensor in TENSORS.items()}
+    checkpoint = {"state_dict": new, "lightning_peft": {"injections": {"": injection}}, "optimizer_states": optimizers}
+    follow(checkpoint, TENSORS)
+    name = A.replace("net", "body")
+    groups = [{"params": [name], "param_names": [name], "lr": 0.1}]
+    expected = [{"state": {name: {"step": 1}, 7: {"own": 2}}, "param_groups": groups}, {"wrapped": 3}]
+    assert checkpoint["optimizer_states"] == expected
+
+
 def test_one_part_of_two_may_be_renamed() -> None:
     new = {A.replace("net.a", "net.first"): TENSORS[A], B: TENSORS[B]}
     assert names(followed(new, TENSORS)) == [*new]

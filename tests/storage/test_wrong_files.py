@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 from families import build
 from hostile import CONFIG, MARKER, TENSORS, changed, put, seed, written
@@ -52,3 +53,33 @@ def test_it_is_said_and_nothing_is_loaded(kind: str, tmp_path: Path) -> None:
     with pytest.raises(PEFTError, match=words):
         load_adapter(model, written(tmp_path / "it", files))
     assert list(model.state_dict()) == before
+
+
+def test_which_of_two_models_is_meant_is_not_guessed(tmp_path: Path) -> None:
+    module = L.LightningModule()
+    module.one, module.two = build("llama")[0], build("llama")[0]
+    files = {name: content for name, content in seed("lora").items() if name != MARKER}
+    with pytest.raises(
+        PEFTError, match=r"LightningModule holds 2 transformers models.*load_adapter\(module\.model, path\)"
+    ):
+        load_adapter(module, written(tmp_path / "it", files))
+    load_adapter(module.two, tmp_path / "it")
+    assert not any(".peft." in name for name in module.one.state_dict())
+
+
+def test_embeddings_of_another_base_are_not_loaded(tmp_path: Path) -> None:
+    """HF PEFT writes them beside an adapter when it thinks that the vocabulary has changed."""
+    tensors = load(seed("lora")[TENSORS])
+    model, _ = build("llama")
+    copied = "base_model.model.model.embed_tokens.weight"
+    own = model.get_input_embeddings().weight.detach()
+
+    def files(rows: Any) -> Path:
+        return written(tmp_path / "it", {**seed("lora"), TENSORS: save({**tensors, copied: rows.contiguous()})})
+
+    for rows in (own + 1, own[:-1]):
+        with pytest.raises(
+            PEFTError, match=r"brings its own model\.embed_tokens\.weight .* Resize the model's embeddings"
+        ):
+            load_adapter(model, files(rows))
+    load_adapter(model, files(own))
