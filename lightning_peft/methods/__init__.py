@@ -17,6 +17,7 @@ from lightning_peft.methods.layer_norm_tuning import LayerNormTuning
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.loreft import LoReFT
 from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.new_tokens import NewTokens
 from lightning_peft.methods.oft import OFT
@@ -39,6 +40,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoReFT",
     "MiSS",
     "NewTokens",
     "ParallelAdapter",

@@ -17,6 +17,7 @@ from lightning_peft import (
     FullFinetuning,
     LoKr,
     LoRA,
+    LoReFT,
     MiSS,
     ParallelAdapter,
     PEFTMethod,
@@ -172,6 +173,8 @@ ROWS = [
     ),
     Row("LLaMA-7B", PrefixTuning(num_virtual_tokens=10), 2_621_440),
     Row("LLaMA-7B", LoKr(r=8, target_modules=["q_proj", "v_proj"]), 327_680),
+    # 0.031 % of 6.74 billion.
+    Row("LLaMA-7B", LoReFT(r=8), 2_097_408, 2.09),
     Row("LLaMA-7B", MiSS(r=64), 87_031_808, 87.0),
     Row("LLaMA-7B", BEFT(), 131_072),
     Row("MiniLM", BEFT(target_modules="all-linear"), 20_736),

@@ -3,6 +3,7 @@
 from lightning_peft import (
     BitFit,
     LoRA,
+    LoReFT,
     NewTokens,
     ParallelAdapter,
     PEFTMethod,
@@ -26,6 +27,7 @@ METHODS: dict[str, PEFTMethod | list[PEFTMethod]] = {
     "parallel_adapter everywhere": ParallelAdapter(placement=["attention", "mlp"], bottleneck=4),
     "prefix_tuning with an mlp": PrefixTuning(prefix_projection=True, encoder_hidden_size=12),
     "prompt_tuning with infix tokens": PromptTuning(num_virtual_tokens=8, num_infix_tokens=4),
+    "loreft at both ends": LoReFT(r=2, prefix_positions=1, suffix_positions=2),
     "prompt_tuning in every layer": PromptTuning(num_virtual_tokens=8, num_infix_tokens=4, every_layer=True),
     "prefix_tuning and parallel_adapter": [PrefixTuning(), ParallelAdapter(bottleneck=4)],
     "bitfit and parallel_adapter": [BitFit(create_missing=True), ParallelAdapter(bottleneck=4)],
@@ -40,7 +42,7 @@ NO_BIAS_IN_MLP = ("qwen2", "falcon", *(family for family in NO_BIAS if family no
 BLOCKS = [name for name in METHODS if name.startswith(("series", "parallel", "ia3", "compacter"))] + [
     "bitfit and parallel_adapter"
 ]
-DECODER_ONLY = [name for name in METHODS if name.startswith(("prefix_tuning", "prompt_tuning"))]
+DECODER_ONLY = [name for name in METHODS if name.startswith(("prefix_tuning", "prompt_tuning", "loreft"))]
 ENCODERS = ("bert", "roberta", "deberta_v2", "distilbert", "vit", "clip", "torch_encoder")
 NO_DECODER = ("sequential", *ENCODERS, "t5", "bart", "whisper", "torch_decoder")
 # Cells that make no sense, with the reason that the error gives.

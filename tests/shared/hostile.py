@@ -25,6 +25,7 @@ from lightning_peft import (
     LoHa,
     LoKr,
     LoRA,
+    LoReFT,
     MiSS,
     ParallelAdapter,
     PEFTError,
@@ -55,6 +56,7 @@ METHODS: dict[str, PEFTMethod | list[PEFTMethod]] = {
     "oft": OFT(block_size=4),
     "miss": MiSS(r=4, mini_r=2),
     "beft": BEFT(),
+    "loreft": LoReFT(r=2),
     "norms": LayerNormTuning(),
     "two": [LoRA(r=2, target_modules="attention"), SeriesAdapter(bottleneck=4, target_modules="mlp")],
 }

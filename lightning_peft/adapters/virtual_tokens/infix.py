@@ -47,6 +47,8 @@ class PromptEnd(Adapter):
     """On the model around the decoder, if it is a language model: keeps its labels until the decoder is called."""
 
     by_row = False
+    words: tuple[str, str] = "PromptTuning", "infix tokens belong"
+    """The method and what it wants to know, for errors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,20 +86,22 @@ class PromptEnd(Adapter):
         begins = cache is None or cache.get_seq_length() == 0
         unlabelled = labels is None and _ANSWERS.get() is None
         if begins and unlabelled and (how := [reason for reason, holds in unclear.items() if holds]):
+            method, what = self.words
             raise PEFTError(
-                f"PromptTuning: the model was called without labels {how[0]}, so that it is not known where the prompt "
-                "ends and infix tokens belong. Pass labels to the model, or call it within "
+                f"{method}: the model was called without labels {how[0]}, so that it is not known where the prompt "
+                f"ends and {what}. Pass labels to the model, or call it within "
                 f"{answers.__module__}.answers(labels); generate with a cache and without an assistant."
             )
         return args, kwargs
 
 
-def prompt_ends(mask: Tensor, labels: Tensor | None) -> Tensor:
+def prompt_ends(mask: Tensor, labels: Tensor | None, words: tuple[str, str] = PromptEnd.words) -> Tensor:
     """Return how many of a row's columns come before what follows its prompt, ``[batch]``.
 
     Args:
         mask: ``[batch, tokens]``; zero where a token is padding.
         labels: ``[batch, tokens]``; -100 where a token is no answer.
+        words: As of :class:`PromptEnd`.
 
     Raises:
         PEFTError: A text is answered from its first token on.
@@ -112,8 +116,8 @@ def prompt_ends(mask: Tensor, labels: Tensor | None) -> Tensor:
     # Memory is planned on tensors that have no values.
     if not hasattr(mask, "fake_mode") and bool((answered.any(dim=1) & (first <= starts)).any()):
         raise PEFTError(
-            "PromptTuning: labels were given that are answers from a text's first token on, so there is no prompt to "
-            f"put infix tokens after. Set the labels of the prompt to {IGNORED}."
+            f"{words[0]}: labels were given that are answers from a text's first token on, so there is no prompt, and "
+            f"it is not known where {words[1]}. Set the labels of the prompt to {IGNORED}."
         )
     return torch.where(answered.any(dim=1), first, ends)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.virtual_tokens.infix import Layout, PromptEnd, prompt_ends
 from lightning_peft.adapters.virtual_tokens.initial_tokens import start
+from lightning_peft.adapters.virtual_tokens.of_call import OfCall
 from lightning_peft.adapters.virtual_tokens.virtual_tokens import (
     by_name,
     cache_parameter,
@@ -21,12 +21,12 @@ from lightning_peft.adapters.virtual_tokens.virtual_tokens import (
 )
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of, with_input
-from lightning_peft.core.of_thread import OfThread
 from lightning_peft.errors import PEFTError
 from lightning_peft.tensors.weights import tensor_options
 
 # The layout, left on a cache that the virtual tokens are in.
 _MARK = "_peft_virtual_tokens"
+_WORDS = "PromptTuning", "where the virtual tokens were"
 
 
 class Prompt(Adapter):
@@ -47,38 +47,18 @@ class Prompt(Adapter):
         self.register_parameter("infix_embeddings", infix)
         # In a tuple, so that it is no child.
         self._start, self._end = values, (end,)
-        self._of_thread = OfThread()
-        self._latest: tuple[Layout | None, set[int]] = None, set()
+        self._of_call = OfCall(*_WORDS)
         self.reset_parameters()
 
     @property
     def layout(self) -> Layout | None:
-        """Where the virtual tokens are in the present call, if they are in it and not in the cache.
-
-        Raises:
-            PEFTError: Layers are computed again, in a thread of autograd's, and several threads have called the model.
-        """
-        mine: Layout | None = self._of_thread.value
-        if mine is not None or torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            return mine
-        latest, threads = self._latest
-        if len(threads) > 1 and threading.get_ident() not in threads:
-            raise PEFTError(
-                "PromptTuning: activations were computed again for a backward pass, and several threads have called "
-                "the model: where the virtual tokens were is not known. Train in one thread, or without activation "
-                "checkpointing."
-            )
-        return latest
-
-    @layout.setter
-    def layout(self, layout: Layout | None) -> None:
-        self._of_thread.value = layout
-        if not torch.compiler.is_compiling():
-            self._latest = layout, self._latest[1] | {threading.get_ident()}
+        """Where the virtual tokens are in the present call, if they are in it and not in the cache."""
+        layout: Layout | None = self._of_call.value
+        return layout
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # One that an older version pickled has neither.
-        super().__setstate__({**state, "_of_thread": OfThread(), "_latest": (None, set())})
+        # One that an older version pickled has none.
+        super().__setstate__({**state, "_of_call": OfCall(*_WORDS)})
 
     def reset_parameters(self) -> None:
         """Set the virtual tokens to what they start as."""
@@ -100,7 +80,7 @@ class Prompt(Adapter):
             begun = layout = self._begun(named, labels)
             if cache is not None:
                 setattr(cache, _MARK, layout)
-        self.layout = begun
+        self._of_call.value = begun
         mask, positions = named.get("attention_mask"), named.get("position_ids")
         if mask is not None:
             named["attention_mask"] = layout.widened(mask, mask.new_ones(len(mask), layout.added))
