@@ -117,7 +117,7 @@ $(BENCH): $(INSTALLED)
 bench: $(BENCH) ## Measure speed and memory beside other implementations (a quarter of an hour); BENCH_ARGS=--quick
 	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks $(BENCH_ARGS)
 
-$(MKDOCS): $(INSTALLED)
+$(MKDOCS): $(USED)
 	@echo "==> $(VENV): installing what makes the documentation's site"
 	@$(PIP) --editable '.[docs]'
 	@touch $@
