@@ -122,8 +122,9 @@ $(MKDOCS): $(USED)
 	@$(PIP) --editable '.[docs]'
 	@touch $@
 
+# Not with --quiet: --strict counts the warnings that are shown.
 docs: $(MKDOCS) ## Build the documentation as a site in .site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file examples/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file examples/mkdocs.yml
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .
