@@ -117,13 +117,14 @@ $(BENCH): $(INSTALLED)
 bench: $(BENCH) ## Measure speed and memory beside other implementations (a quarter of an hour); BENCH_ARGS=--quick
 	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks $(BENCH_ARGS)
 
-$(MKDOCS): $(INSTALLED)
+$(MKDOCS): $(USED)
 	@echo "==> $(VENV): installing what makes the documentation's site"
 	@$(PIP) --editable '.[docs]'
 	@touch $@
 
+# Not with --quiet: --strict counts the warnings that are shown.
 docs: $(MKDOCS) ## Build the documentation as a site in .site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file examples/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file examples/mkdocs.yml
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Files of other tools, in the layouts that they document, are named with what to do."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 from lightning_peft import PEFTError, load_adapter
 from lightning_peft.cli import main
 
+PAGE = (Path(__file__).resolve().parents[2] / "examples" / "docs" / "coming_from.md").read_text()
 A, B = torch.zeros(4, 16), torch.zeros(16, 4)
 
 
@@ -84,7 +86,8 @@ def test_it_is_known_by_sight(write: Callable[[Path], None], tmp_path: Path) -> 
         load_adapter(nn.Sequential(nn.Linear(16, 16)), tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(["inspect", str(tmp_path)])
-    assert "is in the format of" in str(stop.value.code)
+    (name,) = re.findall("is in the format of (.*?), which", str(stop.value.code))
+    assert name in PAGE
 
 
 def test_one_file(tmp_path: Path) -> None:
