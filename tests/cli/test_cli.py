@@ -434,8 +434,8 @@ def test_inspect_shows_how_far_a_run_had_come(tmp_path: Path, capsys: pytest.Cap
 
     saver = AdapterCheckpoint(tmp_path, filename="{epoch}", monitor="val_loss", save_last=True, save_top_k=2)
     L.Trainer(
-        strategy=PEFTStrategy(LoRA(r=1, alpha=1e-3)), callbacks=[saver], accelerator="cpu", max_epochs=2, limit_train_batches=3,
-        limit_val_batches=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        strategy=PEFTStrategy(LoRA(r=1, alpha=1e-3)), callbacks=[saver], accelerator="cpu", max_epochs=2,
+        limit_train_batches=3, limit_val_batches=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
     ).fit(Falling())  # fmt: skip
     capsys.readouterr()
     with pytest.raises(SystemExit):
