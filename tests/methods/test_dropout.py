@@ -9,7 +9,18 @@ from families import build, outputs, randomise
 from torch import nn
 
 import lightning_peft
-from lightning_peft import AdaLoRA, Compacter, DoRA, LoRA, ParallelAdapter, PEFTMethod, SeriesAdapter, VeRA, inject
+from lightning_peft import (
+    AdaLoRA,
+    Compacter,
+    DoRA,
+    LoRA,
+    MiSS,
+    ParallelAdapter,
+    PEFTMethod,
+    SeriesAdapter,
+    VeRA,
+    inject,
+)
 from lightning_peft.adapters.low_rank import products
 
 # By name: a family, and the method with a dropout.
@@ -22,6 +33,7 @@ CASES: dict[str, tuple[str, Callable[[float], PEFTMethod]]] = {
     "dora": ("llama", lambda p: DoRA(r=2, dropout=p)),
     "adalora": ("llama", lambda p: AdaLoRA(dropout=p)),
     "vera": ("llama", lambda p: VeRA(r=4, dropout=p)),
+    "miss": ("llama", lambda p: MiSS(r=4, dropout=p)),
     "series": ("llama", lambda p: SeriesAdapter(bottleneck=4, dropout=p)),
     "parallel": ("llama", lambda p: ParallelAdapter(bottleneck=4, dropout=p)),
     "compacter": ("llama", lambda p: Compacter(dropout=p)),
