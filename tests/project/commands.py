@@ -1,6 +1,7 @@
 """Commands of the pages: what can be told of one without running it."""
 
 import ast
+import functools
 import importlib.util
 import re
 import shlex
@@ -30,6 +31,7 @@ def is_command(code: str) -> bool:
     return " " in code and code[0] not in "<'\"" and words(code)[0] in CHECKS
 
 
+@functools.cache  # pages share commands
 def check(command: str) -> None:
     """Fail if a command names what is not there, or is none that is known here."""
     tool, *arguments = words(command)

@@ -21,7 +21,7 @@ from pages import PAGES, ROOT
 from read_config import Read
 
 import lightning_peft
-from lightning_peft import PEFTMethod, PEFTStrategy
+from lightning_peft import LoRA, PEFTMethod, PEFTStrategy
 from lightning_peft.cli import main
 
 README = ROOT / "README.md"
@@ -55,6 +55,10 @@ def given(page: Path) -> dict[str, Any]:
         return {"model": build("llama")[0], "ids": ids, "labels": ids}
     if page.name == "quantised.md":
         build("llama")[0].save_pretrained("path/to/model")
+    if page.name == "serving.md":
+        for name in ("sql", "chat"):
+            lightning_peft.inject(model := Model(), LoRA(r=2))
+            lightning_peft.save_adapter(model, f"adapters/{name}")
     data = torch.utils.data.DataLoader(torch.randn(8, 16), batch_size=4)
     return {"model": Model(), "net": Model(), "data": data}
 
