@@ -12,7 +12,7 @@ from unchanged import assert_unchanged, snapshot
 from lightning_peft import IA3, BitFit, LoRA, PEFTError, inject, merge, unmerge
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.errors import NotFiniteError
-from lightning_peft.operations.merge import is_merged
+from lightning_peft.operations.merge import MergeReport, is_merged
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -235,3 +235,15 @@ def test_an_interrupted_merge_for_good_cannot_be_undone(monkeypatch: pytest.Monk
 def test_a_model_without_adapters_is_an_error() -> None:
     with pytest.raises(PEFTError, match="has no adapters"):
         merge(nn.Linear(2, 2))
+
+
+def test_what_a_report_says() -> None:
+    report = MergeReport.of(2, {"a": 0.25, "b": 0.75}, kept=("c",))
+    assert (report.mean_loss, report.largest_loss, report.worst) == (0.5, 0.75, "b")
+    assert str(report) == (
+        "Merged 2 adapters into the weights; rounding took 50.00% of their effect on average, 75.00% at most (b). "
+        "1 adapters cannot be merged and stay attached."
+    )
+    nothing = MergeReport.of(0, {})
+    assert (nothing.mean_loss, nothing.largest_loss, nothing.worst) == (0.0, 0.0, "")
+    assert str(nothing) == "Nothing to merge: what was trained is in the weights."
