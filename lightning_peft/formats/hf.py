@@ -94,8 +94,8 @@ def read_content(
     names = {**again, **counterpart.names(root, method, main.hosts, chosen), **whole}
     for addition, others in added.items():
         names |= addition.names(root, main, others, chosen) if others else {}
-    adapted = main.hosts or [name.rpartition(".")[0] for name in method.trained(root)]
-    _refuse_lost(root, config, {*adapted, *train_also}, source)
+    trained = {name.rpartition(".")[0] for name in method.trained(root)}
+    _refuse_lost(root, config, {*main.hosts, *train_also}, trained, source)
     tied = [host for host in main.hosts if any(name.startswith(f"{PREFIX}{host}.") for name in repeats)]
     _refuse_unnamed(root, config, [host for host in main.hosts if host not in tied], source)
     return Content(methods, train_also, names, copies, unused)
@@ -122,8 +122,15 @@ def _task_type(root: ModelView) -> str | None:
     return "SEQ_2_SEQ_LM" if encoder_decoder and getattr(root.module, "main_input_name", "") == "input_ids" else None
 
 
-def _refuse_lost(root: ModelView, config: Mapping[str, Any], present: set[str], source: str) -> None:
+def _refuse_lost(root: ModelView, config: Mapping[str, Any], present: set[str], trained: set[str], source: str) -> None:
     """Check that the tensors are those of all modules that the configuration names.
+
+    Args:
+        root: The model.
+        config: The configuration.
+        present: Modules that adapters or whole modules are there for.
+        trained: Modules of which the method trains parameters; then it is those of their kind that are named.
+        source: What is read, for the error.
 
     Raises:
         PEFTError: Those of one are not there.
@@ -132,11 +139,11 @@ def _refuse_lost(root: ModelView, config: Mapping[str, Any], present: set[str], 
         return
     excluded = config.get("exclude_modules") or ()
     excluded = excluded if isinstance(excluded, str) else frozenset(excluded)
-    kinds: set[type] = {nn.MultiheadAttention, *(type(root.modules[name]) for name in present if name in root.modules)}
+    kinds = (nn.MultiheadAttention, *{type(root.modules[name]) for name in trained})
     for name, module in root.modules.items():
-        if not (is_weighted(module) or isinstance(module, tuple(kinds))):
+        if not (is_weighted(module) or isinstance(module, kinds)):
             continue
-        if _names(targets, name) and not _names(excluded, name) and not is_inside(name, present):
+        if _names(targets, name) and not _names(excluded, name) and not is_inside(name, present | trained):
             raise PEFTError(
                 f"{source}: its configuration says that {name!r} is adapted (target_modules="
                 f"{config['target_modules']!r}), but there are no tensors for it. It is damaged, or for another base "
