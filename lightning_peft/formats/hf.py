@@ -139,7 +139,7 @@ def _refuse_lost(root: ModelView, config: Mapping[str, Any], present: set[str], 
         return
     excluded = config.get("exclude_modules") or ()
     excluded = excluded if isinstance(excluded, str) else frozenset(excluded)
-    kinds = (nn.MultiheadAttention, *{type(root.modules[name]) for name in trained})
+    kinds: tuple[type, ...] = (nn.MultiheadAttention, *{type(root.modules[name]) for name in trained})
     for name, module in root.modules.items():
         if not (is_weighted(module) or isinstance(module, kinds)):
             continue

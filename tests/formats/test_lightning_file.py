@@ -107,9 +107,7 @@ def test_other_files(tmp_path: Path) -> None:
     refused(lambda s: {k: v + 1 if "q_proj.base_layer" in k else v for k, v in s.items()}, "belongs to another base")
     refused(lambda s: {k: v for k, v in s.items() if "lora_" not in k}, "no tensors of HF PEFT's LoRA")
     refused(lambda s: {k: v for k, v in s.items() if "0.self_attn.q_proj.lora_B" not in k}, "no A and B of .*q_proj")
-    refused(
-        lambda s: s | {k.replace("default", "other"): v for k, v in s.items()}, "several adapters: default, other"
-    )
+    refused(lambda s: s | {k.replace("default", "other"): v for k, v in s.items()}, "several adapters: default, other")
     refused(lambda s: {k.replace("layers.1", "layers.9"): v for k, v in s.items()}, "does not have under any ending")
 
 
