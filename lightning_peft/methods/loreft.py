@@ -51,7 +51,7 @@ class Places(Adapter):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Find them; what a filled cache goes on with is no prompt any more."""
         named, cache = by_name(base, args, kwargs)
-        labels = self._end[0].labels()
+        labels = self._end[0].labels() if self._numbers[1] else None
         begins = cache is None or cache.get_seq_length() == 0
         self.of_call.value = self._places(named, labels) if begins else None
         return args, kwargs

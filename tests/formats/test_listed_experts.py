@@ -115,7 +115,10 @@ CASES: dict[str, dict[str, Any]] = {
     "an alpha of zero": {"alpha_pattern": {"experts.0.w1": 0, "experts.0.gate_proj": 0}},
     "some experts": {"drop": lambda host: ".experts.2." in host or "experts.0.w3" in host},
     "gates alone": {"drop": lambda host: "experts" in host and not host.endswith(("w1", "gate_proj"))},
-    "one layer": {"drop": lambda host: "layers.1.mlp" in host or "layers.1.block" in host},
+    "one layer": {
+        "drop": lambda host: "layers.1.mlp" in host or "layers.1.block" in host,
+        "exclude_modules": r".*layers\.1\.(mlp|block_sparse_moe)\..*",
+    },
 }
 
 

@@ -92,6 +92,14 @@ def test_it_starts_as_the_identity_in_the_layers_that_are_named() -> None:
     assert merge(model).kept
 
 
+def test_it_compiles_as_one_program() -> None:
+    model, (plain, inputs) = made("llama", prefix_positions=2), build("llama")
+    expected = model(**inputs).logits
+    assert (expected - plain.double()(**inputs).logits).abs().max() > 1e-3
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(**inputs).logits, expected)
+
+
 def test_generating_goes_on_from_the_changed_prompt() -> None:
     """What is generated is no prompt: with a cache, each token is what the whole text with these labels gives."""
     model = made("llama", prefix_positions=2, suffix_positions=2)

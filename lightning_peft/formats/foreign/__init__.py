@@ -1,4 +1,4 @@
 """Adapters in other tools' formats, as HF PEFT's: a file a tool, for those of which the way is exact.
 
-Imports tensors, core, files and formats.
+Imports tensors, core, targets, files and formats.
 """
