@@ -44,6 +44,7 @@ class Lifecycle(Checkpoints):
 
     _base_name: str
     _train_also: list[str] | None
+    _configs_whole: list[str]
     _asked: list[bool]
     _train_mode: bool
     _base_weights: str | None
@@ -98,8 +99,7 @@ class Lifecycle(Checkpoints):
             refusals.refuse_reading_late_weights(self.methods)
         # One seed for all ranks: without it each would start from other values where nothing broadcasts them.
         seed = self.broadcast(torch.initial_seed())
-        also = own_train_also(self._module, self._train_also)
-        inject(self._module, self.methods, train_also=also, seed=seed, allow_sharded=self._takes_sharded)
+        inject(self._module, self.methods, train_also=self._whole(), seed=seed, allow_sharded=self._takes_sharded)
         self._note_built()
 
     def _begin_with(self, path: str | os.PathLike[str]) -> ModelView:
@@ -124,13 +124,16 @@ class Lifecycle(Checkpoints):
     def _inject_around(self, view: ModelView) -> None:
         """Do what an injection does beside adapters, where a model or a part of it has some already."""
         if own_registry(self._module) is not None:
-            refusals.refuse_late_train_also(view, self._train_also or ())
-        elif frozen := freeze_rest(self._module, own_train_also(self._module, self._train_also)):
+            refusals.refuse_late_train_also(view, [*(self._train_also or ()), *self._configs_whole])
+        elif frozen := freeze_rest(self._module, self._whole()):
             rank_zero_warn(
                 f"Parts of this {view.kind} have adapters already, so the rest gets none and is frozen: {frozen[0]!r} "
                 f"and {len(frozen) - 1} other parameters. Name in train_also what of it is to be trained."
             )
         self._note_built()
+
+    def _whole(self) -> list[str]:
+        return [*own_train_also(self._module, self._train_also), *self._configs_whole]
 
     def _load_base_weights(self) -> None:
         """Load the frozen weights, if they are to come from files."""

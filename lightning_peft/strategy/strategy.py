@@ -56,7 +56,7 @@ class PEFTStrategy(_Checked):
     Args:
         method: What to train: a method such as ``LoRA(r=8)``, its registered name, or a list of several that make one
             adapter together. A configuration of HF PEFT, such as ``peft.LoraConfig(...)``, is read by its fields, with
-            the modules that it trains whole as ``train_also`` if that is not given.
+            the modules that it trains whole beside those of ``train_also``.
         base: The strategy underneath: ``"auto"``, a registered name such as ``"ddp"``, or a configured strategy.
         merge_on_train_end: Merge the adapters into the weights when training has ended. The adapters and a copy of the
             adapted weights in host memory are kept, so that ``unmerge``, ``test(ckpt_path="best")`` and another ``fit``
@@ -106,7 +106,7 @@ class PEFTStrategy(_Checked):
             self.__dict__.update(cluster_environment=None, parallel_devices=None, num_nodes=1, _layer_sync=None)
         else:
             self._become(_checked(base))
-        method, whole = without_peft_configs(method)
+        method, self._configs_whole = without_peft_configs(method)
         self.methods = methods_of(method)
         # A name asks for no hyper-parameters.
         entries = [method] if isinstance(method, PEFTMethod | str) else method
@@ -121,7 +121,7 @@ class PEFTStrategy(_Checked):
         self._on_nonfinite = on_nonfinite
         self._full_checkpoints = checkpoint == "full"
         self._merge_on_train_end = merge_on_train_end
-        self._train_also = whole or None if train_also is None else as_list(train_also)
+        self._train_also = None if train_also is None else as_list(train_also)
         self._train_mode = train_mode
         self._base_weights = base_weights
         if init_adapter is not None and base_weights is not None:

@@ -86,6 +86,8 @@ def test_what_is_not_known_is_asked_for(tmp_path: Path) -> None:
     [
         ({"modules_to_save": ["lm_head"]}, "lm_head.modules_to_save.*trained whole"),
         ({"rank_pattern": {"q_proj": 3}}, r"has ranks \[2, 3\]"),
+        ({"lora_bias": True}, r"lora_B.default.bias.*more than the A and B"),
+        ({"trainable_token_indices": [3]}, r"embed_tokens.token_adapter.*more than the A and B"),
     ],
 )
 def test_what_a_lora_file_has_no_place_for(options: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -109,6 +111,18 @@ def test_other_files(tmp_path: Path) -> None:
     refused(lambda s: {k: v for k, v in s.items() if "0.self_attn.q_proj.lora_B" not in k}, "no A and B of .*q_proj")
     refused(lambda s: s | {k.replace("default", "other"): v for k, v in s.items()}, "several adapters: default, other")
     refused(lambda s: {k.replace("layers.1", "layers.9"): v for k, v in s.items()}, "does not have under any ending")
+
+
+def test_what_was_trained_beside_the_adapter(tmp_path: Path) -> None:
+    module = trained(tmp_path / "old.ckpt")
+    module.get_parameter("model.base_model.model.model.norm.weight").data += 1e-4
+    content = torch.load(tmp_path / "old.ckpt", weights_only=True)
+    torch.save({**content, "state_dict": module.state_dict()}, tmp_path / "old.ckpt")
+    with pytest.raises(ValueError, match=r"model.norm.weight.*other values than the base"):
+        convert(tmp_path, "--alpha=6")
+    torch.save({**content, "state_dict": content["state_dict"] | {"own.weight": torch.ones(2)}}, tmp_path / "old.ckpt")
+    with pytest.warns(UserWarning, match=r"own.weight, which is no part of the base"):
+        convert(tmp_path, "--alpha=6")
 
 
 def test_our_own_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:

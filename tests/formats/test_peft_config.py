@@ -43,6 +43,16 @@ CONFIGS: dict[str, tuple[str, peft.PeftConfig]] = {
             alpha_pattern={r"0.*q_proj": 3},
         ),
     ),
+    "the first pattern that matches": (
+        "llama",
+        peft.LoraConfig(
+            target_modules=QV,
+            rank_pattern={".*_proj": 3, "model.layers.0.self_attn.q_proj": 2},
+            alpha_pattern={"v_proj": 5, "model.layers.0.self_attn.v_proj": 2, ".*proj": 7},
+        ),
+    ),
+    "an expression that looks ahead": ("llama", peft.LoraConfig(target_modules=r"(?!model\.layers\.0).*q_proj")),
+    "the preset in other letters": ("llama", peft.LoraConfig(target_modules="All-Linear")),
     "DoRA": ("llama", peft.LoraConfig(r=2, target_modules=QV, use_dora=True)),
     "a bias of B": ("gpt2", peft.LoraConfig(r=2, target_modules=["c_attn"], lora_bias=True, fan_in_fan_out=True)),
     "biases": ("bert", peft.LoraConfig(r=2, target_modules=["query"], bias="lora_only")),
@@ -50,6 +60,7 @@ CONFIGS: dict[str, tuple[str, peft.PeftConfig]] = {
     "tokens": ("llama", peft.LoraConfig(r=2, target_modules=QV, trainable_token_indices=[4, 2])),
     "tokens by name": ("gpt2", peft.LoraConfig(target_modules=["c_attn"], trainable_token_indices={"wpe": [3, 1]})),
     "modules": ("llama", peft.LoraConfig(r=2, target_modules=QV, modules_to_save=["lm_head"])),
+    "modules by the end of a word": ("llama", peft.LoraConfig(r=2, target_modules=QV, modules_to_save=["norm"])),
     "a head by its task": ("bert", peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")),
     "experts": ("mixtral", peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])),
     "IA3": ("llama", peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
@@ -120,7 +131,17 @@ def test_starts() -> None:
         (peft.LoraConfig(target_modules=QV, layer_replication=[(0, 1)]), "layer_replication="),
         (peft.LoraConfig(target_modules=QV, layers_to_transform=[0], layers_pattern="h"), "layers_pattern='h'"),
         (peft.LoraConfig(target_modules=QV, alora_invocation_tokens=[1, 2]), r"alora_invocation_tokens=\[1, 2\]"),
-        (peft.LoraConfig(target_modules=QV, inference_mode=True), "inference_mode=True"),
+        (peft.LoraConfig(target_modules=QV, inference_mode=True), "inference_mode=True.*init_adapter"),
+        (peft.LoraConfig(target_modules=[]), r"target_modules=\[\]"),
+        (peft.LoraConfig(target_modules=QV, layers_to_transform=[1], bias="lora_only"), "bias='lora_only'"),
+        (peft.LoraConfig(target_modules=QV, exclude_modules=["v_proj"], bias="lora_only"), "bias='lora_only'"),
+        (peft.LoraConfig(target_modules="all-linear", bias="lora_only"), "bias='lora_only'"),
+        (
+            peft.LoraConfig(target_modules=QV, target_parameters=["experts.down_proj"], layers_to_transform=[0]),
+            "target_parameters beside layers_to_transform",
+        ),
+        (peft.AdaLoraConfig(total_step=900, target_modules=QV, init_lora_weights=False), "init_lora_weights=False"),
+        (peft.IA3Config(target_modules=["k_proj", "down_proj"]), "leaves feedforward_modules out"),
         (peft.LoHaConfig(target_modules=QV, rank_dropout=0.5), "rank_dropout=0.5"),
         (peft.LoHaConfig(target_modules=QV, rank_pattern={"q_proj": 2}), "rank_pattern="),
         (peft.IA3Config(target_modules=QV, feedforward_modules=[], init_ia3_weights=False), "init_ia3_weights=False"),
@@ -169,6 +190,40 @@ def test_the_flag_takes_it(several: bool) -> None:
     assert not torch.equal(model.body.weight, before["body.weight"])  # merged
     assert torch.equal(model.body.bias, before["body.bias"]) is not several
     assert model.body.peft["default"].lora_A.shape == (2, 4)
+
+
+def test_what_is_trained_whole_comes_beside_what_the_flag_names() -> None:
+    class Also(Module):
+        train_also = ("own",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.Linear(2, 2)
+
+    config = peft.LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"])
+    for given, whole in ((None, {"own", "head"}), (["own"], {"own", "head"}), (["head"], {"head"})):
+        model = Also()
+        strategy = PEFTStrategy(config, train_also=given, merge_on_train_end=False)
+        trainer = L.Trainer(
+            strategy=strategy, accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(model, torch.utils.data.DataLoader(torch.ones(4, 4), batch_size=4))
+        trained = {name.rpartition(".")[0] for name, value in model.named_parameters() if value.requires_grad}
+        assert {name for name in trained if "peft" not in name} == whole
+
+
+def test_names_are_names() -> None:
+    """To HF PEFT a list holds the ends of names, and no groups of layers or globs."""
+
+    def net() -> nn.ModuleDict:
+        return nn.ModuleDict({"mlp": nn.Linear(4, 4), "attention": nn.Linear(4, 4), "rest": nn.Linear(4, 4)})
+
+    config = peft.LoraConfig(r=2, target_modules=["mlp", "attention"], exclude_modules=["attention"])
+    judge = peft.get_peft_model(net(), config)  # type: ignore[arg-type]
+    expected = [name.split(".")[2] for name, _ in judge.named_parameters() if "lora_A" in name]
+    model = net()
+    assert inject(model, from_peft_config(config)[0]) == expected == ["mlp"]
 
 
 def test_elsewhere_the_word_names_the_way() -> None:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar
 
 import regex
@@ -23,7 +24,7 @@ from lightning_peft.formats.keys import refuse_values
 from lightning_peft.formats.own_weights import ENDINGS, parameter_targets, tensors_of, weights_in
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.targets.naming import exceptions, only_here, targets_from
-from lightning_peft.targets.patterns import as_list, fullmatch
+from lightning_peft.targets.patterns import as_list, endings, fullmatch
 from lightning_peft.tensors.weights import is_conv1d
 
 _LINEAR = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
@@ -184,16 +185,16 @@ class LoRAInHF(Counterpart):
         modules = self.modules(root, found, source)
         listed = [str(name) for name in config.get("target_parameters") or ()]
         targets = {}
-        for host, endings in found.items():
+        for host, parts in found.items():
             module = modules[host]
             targets[host] = weights_in(host, module, listed) if self.method.changes_weights else {}
             if not targets[host] and not any(kind.serves(module) for kind in said.adapter_kinds):
                 raise PEFTError(
                     f"{source} adapts {host!r}, which is a {type(module).__name__} here. Load its own base model."
                 )
-            if endings != set(expected := self._tensors_of(module, said, targets[host])):
+            if parts != set(expected := self._tensors_of(module, said, targets[host])):
                 raise PEFTError(
-                    f"{source}: {host!r} has {', '.join(sorted(endings))} alone; {', '.join(expected)} were expected. "
+                    f"{source}: {host!r} has {', '.join(sorted(parts))} alone; {', '.join(expected)} were expected. "
                     "It is damaged."
                 )
         return dict(sorted(targets.items()))
@@ -294,6 +295,18 @@ def _pattern(config: Mapping[str, Any], patterns: str, default: str, host: str, 
     table = config.get(patterns) or {}
     if not isinstance(table, dict):
         raise PEFTError(f"{source}: its configuration has {patterns}={table!r}; an object was expected.")
-    if host in table:
-        return table[host]
-    return next((value for key, value in table.items() if fullmatch(rf"(?:.*\.)?(?:{key})", host)), config[default])
+    named = set(endings(host))
+    for key, value in table.items():  # as to HF PEFT, the first that matches, and not the longest
+        if key in named or (not _is_name(key) and fullmatch(_anywhere(key), host)):
+            return value
+    return next((value for key, value in table.items() if fullmatch(_anywhere(key), host)), config[default])
+
+
+@cache
+def _is_name(key: str) -> bool:
+    """Whether a pattern may be looked up: expressions are tried one by one, of which a file may have few."""
+    return key.replace(".", "").replace("_", "").isalnum()
+
+
+def _anywhere(expression: str) -> str:
+    return rf"(?:.*\.)?(?:{expression})"

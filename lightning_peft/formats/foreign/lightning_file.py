@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_peft.core.adapter import CHILD
@@ -17,6 +18,7 @@ from lightning_peft.targets.patterns import endings
 
 _ADAPTER = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.([^.]+))?(?:\.weight)?")
 _BASE = ".base_layer.weight"
+"""The end of the name of a layer's own weight, in a wrapper of HF PEFT's."""
 
 
 def read_lightning_file(path: Path, root: ModelView, alpha: float | None) -> ForeignLoRA:
@@ -28,7 +30,7 @@ def read_lightning_file(path: Path, root: ModelView, alpha: float | None) -> For
         alpha: HF PEFT's ``lora_alpha``, which stands in no tensor.
 
     Raises:
-        PEFTError: It holds no tensors of HF PEFT's, several adapters, modules trained whole, or belongs to another
+        PEFTError: It holds no tensors of HF PEFT's, several adapters, what else was trained, or belongs to another
             base; or alpha was not given.
     """
     state = read_torch(path, "state_dict")
@@ -54,7 +56,7 @@ def read_lightning_file(path: Path, root: ModelView, alpha: float | None) -> For
     if alpha is None:
         raise PEFTError(f"{path} does not say HF PEFT's lora_alpha, which stands in no tensor: give it by --alpha.")
     ((_, modules),) = found.items()
-    _compare(state, modules, root, path)
+    _refuse_what_would_be_lost(state, root, path)
     if lost := [name for name, parts in modules.items() if not {"lora_A", "lora_B"} <= parts.keys()]:
         raise PEFTError(f"{path} has no A and B of {lost[0]!r}. It is damaged.")
     ranks = {len(parts["lora_A"]) for parts in modules.values()}
@@ -79,15 +81,32 @@ def _in(root: ModelView, name: str, path: Path) -> str:
     return found
 
 
-def _compare(state: dict[str, Tensor], modules: dict[str, dict[str, Tensor]], root: ModelView, path: Path) -> None:
-    """Raise :class:`PEFTError` if the file has other weights of the adapted layers than the base."""
+def _refuse_what_would_be_lost(state: dict[str, Tensor], root: ModelView, path: Path) -> None:
+    """Raise :class:`PEFTError` for what was trained beside A and B; warn of what is no part of the base at all."""
+    of_base = root.module.state_dict()
+    wrapped = tuple(f"{name.removesuffix(_BASE)}." for name in state if name.endswith(_BASE))
+    elsewhere = []
     for name, tensor in state.items():
-        if not name.endswith(_BASE):
+        if _ADAPTER.fullmatch(name):
             continue
-        host = _in(root, name.removesuffix(_BASE), path)
-        own = root.modules[host].weight
-        assert isinstance(own, Tensor)
-        if host in modules and (
-            own.shape != tensor.shape or not torch.allclose(own.float(), tensor.float(), rtol=1e-2)
-        ):
-            raise PEFTError(f"{path} belongs to another base: the weight of {host!r} has other values there.")
+        own = next((of_base[end] for end in endings(name.replace(".base_layer.", ".")) if end in of_base), None)
+        if own is None and (".lora_" in name or name.startswith(wrapped)):
+            said = "is more than the A and B of a layer"
+        elif own is not None and not _is_same(own, tensor):
+            said = "has other values than the base: it was trained as well, or belongs to another base"
+        else:
+            elsewhere += [name] if own is None else []
+            continue
+        raise PEFTError(
+            f"{path} holds {name!r}, which {said}. A LoRA has no place for it: load the module with HF PEFT and call "
+            "its save_pretrained; what that writes is read here as it is."
+        )
+    if elsewhere:
+        rank_zero_warn(f"{path} also holds {listed(elsewhere)}, which is no part of the base and is not converted.")
+
+
+def _is_same(own: Tensor, there: Tensor) -> bool:
+    """Whether one is the other, up to the rounding of another dtype."""
+    if own.shape != there.shape or own.dtype != there.dtype:
+        return own.shape == there.shape and torch.allclose(own.float(), there.float(), rtol=1e-2)
+    return torch.equal(own, there)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from lightning_peft.core.method import PEFTMethod
@@ -12,9 +12,10 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.formats.hf import HEADS
 from lightning_peft.formats.keys import OFF
 from lightning_peft.formats.peft_config.fields import FIELDS, READ_BY_HAND, WITHOUT_EFFECT, Fields, plain
+from lightning_peft.formats.peft_config.places import patterns, where
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.new_tokens import NewTokens
-from lightning_peft.targets.patterns import ALL_LINEAR, as_list
+from lightning_peft.targets.patterns import ALL_LINEAR
 
 _DRAWN = {True: "kaiming", "gaussian": "gaussian"}
 """How A is drawn, by HF PEFT's name of it."""
@@ -31,7 +32,8 @@ def from_peft_config(config: Any) -> tuple[list[PEFTMethod], list[str]]:
 
     Targets mean the same modules as to HF PEFT, with one exception that a warning names: where a LoRA or the like
     leaves them out, HF PEFT takes a list of its own for the model's architecture, and this package every linear layer.
-    A regular expression may also match the end of a name: HF PEFT would be given a part of the module alone.
+    A regular expression may also match the end of a name, from a dot on: HF PEFT would be given a part of the module
+    alone. One that looks around itself, as in ``(?!.*vision).*q_proj``, is matched with whole names.
 
     Args:
         config: An object such as ``peft.LoraConfig(r=16, target_modules=["q_proj", "v_proj"])``.
@@ -54,12 +56,21 @@ def from_peft_config(config: Any) -> tuple[list[PEFTMethod], list[str]]:
     if fields is None:
         known = ", ".join(sorted({*FIELDS} - {"DORA"}))
         raise PEFTError(f"{name} describes {kind}, which this package does not have. What it has: {known}.")
+    _refuse_frozen(values, name)
     _refuse_others(config, values, fields)
     given = {ours: values[theirs] for theirs, ours in fields.renamed.items()}
     given |= {same: values[same] for same in fields.same if same in values}
-    given |= _where(values, fields, name) | _patterns(values, fields, name) | _start(values, kind, name)
+    given |= where(values, fields, name) | patterns(values, fields, name) | _start(values, kind, name)
     given = {key: value for key, value in given.items() if value is not None}
     return [fields.method(**given), *_beside(values, given, name)], _whole(values)
+
+
+def _refuse_frozen(values: Mapping[str, Any], name: str) -> None:
+    if values.get("inference_mode"):
+        raise PEFTError(
+            f"{name} has inference_mode=True, as PeftConfig.from_pretrained sets it: HF PEFT would train nothing. Set "
+            "config.inference_mode = False to train a new adapter, or give PEFTStrategy the old one as init_adapter."
+        )
 
 
 def without_peft_configs(given: Any) -> tuple[Any, list[str]]:
@@ -92,58 +103,6 @@ def _refuse_others(config: Any, values: Mapping[str, Any], fields: Fields) -> No
             )
 
 
-def _where(values: Mapping[str, Any], fields: Fields, name: str) -> dict[str, Any]:
-    targets = values.get("target_modules")
-    parameters = values.get("target_parameters") or []
-    if not targets and not parameters:
-        if getattr(fields.method, "target_modules", None) == ALL_LINEAR:
-            warnings.warn(
-                f"{name} leaves target_modules out: HF PEFT would take a list of its own for the model's architecture, "
-                "often two of attention's layers. Here every linear layer is adapted. Name the modules to choose.",
-                stacklevel=4,
-            )
-        return _limits(values)
-    named = targets if targets == ALL_LINEAR else _names(targets)
-    if parameters:
-        named = [*as_list(named), *parameters]
-    return {"target_modules": named, **_limits(values)}
-
-
-def _limits(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is said of some of the targets alone."""
-    limits: dict[str, Any] = {
-        key: _names(values[key]) for key in ("exclude_modules", "feedforward_modules") if values.get(key)
-    }
-    if (layers := values.get("layers_to_transform")) not in (None, []):
-        limits["layers"] = [layers] if isinstance(layers, int) else list(layers)
-    return limits
-
-
-def _names(given: str | Sequence[str] | None) -> list[str] | str:
-    """Return HF PEFT's names, which are ours, or its regular expression for a whole name."""
-    return f"re:{_anywhere(given)}" if isinstance(given, str) else list(given or ())
-
-
-def _anywhere(expression: str) -> str:
-    return rf"(?:.*\.)?(?:{expression})"
-
-
-def _patterns(values: Mapping[str, Any], fields: Fields, name: str) -> dict[str, Any]:
-    """Return ranks and alphas of some modules; HF PEFT reads the keys as regular expressions for the end of a name."""
-    found = {}
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not (table := values.get(key)):
-            continue
-        if not any(entry.name == key for entry in dataclasses.fields(fields.method)):  # type: ignore[arg-type]
-            raise PEFTError(f"{name} has {key}={table!r}, which {fields.method.__name__} does not have here.")
-        found[key] = {_pattern(pattern): value for pattern, value in table.items()}
-    return found
-
-
-def _pattern(key: str) -> str:
-    return key if key.replace(".", "").replace("_", "").isalnum() else f"re:{_anywhere(key)}"
-
-
 def _start(values: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:
     """Return where the values of a new adapter begin."""
     if kind == "PROMPT_TUNING":
@@ -151,7 +110,9 @@ def _start(values: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:
     if kind == "MISS":
         return _shards(values, name)
     init = values.get("init_lora_weights", True)
-    if (kind == "ADALORA" and init is True) or kind != "LORA":
+    if kind != "LORA":
+        if init is not True:
+            raise PEFTError(f"{name} has init_lora_weights={init!r}; True can be read.")
         return {}
     if init is True or init == "gaussian":
         return {"init": _DRAWN[init]}
@@ -181,7 +142,7 @@ def _beside(values: Mapping[str, Any], given: Mapping[str, Any], name: str) -> l
     beside: list[PEFTMethod] = []
     bias = values.get("bias", "none")
     if str(bias).endswith("_only"):
-        beside.append(BitFit(target_modules=given.get("target_modules", ALL_LINEAR)))
+        beside.append(_biases(given, f"{name} has bias={bias!r}"))
     elif bias == "all":
         beside.append(BitFit())
     elif bias != "none":
@@ -194,8 +155,20 @@ def _beside(values: Mapping[str, Any], given: Mapping[str, Any], name: str) -> l
     return beside
 
 
+def _biases(given: Mapping[str, Any], said: str) -> BitFit:
+    """Return the training of the adapted modules' biases, where patterns alone say which modules these are."""
+    targets = given.get("target_modules", ALL_LINEAR)
+    if targets == ALL_LINEAR or given.get("layers") or given.get("exclude_modules"):
+        raise PEFTError(
+            f"{said} beside modules that are not told by target_modules alone. Name them there, all of them and no "
+            r"others, such as '.*\.layer\.[01]\..*\.(query|value)', or train with HF PEFT and load the adapter."
+        )
+    return BitFit(target_modules=targets)
+
+
 def _whole(values: Mapping[str, Any]) -> list[str]:
-    """Return the patterns of modules that are trained whole."""
+    """Return the patterns of modules that are trained whole: HF PEFT takes ends of names, also in a word's middle."""
     named = list(values.get("modules_to_save") or ())
     heads = [head for head in HEADS.get(str(values.get("task_type")), ()) if head not in named]
-    return [*named, f"re:{_anywhere('|'.join(heads))}"] if heads else named
+    expressions = [*map(re.escape, named), *(["|".join(heads)] if heads else [])]
+    return [f"re:.*(?:{expression})" for expression in expressions]
