@@ -32,7 +32,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["fsdp", "fsdp2"])
+@pytest.fixture(scope="module", params=[pytest.param("fsdp", marks=pytest.mark.slow), "fsdp2"])
 def started(
     request: pytest.FixtureRequest, weights: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:

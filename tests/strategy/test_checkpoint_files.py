@@ -129,8 +129,15 @@ trainer(root, callbacks=[saver]).fit(Regression(), loader())
 """
 
 
-@pytest.mark.parametrize("ckpt_path", ["last", None])
-@pytest.mark.parametrize("kind", [AdapterCheckpoint, ModelCheckpoint])
+@pytest.mark.parametrize(
+    ("kind", "ckpt_path"),
+    [
+        (AdapterCheckpoint, "last"),
+        (ModelCheckpoint, None),
+        pytest.param(AdapterCheckpoint, None, marks=pytest.mark.slow),
+        pytest.param(ModelCheckpoint, "last", marks=pytest.mark.slow),
+    ],
+)
 def test_what_a_killed_run_left_goes_at_the_next_start(tmp_path: Path, kind: Any, ckpt_path: Any) -> None:
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path), kind.__name__]
     paths = os.pathsep.join(path for path in sys.path if path)

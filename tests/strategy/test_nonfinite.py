@@ -255,7 +255,7 @@ def test_options_that_there_are_not() -> None:
         PEFTStrategy(on_nonfinite="ignore")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("base", ["ddp", "fsdp", "model_parallel"])
+@pytest.mark.parametrize("base", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow), "model_parallel"])
 def test_all_processes_do_the_same(tmp_path: Path, base: str) -> None:
     said = run_script(str(Path(__file__).parents[1] / "scripts" / "nonfinite_script.py"), base, tmp_path)
     for what in ("stop", "skip", "restore"):
