@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_peft.core.adapter import CHILD
@@ -102,7 +102,9 @@ def _refuse_what_would_be_lost(state: dict[str, Tensor], root: ModelView, path: 
             "its save_pretrained; what that writes is read here as it is."
         )
     if elsewhere:
-        rank_zero_warn(f"{path} also holds {listed(elsewhere)}, which is no part of the base and is not converted.")
+        warnings.warn(
+            f"{path} also holds {listed(elsewhere)}, which is no part of the base and is not converted.", stacklevel=2
+        )
 
 
 def _is_same(own: Tensor, there: Tensor) -> bool:
