@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -63,6 +63,10 @@ class ChangeMonitor(Callback):
                 "itself. Leave it out, or train on DDP or FSDP2."
             )
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the step at which a run is resumed as seen: it was logged before."""
+        self._seen = trainer.global_step
+
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -88,7 +92,12 @@ class ChangeMonitor(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the last figures."""
-        if self.plots is not None:
+        if not self._last:
+            rank_zero_warn(
+                f"ChangeMonitor has logged nothing: it looks when {self.every_n_steps} steps have been made, and again "
+                f"after as many, and this run ended at step {trainer.global_step}. Lower every_n_steps."
+            )
+        elif self.plots is not None:
             self._draw(trainer.loggers, Path(self.plots))
 
     @torch.no_grad()

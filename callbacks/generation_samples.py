@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_peft.errors import PEFTError
 
@@ -42,6 +42,11 @@ class GenerationSamples(Callback):
                 "tasks CausalLM and Seq2Seq have one."
             )
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell a user whose run has no validation."""
+        if not (trainer.enable_validation and any(trainer.num_val_batches)):
+            rank_zero_warn("GenerationSamples: this run has no validation, after which it would generate. Give it data.")
+
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the prompts anew."""
         self._found, self._answers = [], []
@@ -62,12 +67,17 @@ class GenerationSamples(Callback):
         prompts = self._found if self.prompts is None else list(self.prompts)
         if not prompts:
             raise PEFTError("GenerationSamples: the validation data have no prompts. Give some: prompts=['...'].")
+        answers = list(pl_module.generate(prompts))  # type: ignore[operator]
+        if len(answers) != len(prompts):
+            raise PEFTError(
+                f"GenerationSamples: {type(pl_module).__name__}.generate returned {len(answers)} answers to "
+                f"{len(prompts)} prompts; a text for each was expected."
+            )
         tokenizer: Any = getattr(pl_module, "tokenizer", None)
-        generate: Any = pl_module.generate
         rows = [
             [_text(prompt, tokenizer), answer, *expected]
             for prompt, answer, expected in zip(
-                prompts, generate(prompts), [[text] for text in self._answers] or [[]] * len(prompts), strict=True
+                prompts, answers, [[text] for text in self._answers] or [[]] * len(prompts), strict=True
             )
         ]
         _log(trainer.loggers, rows, trainer.global_step)

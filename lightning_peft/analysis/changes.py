@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,15 +17,18 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.refusals import refuse_merged
 from lightning_peft.core.registry import required
 from lightning_peft.core.view import ModelView
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, listed
 from lightning_peft.files.contents import read_tensors
 from lightning_peft.formats.configuration import read_config
 from lightning_peft.formats.content import TENSOR_FILE
 from lightning_peft.formats.counterparts.lora import read_low_rank
 from lightning_peft.operations.to_lora import change_of_weight
+from lightning_peft.tensors.finite import not_finite
 from lightning_peft.tensors.packed import is_packed
 from lightning_peft.tensors.sharding import whole
 from lightning_peft.tensors.weights import is_linear, read_matrix
+
+_NO_SIZE = "its change has no size. Take an earlier checkpoint"
 
 _IN_FACTORS = (LoRAAdapter, EmbeddingLoRAAdapter, BiasedLoRAAdapter)
 """Adapters whose change of the weight is their scale times B A."""
@@ -104,8 +108,14 @@ def changes(model: nn.Module, name: str | None = None, *, weights: bool = True) 
         PEFTError: There is no such adapter, it is merged, or it does not change weights alone.
     """
     view = ModelView(model)
-    required(view)
+    parts = required(view)
     refuse_merged(view, "look at changes of weights")
+    whole = [f"{prefix}.{name}".lstrip(".") for prefix, _, registry in parts for name in registry.whole]
+    if whole and not view.slots:
+        raise PEFTError(
+            f"Nothing stands beside a weight here: {listed(whole)} is trained itself. Compare it with the base's."
+        )
+    _tell(whole)
     known = sorted({found for _, _, slot in view.slots for found, _ in slot.items()})
     if name is not None and name not in known:
         raise PEFTError(f"There is no adapter {name!r} here. Adapters: {', '.join(known)}.")
@@ -122,11 +132,20 @@ def change_of(name: str, host: nn.Module, adapter: Adapter, *, weights: bool = T
     Raises:
         PEFTError: It is no change of a weight.
     """
+    if wrong := not_finite(dict(adapter.named_parameters())):
+        raise PEFTError(
+            f"The {type(adapter).__name__} of {name!r} holds NaN or infinity in {listed(wrong)}: {_NO_SIZE}."
+        )
     weight = read_matrix(host).clone() if weights and is_readable(host) else None
     if isinstance(adapter, LoRAAdapter) and type(adapter) in _IN_FACTORS:
         a, b = whole(adapter.lora_A).double(), whole(adapter.lora_B).double()
         return WeightChange(adapter.scale * b, a, a, b, weight)
     return _of_matrix(change_of_weight(name, host, adapter)[0], weight)
+
+
+def _tell(whole: list[str]) -> None:
+    if whole:
+        warnings.warn(f"Trained itself, beside the adapters, and not looked at: {listed(whole)}.", stacklevel=3)
 
 
 def is_readable(host: nn.Module) -> bool:
@@ -155,9 +174,12 @@ def read_changes(path: str | Path) -> dict[str, WeightChange]:
     directory = Path(path)
     config, tensors = read_config(directory), read_tensors(directory / TENSOR_FILE)
     try:
-        found, _ = read_low_rank(config, {name: tuple(t.shape) for name, t in tensors.items()}, str(path))
+        found, beside = read_low_rank(config, {name: tuple(t.shape) for name, t in tensors.items()}, str(path))
     except PEFTError as error:
         raise PEFTError(f"{error} Name its base model, so that it can be loaded and looked at there.") from error
+    _tell(beside)
+    if wrong := not_finite({name: tensor for name, tensor in tensors.items() if name not in beside}):
+        raise PEFTError(f"{path} holds NaN or infinity in {listed(wrong)}: {_NO_SIZE}.")
     return {
         host: WeightChange(
             pair.scale * tensors[pair.b].double(),

@@ -9,9 +9,22 @@ import peft
 import pytest
 import torch
 from families import build
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_peft import IA3, DoRA, LoHa, LoRA, PEFTError, PrefixTuning, SeriesAdapter, inject, merge, save_adapter
+from lightning_peft import (
+    IA3,
+    BitFit,
+    DoRA,
+    LoHa,
+    LoRA,
+    PEFTError,
+    PrefixTuning,
+    SeriesAdapter,
+    inject,
+    merge,
+    save_adapter,
+)
 from lightning_peft.analysis import (
     WeightChange,
     amplification,
@@ -204,3 +217,26 @@ def test_refusals(tmp_path: Path) -> None:
         directions(WeightChange(drawn(1, 3, 3), drawn(2, 3, 3)), "A")
     with pytest.raises(PEFTError, match="basis='B' was given"):
         directions(low_rank(1), "B")  # type: ignore[arg-type]
+
+
+def test_what_has_no_size_or_is_not_shown(tmp_path: Path) -> None:
+    model = build("bert")[0]
+    inject(model, LoRA(r=2, target_modules=["query"]), train_also=["classifier"])
+    save_adapter(model, tmp_path / "sound")
+    for look in (lambda: dict(changes(model)), lambda: read_changes(tmp_path / "sound")):
+        with pytest.warns(UserWarning, match="Trained itself.*not looked at.*classifier.weight"):
+            assert len(look()) == 2
+    peft.PeftModel.from_pretrained(build("bert")[0], tmp_path / "sound").save_pretrained(tmp_path / "nan")
+    content = load_file(tmp_path / "nan" / "adapter_model.safetensors")
+    broken = next(name for name in content if "query.lora_B" in name)
+    save_file({**content, broken: content[broken] * math.nan}, tmp_path / "nan" / "adapter_model.safetensors")
+    with pytest.raises(PEFTError, match=r"NaN or infinity in .*query.lora_B.*has no size"):
+        read_changes(tmp_path / "nan")
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if name.endswith("lora_A")).fill_(math.inf)
+    with pytest.raises(PEFTError, match=r"query' holds NaN or infinity in lora_A"):
+        dict(changes(model))
+    biases = build("bert")[0]
+    inject(biases, BitFit())
+    with pytest.raises(PEFTError, match=r"Nothing stands beside a weight.*bias.*trained itself"):
+        dict(changes(biases))

@@ -1,5 +1,6 @@
 """What callbacks log along a run; TensorBoard's own reader says what is in its files, NumPy what it should be."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,29 @@ def test_no_samples_are_an_error(tmp_path: Path) -> None:
     for wrong in ({"prompts": []}, {"count": 0}):
         with pytest.raises(PEFTError, match="no prompts were asked for"):
             GenerationSamples(**wrong)  # type: ignore[arg-type]
+    run = trainer(LoRA(r=2), tmp_path, GenerationSamples(["a"]))
+    with pytest.warns(UserWarning, match="this run has no validation"):
+        run.fit(Answers(), data(), [])
+
+    class Few(Answers):
+        def generate(self, prompts: list[str]) -> list[str]:
+            return prompts[1:]
+
+    with pytest.raises(PEFTError, match=r"Few.generate returned 1 answers to 2 prompts"):
+        trainer(LoRA(r=2), tmp_path, GenerationSamples(["a", "b"]), max_steps=2, val_check_interval=2).fit(
+            Few(), data(), data()
+        )
+
+
+def test_a_run_that_is_too_short_or_resumed(tmp_path: Path) -> None:
+    """What the logger of the resumed run holds is no second row of the step at which it was resumed."""
+    run = trainer(LoRA(r=2), tmp_path, ChangeMonitor(4), max_steps=2, accumulate_grad_batches=2)
+    with pytest.warns(UserWarning, match="ChangeMonitor has logged nothing.*ended at step 2"):
+        run.fit(Module(), data())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    again = trainer(
+        LoRA(r=2), tmp_path, ChangeMonitor(2), max_steps=4, accumulate_grad_batches=2, logger=CSVLogger(tmp_path)
+    )
+    again.fit(Module(), data(), ckpt_path=str(tmp_path / "run.ckpt"))
+    rows = list(csv.DictReader((Path(again.log_dir or "") / "metrics.csv").open()))
+    assert [row["step"] for row in rows] == ["4"]

@@ -35,9 +35,15 @@ class ChatTemplate:
         self.name = name or "the tokenizer's chat template"
 
     def prompt(self, conversation: Conversation) -> str:
-        """Write the turns before the last answer, up to where that answer begins."""
+        """Write the turns before the last answer, up to where that answer begins.
+
+        Raises:
+            PEFTError: The template cannot write them, or leaves something out.
+        """
         prompt = conversation.prompt
-        return self._render(prompt, prompt.messages, add_generation_prompt=True)
+        written = self._render(prompt, prompt.messages, add_generation_prompt=True)
+        self._refuse_left_out(prompt, written)
+        return written
 
     def pieces(self, conversation: Conversation) -> list[Piece]:
         """Write a conversation, divided where answers begin and end.
@@ -46,7 +52,7 @@ class ChatTemplate:
         where nothing follows, as generation ends there as well.
 
         Raises:
-            PEFTError: The template cannot write it, leaves an answer out, or writes a turn in another way when others
+            PEFTError: The template cannot write it, leaves something out, or writes a turn in another way when others
                 follow, so that it is not known which part of the text is the answer.
         """
         whole, pieces, done = self._render(conversation, conversation.messages), list[Piece](), 0
@@ -67,6 +73,7 @@ class ChatTemplate:
             end = start + len(self._without_space(answer))
             pieces += [Piece(whole[done:start], False), Piece(whole[start:end], True)]
             done = end
+        self._refuse_left_out(conversation, whole)
         # What follows the last answer: other turns, or white space.
         rest = whole[done:]
         return [*pieces, Piece(rest, False)] if rest.strip() else pieces
@@ -77,6 +84,20 @@ class ChatTemplate:
         before = self._render(conversation, conversation.messages[:i])
         opened = self._render(conversation, conversation.messages[:i], add_generation_prompt=True)
         return max(_common(opened, written), _common(before, written))
+
+    def _refuse_left_out(self, conversation: Conversation, written: str) -> None:
+        """Raise :class:`PEFTError` for what is said to the model and does not stand in the text."""
+        for number, turn in enumerate(conversation.messages, start=1):
+            if turn["role"] in ("system", "developer", "user") and (turn.get("content") or "").strip() not in written:
+                raise PEFTError(
+                    f"{conversation.where}, turn {number}: {self.name} leaves the {turn['role']}'s turn out; put its "
+                    "text into another turn, or give a template that writes it: chat_template=FILE.jinja"
+                )
+        if conversation.tools and not all(name in written for name in map(_name, conversation.tools)):
+            raise PEFTError(
+                f"{conversation.where}: {self.name} leaves the tools out; drop the field, or give a template that "
+                "writes them: chat_template=FILE.jinja"
+            )
 
     def _without_space(self, answer: str) -> str:
         stripped = answer.rstrip()
@@ -94,9 +115,13 @@ class ChatTemplate:
 
 def _said(turn: Message) -> list[str]:
     """What an answer says, in whatever form a template writes it: its text, and the names of the tools it calls."""
-    calls = [call.get("function", call) for call in turn.get("tool_calls") or ()]
-    names = [str(call.get("name", "")) for call in calls if isinstance(call, dict)]
-    return [(turn.get("content") or "").strip(), *names]
+    return [(turn.get("content") or "").strip(), *map(_name, turn.get("tool_calls") or ())]
+
+
+def _name(tool: Any) -> str:
+    """The name of a tool, or of one that is called, if it has one where models are told it."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    return str(function.get("name", "")) if isinstance(function, dict) else ""
 
 
 def _common(a: str, b: str) -> int:

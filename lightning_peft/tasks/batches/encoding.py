@@ -56,8 +56,10 @@ class Encoder:
         """
         if self.loss_on not in ("answers", "all"):
             raise PEFTError(f"loss_on={self.loss_on!r} was given; expected 'answers' or 'all'")
-        if self.max_length < 1:
-            raise PEFTError(f"max_length={self.max_length} was given; expected a number of tokens")
+        if self.max_length < 2:
+            raise PEFTError(
+                f"max_length={self.max_length} was given; expected at least 2 tokens: one to learn behind one"
+            )
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Return the tokens before the last answer, or of a text as a whole."""

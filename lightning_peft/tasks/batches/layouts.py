@@ -137,8 +137,9 @@ def _turns(record: Record, field: str, message: Callable[[Message], Message]) ->
         raise PEFTError(
             f"{record.where}: field {field!r} is {_short(turns)}; expected a list of turns that is not empty"
         )
-    messages = [message(turn) for turn in turns]
-    for number, turn in enumerate(messages, start=1):
+    system = _system(record, turns)
+    messages = [*system, *map(message, turns)]
+    for number, turn in enumerate(messages, start=1 - len(system)):
         where = f"{record.where}, turn {number}"
         role, content = turn.get("role"), turn.get("content")
         if role not in ROLES:
@@ -148,6 +149,13 @@ def _turns(record: Record, field: str, message: Callable[[Message], Message]) ->
         calls = turn.get("tool_calls") or []
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             raise PEFTError(f"{where}: tool_calls is {_short(calls)}; expected a list of objects")
+        if unlearned := [
+            f"{key}={turn[key]!r}" for key in ("weight", "train") if turn.get(key, True) not in (True, None)
+        ]:
+            raise PEFTError(
+                f"{where}: {unlearned[0]} says how much of the turn is learned; every answer is learned here. Leave it "
+                "out, or make one example of the turns up to each answer that is to be learned, with prompt and answer"
+            )
         if not (content or "").strip() and not calls:
             raise PEFTError(f"{where}: the {role}'s turn is empty; expected a text")
     if messages[0]["role"] == "assistant":
@@ -158,6 +166,17 @@ def _turns(record: Record, field: str, message: Callable[[Message], Message]) ->
     if not isinstance(tools, list | None):
         raise PEFTError(f"{record.where}: field 'tools' is {_short(tools)}; expected a list of JSON schemas")
     return Conversation(record.where, messages, tools or None)
+
+
+def _system(record: Record, turns: list[Message]) -> list[Message]:
+    """Return the turn that stands in a field of its own, where the others do not begin with one."""
+    if not record.fields.get("system"):
+        return []
+    if turns[0].get("role", turns[0].get("from")) in ("system", "developer"):
+        raise PEFTError(
+            f"{record.where}: a field 'system' stands beside a first turn of that role; expected one of them"
+        )
+    return [{"role": "system", "content": record.text("system")}]
 
 
 def _parsed(record: Record, field: str) -> Any:

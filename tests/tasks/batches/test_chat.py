@@ -26,7 +26,10 @@ OPENED = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
 FORGETS = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}")
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
 DROPS = CHATML.replace("{{ m.content }}", "{{ m.content if m.role == 'user' }}")
+DEAF = CHATML.replace("{{ m.content }}", "{{ m.content if m.role != 'system' }}")
+TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + CHATML
 
+SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = [
     {"role": "user", "content": "red?"},
     {"role": "assistant", "content": "apple"},
@@ -84,6 +87,7 @@ def test_everything_is_learned_on_demand() -> None:
     [
         (STRICT, [{"role": "system", "content": "x"}, *TURNS], "cannot write this conversation: no system turn"),
         (DROPS, TURNS, "turn 2: the tokenizer's chat template leaves the answer out"),
+        (DEAF, [SYSTEM, *TURNS], "turn 1: the tokenizer's chat template leaves the system's turn out"),
         (
             FORGETS,
             [TURNS[0], {"role": "assistant", "content": "<think>h</think>apple"}, *TURNS[2:]],
@@ -113,7 +117,20 @@ def test_a_template_from_a_file(tmp_path: Any) -> None:
         chat_template(words, str(tmp_path / "latin.jinja"))
 
 
-@pytest.mark.parametrize("options", [{"max_length": -1}, {"loss_on": "answer"}])
+def test_tools_are_written_or_refused() -> None:
+    asked = Conversation("data.jsonl:3", TURNS[:2], tools=[{"type": "function", "function": {"name": "look"}}])
+
+    def encoder(template: str) -> Encoder:
+        words = tokenizer(template)
+        return Encoder(words, chat_template(words, True), 1000)
+
+    for write in ("examples", "prompt"):
+        getattr(encoder(TOOLS), write)(asked)
+        with pytest.raises(PEFTError, match=r"data\.jsonl:3: the tokenizer's chat template leaves the tools out"):
+            getattr(encoder(CHATML), write)(asked)
+
+
+@pytest.mark.parametrize("options", [{"max_length": -1}, {"max_length": 1}, {"loss_on": "answer"}])
 def test_what_cannot_be_asked_for(options: dict[str, Any]) -> None:
     with pytest.raises(PEFTError, match=f"{next(iter(options))}=.* was given; expected"):
         encode(CHATML, TURNS, **options)

@@ -40,6 +40,8 @@ def test_what_layouts_have_beside() -> None:
         {"role": "user", "content": "Name it.\nred"},
         ANSWER,
     ]
+    for name in ("messages", "ShareGPT", "prompt, completion", "turns in prompt, completion"):
+        assert conversation(Record("f:1", {**SAME[name], "system": "Be brief."})).messages == [SYSTEM, QUESTION, ANSWER]
     tools = [{"type": "function", "function": {"name": "look"}}]
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
     turns = [QUESTION, call, {"role": "tool", "content": "a tree"}, ANSWER]
@@ -54,6 +56,11 @@ def test_what_layouts_have_beside() -> None:
         ({"messages": [{"role": "robot", "content": "x"}]}, "turn 1: the role is 'robot'; expected one of system, "),
         ({"messages": [QUESTION, {**ANSWER, "content": " "}]}, "turn 2: the assistant's turn is empty"),
         ({"messages": [QUESTION, {**ANSWER, "content": ["x"]}]}, r"turn 2: the content is \['x'\]; expected a text"),
+        ({"messages": [SYSTEM, QUESTION, ANSWER], "system": "x"}, "a field 'system' stands beside a first turn"),
+        ({"messages": [SYSTEM]}, "the last turn is the system's; expected an answer"),
+        ({"messages": [QUESTION, {**ANSWER, "content": ""}], "system": "x"}, "turn 2: the assistant's turn is empty"),
+        ({"messages": [QUESTION, {**ANSWER, "weight": 0}, QUESTION, ANSWER]}, "turn 2: weight=0 says how much"),
+        ({"messages": [QUESTION, {**ANSWER, "train": False}, QUESTION, ANSWER]}, "turn 2: train=False says how much"),
         ({"messages": [QUESTION]}, "the last turn is the user's; expected an answer"),
         ({"messages": [ANSWER]}, "the conversation begins with an answer"),
         ({"messages": []}, r"field 'messages' is \[\]; expected a list of turns"),
