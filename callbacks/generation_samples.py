@@ -45,7 +45,7 @@ class GenerationSamples(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell a user whose run has no validation."""
         if not (trainer.enable_validation and any(trainer.num_val_batches)):
-            rank_zero_warn("GenerationSamples: this run has no validation, after which it would generate. Give it data.")
+            rank_zero_warn("GenerationSamples: this run has no validation, after which it would generate. Give data.")
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the prompts anew."""
