@@ -1,7 +1,7 @@
 """Adapters beside layers that do not compute the plain function of their weight: trained, kept, and never merged."""
 
-import copy
 import io
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,19 +130,19 @@ def expanded(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
-UNMERGED: dict[str, tuple[nn.Module, str]] = {
-    "expanded": (expanded(nn.Linear(8, 8)), "elements of its weight lie in one place"),
-    "grouped": (nn.Conv1d(8, 8, 3, groups=2), "it has several groups"),
-    "complex": (nn.Linear(8, 8, dtype=torch.cfloat), "its weight is complex"),
-    "quantised": (packed(nn.Linear(8, 8)), "its weight is quantised"),
-    "activated": (Activated(8, 8), "it does not compute the plain function of its weight"),
+UNMERGED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "expanded": (lambda: expanded(nn.Linear(8, 8)), "elements of its weight lie in one place"),
+    "grouped": (lambda: nn.Conv1d(8, 8, 3, groups=2), "it has several groups"),
+    "complex": (lambda: nn.Linear(8, 8, dtype=torch.cfloat), "its weight is complex"),
+    "quantised": (lambda: packed(nn.Linear(8, 8)), "its weight is quantised"),
+    "activated": (lambda: Activated(8, 8), "it does not compute the plain function of its weight"),
 }
 
 
 @pytest.mark.parametrize("name", UNMERGED)
 def test_why_an_adapter_stays_attached_is_said_from_the_start(name: str) -> None:
-    layer, reason = UNMERGED[name]
-    model = nn.Sequential(copy.deepcopy(layer), nn.Linear(8, 8))
+    make, reason = UNMERGED[name]
+    model = nn.Sequential(make(), nn.Linear(8, 8))
     with pytest.warns(UserWarning, match=rf"the adapters of '0' \(\w+\) cannot be merged .* Reason: {reason}"):
         inject(model, LoRA(r=2, target_modules=["0", "1"]))
     randomise(model)

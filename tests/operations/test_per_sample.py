@@ -22,6 +22,7 @@ from lightning_peft import (
     LoHa,
     LoKr,
     LoRA,
+    LoReFT,
     MiSS,
     NewTokens,
     ParallelAdapter,
@@ -175,7 +176,7 @@ def test_bottlenecks_of_different_forms(kind: Any, rows: list[str]) -> None:
 
 def test_every_method_is_tried_or_refused() -> None:
     tried = {type(method) for _, method in OTHERS.values()}
-    refused = {"prefix_tuning", "prompt_tuning"}
+    refused = {"loreft", "prefix_tuning", "prompt_tuning"}
     alone_in_a_model = {"bitfit", "full_finetuning", "layer_norm_tuning"}
     ours = {n: m for n, m in registered_methods().items() if m.__module__.startswith("lightning_peft.")}
     assert {name for name, kind in ours.items() if kind not in tried} == refused | alone_in_a_model
@@ -388,10 +389,12 @@ def test_modules_whose_first_dimension_is_not_the_batch() -> None:
 
 
 def test_methods_that_look_at_the_whole_batch_are_refused() -> None:
-    model = build("llama")[0]
-    inject(model, PrefixTuning(num_virtual_tokens=2))
-    with pytest.raises(PEFTError, match=r"'default' is a Prefix.*set_adapter"), adapter_names(model, ["default"]):
-        pass
+    for method, said in ((PrefixTuning(num_virtual_tokens=2), "Prefix"), (LoReFT(r=2), "(LoReFT|Places)")):
+        model = build("llama")[0]
+        inject(model, method)
+        refused = pytest.raises(PEFTError, match=rf"'default' is a {said}.*set_adapter")
+        with refused, adapter_names(model, ["default"]):
+            pass
     model = build("bert")[0]
     inject(model, BitFit())
     with pytest.raises(PEFTError, match=r"'' was given, but .*bias' is trained"), adapter_names(model, ["default", ""]):
