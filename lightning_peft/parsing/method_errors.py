@@ -1,11 +1,12 @@
-"""What is wrong with a method on the command line or in a config, in one line.
+"""What is wrong with a method, or the strategy, on the command line or in a config, in one line.
 
 Where a value may be of several types, as a method may, jsonargparse reports for every type why it is not of that one.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
+import pkgutil
 import re
 from collections.abc import Iterable, Iterator
 from itertools import takewhile
@@ -17,6 +18,7 @@ from lightning_peft.core.method import registered_methods
 from lightning_peft.errors import near
 
 _PROBLEM = re.compile(r"( *)- Problem with given class_path '([\w.]+)':")
+_STRATEGY = re.compile(r"lightning_peft\.(?:\w+\.)*PEFTStrategy")
 _KEY = re.compile(r'Parser key "(\w+)":')
 _EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$", re.MULTILINE)
 
@@ -31,7 +33,7 @@ def _error_of_one_line(parser: LightningArgumentParser, message: str, ex: Except
 
 
 def install() -> None:
-    """Have every LightningCLI in this program say in one line what is wrong with a method.
+    """Have every LightningCLI in this program say in one line what is wrong with a method or the strategy.
 
     A user's own LightningCLI makes its own parser, and no public place tells it of types that explain themselves.
     """
@@ -39,7 +41,7 @@ def install() -> None:
 
 
 def method_error(message: str) -> str | None:
-    """Return what is wrong with a method, if that is what jsonargparse's ``message`` is about."""
+    """Return what is wrong with a method or the strategy, if that is what jsonargparse's ``message`` is about."""
     classes = {cls.__name__: cls for cls in registered_methods().values()}
     if unknown := re.search(r"Expected a dot import path string: (\w+)$", message, re.MULTILINE):
         return _no_method(unknown[1], classes) if 'Parser key "method"' in message else None
@@ -51,13 +53,22 @@ def method_error(message: str) -> str | None:
             return problem
         if re.match(r"module 'lightning_peft[\w.]*' has no attribute", problem):
             return _no_method(name, classes)
-        if name not in classes:
-            continue
-        if option := re.match(r"(?:Option|Key) '(\w+)' is not (?:accepted|expected)", problem):
-            fields = [field.name for field in dataclasses.fields(classes[name])]  # type: ignore[arg-type]
-            return f"{name} has no {option[1]!r}. {near(option[1], fields)}It has {', '.join(fields)}."
-        if key := _KEY.match(problem):
-            return f"{name}: {key[1]}={_given(problem)} was given; {_expected(problem)} was expected."
+        if name in classes and (said := _option_error(name, classes[name], problem)):
+            return said
+    # Of the strategy itself, where nothing is wrong with the method in it.
+    for path, problem in _problems(message):
+        if _STRATEGY.fullmatch(path) and not _PROBLEM.search(problem):
+            return _option_error("PEFTStrategy", pkgutil.resolve_name("lightning_peft.PEFTStrategy"), problem)
+    return None
+
+
+def _option_error(name: str, cls: type, problem: str) -> str | None:
+    """Return what is wrong with an option of the class ``cls``, or with its value."""
+    if option := re.match(r"(?:Option|Key) '(\w+)' is not (?:accepted|expected)", problem):
+        options = list(inspect.signature(cls).parameters)
+        return f"{name} has no {option[1]!r}. {near(option[1], options)}It has {', '.join(options)}."
+    if key := _KEY.match(problem):
+        return f"{name}: {key[1]}={_given(problem)} was given; {_expected(problem)} was expected."
     return None
 
 

@@ -23,10 +23,12 @@ def said(capsys: Any, *arguments: str) -> list[str]:
     [
         (["--trainer.strategy.method=LoRA", "--trainer.strategy.method.rnk=8"], "LoRA has no 'rnk'"),
         (["--trainer.strategy.method=LoRA", "--trainer.strategy.method.r=x"], "LoRA: r=x was given; int was expected"),
+        (["--trainer.strategy.mthod=LoRA"], "PEFTStrategy has no 'mthod'. Did you mean 'method'?"),
+        (["--trainer.strategy.checkpoint=ful"], "checkpoint=ful was given; one of 'adapter', 'full' was expected"),
         (["--trainer.strategy.method=LoRRA", "--trainer.strategy.method.r=8"], "There is no method 'LoRRA'"),
     ],
 )
-def test_a_mistake_in_a_method_is_one_line(arguments: list[str], expected: str, capsys: Any) -> None:
+def test_a_mistake_in_a_method_or_the_strategy_is_one_line(arguments: list[str], expected: str, capsys: Any) -> None:
     (line,) = (line for line in said(capsys, *arguments) if "Seed set" not in line)
     assert expected in line
 
