@@ -178,13 +178,18 @@ def test_no_samples_are_an_error(tmp_path: Path) -> None:
 
 def test_a_run_that_is_too_short_or_resumed(tmp_path: Path) -> None:
     """What the logger of the resumed run holds is no second row of the step at which it was resumed."""
-    run = trainer(LoRA(r=2), tmp_path, ChangeMonitor(4), max_steps=2, accumulate_grad_batches=2)
-    with pytest.warns(UserWarning, match="ChangeMonitor has logged nothing.*ended at step 2"):
-        run.fit(Module(), data())
+
+    class Slow(Module):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    run = trainer(LoRA(r=2), tmp_path, ChangeMonitor(4), max_steps=3, accumulate_grad_batches=2)
+    with pytest.warns(UserWarning, match="ChangeMonitor has logged nothing.*ended at step 3"):
+        run.fit(Slow(), data())
     run.save_checkpoint(tmp_path / "run.ckpt")
     again = trainer(
-        LoRA(r=2), tmp_path, ChangeMonitor(2), max_steps=4, accumulate_grad_batches=2, logger=CSVLogger(tmp_path)
+        LoRA(r=2), tmp_path, ChangeMonitor(3), max_steps=6, accumulate_grad_batches=2, logger=CSVLogger(tmp_path)
     )
-    again.fit(Module(), data(), ckpt_path=str(tmp_path / "run.ckpt"))
+    again.fit(Slow(), data(), ckpt_path=str(tmp_path / "run.ckpt"))
     rows = list(csv.DictReader((Path(again.log_dir or "") / "metrics.csv").open()))
-    assert [row["step"] for row in rows] == ["4"]
+    assert [row["step"] for row in rows] == ["6"]
