@@ -183,13 +183,14 @@ def test_a_run_that_is_too_short_or_resumed(tmp_path: Path) -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=1e-3)
 
-    run = trainer(LoRA(r=2), tmp_path, ChangeMonitor(4), max_steps=3, accumulate_grad_batches=2)
-    with pytest.warns(UserWarning, match="ChangeMonitor has logged nothing.*ended at step 3"):
-        run.fit(Slow(), data())
+    batches = torch.utils.data.DataLoader(torch.ones(12, 6), batch_size=2)
+    run = trainer(LoRA(r=2), tmp_path, ChangeMonitor(4), max_steps=2, accumulate_grad_batches=2)
+    with pytest.warns(UserWarning, match="ChangeMonitor has logged nothing.*ended at step 2"):
+        run.fit(Slow(), batches)
     run.save_checkpoint(tmp_path / "run.ckpt")
     again = trainer(
-        LoRA(r=2), tmp_path, ChangeMonitor(3), max_steps=6, accumulate_grad_batches=2, logger=CSVLogger(tmp_path)
+        LoRA(r=2), tmp_path, ChangeMonitor(2), max_steps=4, accumulate_grad_batches=2, logger=CSVLogger(tmp_path)
     )
-    again.fit(Slow(), data(), ckpt_path=str(tmp_path / "run.ckpt"))
+    again.fit(Slow(), batches, ckpt_path=str(tmp_path / "run.ckpt"))
     rows = list(csv.DictReader((Path(again.log_dir or "") / "metrics.csv").open()))
-    assert [row["step"] for row in rows] == ["6"]
+    assert [row["step"] for row in rows] == ["4"]
