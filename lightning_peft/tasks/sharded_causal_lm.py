@@ -25,7 +25,7 @@ class ShardedCausalLM(CausalLM):
         """Inject the adapters, then shard block by block. Lightning calls this before each run.
 
         Raises:
-            PEFTError: The strategy is no PEFTStrategy on a ModelParallelStrategy.
+            PEFTError: The strategy is no PEFTStrategy on a ModelParallelStrategy, or has no ``base_weights``.
         """
         if isinstance(self.model, FSDPModule):
             return
@@ -34,6 +34,11 @@ class ShardedCausalLM(CausalLM):
             raise PEFTError(
                 f"ShardedCausalLM was given to {type(self.trainer.strategy).__name__}, which cuts up nothing. It needs "
                 "PEFTStrategy(..., base=ModelParallelStrategy(), base_weights=...); elsewhere use CausalLM."
+            )
+        if self.trainer.strategy._base_weights is None:  # type: ignore[attr-defined]
+            raise PEFTError(
+                "ShardedCausalLM is built without weights, and the strategy was given none: they would be random. Give "
+                f"it the model's directory: PEFTStrategy(..., base_weights={self.hparams['model']!r})."
             )
         # Before fully_shard, so that the adapters are sharded with the blocks that they belong to.
         inject()
