@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from lightning_peft import LoRA, PEFTStrategy
 from lightning_peft.callbacks import AdapterCheckpoint
-from lightning_peft.cli import PEFTCLI
+from lightning_peft.cli import PEFTCLI, main
 
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
 BASES = {
@@ -210,3 +210,13 @@ def assert_trained(checkpoint: Path, folder: Path, pairs: int = 14) -> None:
         names = list(file.keys())
         assert sum("lora_" in name for name in names) == pairs * 2
         assert all(file.get_tensor(name).any() for name in names if "lora_B" in name)
+
+
+def test_a_sharded_model_needs_its_weights(arguments: list[str], folder: Path) -> None:
+    """Without them Lightning would fill the model with random values, and training would go on."""
+    try:
+        with pytest.raises(SystemExit, match="the strategy was given none: they would be random"):
+            main([*fitting("model_parallel", arguments, folder), f"{STRATEGY}.base_weights=null"])
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
