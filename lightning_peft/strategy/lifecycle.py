@@ -35,7 +35,7 @@ from lightning_peft.storage.state import adapter_state_dict
 from lightning_peft.strategy import refusals
 from lightning_peft.strategy.checkpoints import Checkpoints
 from lightning_peft.strategy.restore import load_start
-from lightning_peft.strategy.untrained import own_train_also, untrained
+from lightning_peft.strategy.untrained import own_train_also, unloaded, untrained
 from lightning_peft.structure.inner_models import transformers_models
 
 
@@ -184,16 +184,34 @@ class Lifecycle(Checkpoints):
             self._prepare(trainer)
             return converted
 
+        # Where a checkpoint is loaded, it has the weights, or is refused because the base differs.
+        if self._has_whole_weights:
+            refusals.refuse_without_values(self._without_values(), self._base_name)
+        empty = set() if self._base_weights or trainer.ckpt_path else self._without_values()
         plugin.convert_module = convert_and_inject  # type: ignore[method-assign]
         try:
             super().setup(trainer)
         finally:
             del plugin.convert_module
         refusals.refuse_unserved(self, self._module, self._base_name, self._is_set_up)
+        if not self._is_plain and (text := unloaded(ModelView(self._module), empty)):
+            rank_zero_warn(text)
         if trainer.state.fn == TrainerFn.FITTING:
             self._refuse_unsaved()
         elif restores and self._unloads:
             self._merge()
+
+    def teardown(self) -> None:
+        """Tear down; of a module without values, which cannot be moved, the error is told that ended the run."""
+        try:
+            super().teardown()
+        except NotImplementedError:
+            if not self._without_values():
+                raise
+
+    def _without_values(self) -> set[str]:
+        """Return the names of parameters that have no memory yet, and that Lightning will draw values for."""
+        return {name for name, parameter in ModelView(self._module).parameters.items() if parameter.is_meta}
 
     def _prepare(self, trainer: pl.Trainer) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING

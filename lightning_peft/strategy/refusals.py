@@ -181,6 +181,21 @@ def refuse_reading_late_weights(methods: Sequence[PEFTMethod]) -> None:
         )
 
 
+def refuse_without_values(empty: Collection[str], base_name: str) -> None:
+    """Check that the parameters of a module have values, where no base strategy gives them any.
+
+    Raises:
+        PEFTError: Some have none (``empty``, their names).
+    """
+    if empty:
+        raise PEFTError(
+            f"{listed(map(repr, sorted(empty)))} have no values: the module was built on the meta device, and base="
+            f"{base_name!r} moves a module as it is. Build it with its weights (trainer.init_module() without "
+            "empty_init, from_pretrained), or take a base that fills it: ModelParallelStrategy or 'fsdp' with "
+            "base_weights=DIRECTORY."
+        )
+
+
 def refuse_different_ranks(strategy: Strategy, view: ModelView) -> None:
     """Check that every process trains the same adapters: a collective over different ones would hang or mix them.
 

@@ -1,8 +1,8 @@
-"""What a run should train as well: parts of the module whose values are new, and would stay as they were drawn."""
+"""What a run should train or load as well: parts of the module whose values are new, and would stay as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from torch import nn
 
@@ -55,6 +55,23 @@ def untrained(model: ModelView) -> Iterator[str]:
             f"{last!r} ({type(model.modules[last]).__name__}), the last layer, is frozen: target_modules leaves it "
             f"out. Is it new? Train it with the adapter: PEFTStrategy(..., train_also=[{last!r}])."
         )
+
+
+def unloaded(model: ModelView, empty: Set[str]) -> str | None:
+    """Return what to tell a user of frozen weights that nothing was loaded into, or None if there are none.
+
+    Args:
+        model: A model that has been set up.
+        empty: Names of the parameters that had no memory before (``torch.device("meta")``).
+    """
+    drawn = [name for name in model.parameters if name in empty and not model.parameters[name].requires_grad]
+    if not drawn:
+        return None
+    return (
+        f"{listed(map(repr, drawn))} had no values (the module was built on the meta device), and none were loaded: "
+        "they are random now, and frozen. Name the directory that has them: PEFTStrategy(..., base_weights=DIRECTORY); or "
+        "load them in on_fit_start."
+    )
 
 
 def _leaves_out(model: ModelView) -> bool:

@@ -150,3 +150,69 @@ def test_several_models_are_loaded_one_by_one(count: int, weights: Path) -> None
     models = nn.ModuleList([build("llama")[0] for _ in range(count)])
     with pytest.raises(PEFTError, match=f"ModuleList holds {count} transformers models, so it is not clear whose"):
         load_base_weights(models, weights / "model")
+
+
+WITHOUT = """
+import lightning as L, torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from lightning_peft import FullFinetuning, LoRA, PEFTStrategy
+
+class Net(L.LightningModule):
+    def configure_model(self):
+        if not hasattr(self, "net"):
+            with torch.device("meta"):
+                self.net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            self.head = nn.Linear(4, 4)
+            self.trainer.strategy.inject()
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        return self.head(self.net(batch)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters())
+
+def fit(*methods, steps):
+    base = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    trainer = L.Trainer(strategy=PEFTStrategy(*methods, base=base, merge_on_train_end=False), accelerator="cpu",
+                        devices=1, max_steps=steps, logger=False, enable_checkpointing=False,
+                        enable_progress_bar=False)
+    trainer.fit(Net(), torch.utils.data.DataLoader(torch.randn(8, 4), batch_size=2))
+    return trainer
+
+fit(FullFinetuning(), steps=1)
+print("LORA", flush=True)
+trainer = fit(LoRA(r=1), steps=1)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_frozen_weights_that_nothing_was_loaded_into_are_told(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(WITHOUT)
+    trained_whole, adapted = run_script(str(tmp_path / "script.py")).split("LORA")
+    assert "had no values" not in trained_whole
+    assert adapted.count("'net.0.weight', 'net.0.bias', 'net.1.weight', 'net.1.bias' had no values") == 1
+    assert "base_weights=DIRECTORY" in adapted
+
+
+class Empty(Llama):
+    def __init__(self, error: Exception | None) -> None:
+        super().__init__()
+        self.error = error
+        self.model.to("meta")
+
+    def configure_model(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def test_a_module_without_values_is_refused_where_nothing_fills_it(tmp_path: Path) -> None:
+    with pytest.raises(PEFTError, match=r"have no values: .*base='auto' moves a module as it is.*base_weights"):
+        trainer(tmp_path, PEFTStrategy(LoRA(r=2))).fit(Empty(None), loader())
+
+
+def test_an_error_is_told_though_the_module_cannot_be_moved_afterwards(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the first error"):
+        trainer(tmp_path, PEFTStrategy(LoRA(r=2))).fit(Empty(ValueError("the first error")), loader())

@@ -59,6 +59,10 @@ class OnFSDP(OnShards, PlainState, FSDPStrategy):
             )
         super()._inject()
 
+    def _without_values(self) -> set[str]:
+        """Leave out what the user has a function for."""
+        return set() if self.kwargs.get("param_init_fn") else super()._without_values()
+
     def _place_adapters(self) -> None:
         if not self._is_wrapped:
             _refuse_wrapped(self._module)
