@@ -17,6 +17,7 @@ from lightning_peft.operations.inject import inject, set_adapter
 from lightning_peft.operations.merge import MergeReport, merge, unmerge
 from lightning_peft.operations.per_sample import adapter_names
 from lightning_peft.operations.to_lora import difference_to_lora, to_lora
+from lightning_peft.parsing.constructor_errors import install as explain_constructors
 from lightning_peft.parsing.method_errors import install as explain_configs
 from lightning_peft.storage.base_weights import load_base_weights
 from lightning_peft.storage.loading import load_adapter
@@ -56,4 +57,5 @@ __all__ += _methods
 register_strategies()
 install()
 explain_configs()
+explain_constructors()
 keep_old_names()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import os
 import re
 import sys
@@ -40,6 +39,7 @@ from lightning_peft.cli.tools.push import push
 from lightning_peft.core.method import registered_methods
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.serving.readers import READERS
+from lightning_peft.parsing.constructor_errors import escaping, make, unescaped
 from lightning_peft.strategy import PEFTStrategy
 from lightning_peft.strategy.bases.names import base_names
 
@@ -88,32 +88,18 @@ class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """jsonargparse's, but the lines of descriptions and examples stay as they are written."""
 
 
-class Escaped(BaseException):
-    """Carries a constructor's exception past jsonargparse.
-
-    Where a value may be of several types, as a strategy or a model may, jsonargparse takes any exception for "not of
-    this type" and reports a list of types, without the message and the traceback that tell what is wrong.
-    """
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(error)
-        self.error = error
-
-
 class Parser(LightningArgumentParser):
     """Lightning's, with help for one more mistake, and without hiding the exceptions of constructors."""
 
     def add_instantiator(self, instantiator: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Add a function that makes objects; what it raises reaches the user as it is."""
+        super().add_instantiator(escaping(instantiator), *args, **kwargs)
 
-        @functools.wraps(instantiator)
-        def escaping(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return instantiator(*args, **kwargs)
-            except Exception as error:
-                raise Escaped(error) from None
-
-        super().add_instantiator(escaping, *args, **kwargs)
+    def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the objects of a config, also those that Lightning has no function for."""
+        self.add_instantiator(make, object, subclasses=True)
+        # Not Lightning's, which ends with the line that it shows in the commands of others.
+        return unescaped(super(LightningArgumentParser, self).instantiate_classes, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit."""
@@ -220,26 +206,12 @@ class PEFTCLI(LightningCLI):
         A file does not decide what is executed, and what the command line says holds.
         """
 
-    def before_instantiate_classes(self) -> None:
-        """Make every object that Lightning does not make by a function of its own."""
-        self.parser.add_instantiator(lambda kind, *args, **kwargs: kind(*args, **kwargs), object, subclasses=True)
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer; one that predicts writes what it predicts."""
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand == "predict":
             trainer.callbacks.append(PredictionWriter(self._get(self.config, "output")))  # type: ignore[attr-defined]
         return trainer
-
-    def instantiate_classes(self) -> None:
-        """Make model, data and Trainer."""
-        escaped = None
-        try:
-            super().instantiate_classes()
-        except Escaped as caught:
-            escaped = caught.error
-        if escaped is not None:
-            raise escaped
 
 
 def named_strategy(name: str) -> str | Namespace:

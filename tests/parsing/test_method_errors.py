@@ -26,6 +26,9 @@ def said(capsys: Any, *arguments: str) -> list[str]:
         (["--trainer.strategy.mthod=LoRA"], "PEFTStrategy has no 'mthod'. Did you mean 'method'?"),
         (["--trainer.strategy.checkpoint=ful"], "checkpoint=ful was given; one of 'adapter', 'full' was expected"),
         (["--trainer.strategy.method=LoRRA", "--trainer.strategy.method.r=8"], "There is no method 'LoRRA'"),
+        (["--trainer.strategy.method=LoRRA"], "Unknown method 'LoRRA'. Did you mean 'lora'?"),
+        (["--trainer.strategy.method=LoRA", "--trainer.strategy.method.r=-1"], "LoRA: rank r=-1 was given"),
+        (["--trainer.strategy.method=LoRA", "--trainer.strategy.base=dpp"], "Unknown base strategy 'dpp'"),
     ],
 )
 def test_a_mistake_in_a_method_or_the_strategy_is_one_line(arguments: list[str], expected: str, capsys: Any) -> None:

@@ -46,8 +46,8 @@ MAY_IMPORT = {
     "tasks.data": "adapters.virtual_tokens tasks.batches tasks.pretrained",
     "tasks.batches": "tensors adapters.virtual_tokens",
     "tasks.pretrained": "",
-    "cli": "core operations formats.serving planning callbacks strategy strategy.bases tasks tasks.pretrained "
-    "cli.tools",
+    "cli": "core operations formats.serving planning parsing callbacks strategy strategy.bases tasks "
+    "tasks.pretrained cli.tools",
     "cli.tools": "core operations files formats formats.foreign formats.serving storage analysis tasks.batches "
     "tasks.pretrained",
 }
