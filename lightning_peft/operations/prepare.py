@@ -154,7 +154,9 @@ def whole_names(model: ModelView, patterns: Sequence[str]) -> tuple[str, ...]:
     patterns = as_list(patterns)
     if not patterns:
         return ()
-    modules, parameters, names = model.modules, model.parameters, set[str]()
+    # Not the model itself: nothing would be left to adapt.
+    modules = {name: module for name, module in model.modules.items() if name}
+    parameters, names = model.parameters, set[str]()
     of_modules, of_aliases, of_parameters = Matcher(modules), Matcher(model.aliases), Matcher(parameters)
     for pattern in patterns:
         found = of_modules(pattern) | {model.aliases[alias] for alias in of_aliases(pattern)} or of_parameters(pattern)

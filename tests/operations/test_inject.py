@@ -269,6 +269,10 @@ def test_train_also_is_checked() -> None:
     model, _ = build("gpt2")
     with pytest.raises(PEFTError, match=r"shares a parameter with 'transformer\.wte'"):
         inject(model, LoRA(r=2), train_also=["lm_head"])
+    with pytest.raises(PEFTError, match="train_also: '' matches no module"):
+        inject(model, LoRA(r=2), train_also="")
+    with pytest.raises(PEFTError, match="train_also trains every module"):
+        inject(build("llama")[0], LoRA(r=2), train_also="re:.*")
     with pytest.raises(PEFTError, match="train_also: 'nope'"):
         inject(model, LoRA(r=2), train_also=["nope"])
 

@@ -56,6 +56,7 @@ CORPUS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "a dropout of nothing": ("adalora", CONFIG, put("lora_dropout", value=None)),
     "an alpha that float32 has not": ("adalora", CONFIG, put("lora_alpha", value=5e265)),
     "a ratio that float32 has not": ("two", CONFIG, put("methods", 0, "alpha", value=1e39)),
+    "a model that is trained whole beside": ("series", CONFIG, put("train_also", value=[""])),
     "deep lists": ("lora", CONFIG, put("lora_alpha", value=DEEP)),
 }  # fmt: skip
 
