@@ -90,7 +90,7 @@ compat-%: .compat/%/.installed
 	@sed -nE '/^dependencies = \[/,/^\]/ s/^ *"([a-z]+)(\[[a-z]+\])?>=([0-9.]+).*/\1==\3/p' $< > .compat/oldest.txt
 	@.compat/$*/bin/python -m pip --disable-pip-version-check install --quiet \
 		$(if $(filter oldest,$*),--constraint .compat/oldest.txt) \
-		--editable . hypothesis loralib peft pytest pytest-timeout
+		--editable . hypothesis loralib matplotlib peft pytest pytest-timeout tensorboard
 	@touch $@
 
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
