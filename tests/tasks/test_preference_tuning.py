@@ -10,7 +10,16 @@ import torch
 import transformers as t
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lightning_peft import FullFinetuning, LoRA, PEFTError, PEFTStrategy, adapter_summary
+from lightning_peft import (
+    FullFinetuning,
+    LoRA,
+    PEFTError,
+    PEFTStrategy,
+    adapter_summary,
+    inject,
+    load_adapter,
+    save_adapter,
+)
 from lightning_peft.tasks import PreferenceData, PreferenceTuning
 from lightning_peft.tasks.preference_tuning import dpo_losses
 
@@ -21,6 +30,8 @@ QUIET = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
+TRL = (0.7726662755012512, -0.15229451656341553)
+"""The mean loss and margin."""
 PAIRS = [{"prompt": f"{n}?", "chosen": "yes " * (n % 2 + 1), "rejected": "no"} for n in range(8)]
 
 
@@ -50,6 +61,31 @@ def test_the_loss_is_that_of_the_paper() -> None:
     expected = [torch.log1p(torch.exp(torch.tensor(-0.3 * d, dtype=torch.float64))) for d in delta]
     torch.testing.assert_close(losses, torch.stack(expected), rtol=1e-12, atol=0)
     torch.testing.assert_close(margins, torch.tensor([0.3 * d for d in delta], dtype=torch.float64))
+
+
+def with_known_values(path: str) -> torch.nn.Module:
+    """Give the model at ``path`` an adapter, both with values that no generator of random numbers decides."""
+    model = t.AutoModelForCausalLM.from_pretrained(path)
+    for adapts in (False, True):
+        with torch.no_grad():
+            for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+                parameter.copy_(0.4 * torch.sin(torch.arange(parameter.numel()) * 0.7 + number).view_as(parameter))
+        if not adapts:
+            model.save_pretrained(path)
+            inject(model, LoRA(r=4))
+    return model
+
+
+def test_the_loss_is_that_of_trl(model: str, tmp_path: Path) -> None:
+    """Values of TRL 1.16's DPOTrainer for this model, this adapter and these pairs: `tests/judges/trl_values.py`."""
+    save_adapter(with_known_values(model), tmp_path / "adapter")
+    module = PreferenceTuning(model, beta=0.5)
+    load_adapter(module.model, tmp_path / "adapter")
+    data = PreferenceData(val_file=write(tmp_path / "pairs.jsonl", PAIRS))
+    trainer = L.Trainer(**QUIET, strategy=PEFTStrategy(LoRA(r=4), merge_on_train_end=False))
+    found = trainer.validate(module, data, verbose=False)[0]
+    assert found["val_loss"] == pytest.approx(TRL[0], abs=1e-6)
+    assert found["val_margin"] == pytest.approx(TRL[1], abs=1e-6)
 
 
 def log_probability(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
