@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from lightning_peft.comparison.results import (
     LOG,
     REQUEST,
     RESULT,
+    TRAINED,
     fail,
     forget_failure,
+    has_failed,
     is_finished,
     locked,
     read_json,
@@ -38,8 +40,6 @@ from lightning_peft.comparison.results import (
 from lightning_peft.errors import PEFTError
 from lightning_peft.storage.checkpoint_directory import AdapterDirectory
 
-TRAINED = "trained"
-"""The adapter that a run has trained."""
 HERE = "--here"
 """Before a directory: do its run in this process. So does what Lightning starts for further ranks."""
 
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
         request = read_json(directory / REQUEST) or {}
         if request.get("probe"):
             _in_process(probe, directory)
-        if (reason := _in_process(run, directory)) is not None and not _has_failed(directory):
+        if (reason := _in_process(run, directory)) is not None and not has_failed(directory):
             fail(directory, reason)
 
 
@@ -77,14 +77,15 @@ def run(directory: Path) -> None:
     Raises:
         PEFTError: The run was stopped before its end.
     """
-    with locked(directory):
+    # Further ranks of a run are let in by the first, which is at work there.
+    with nullcontext() if os.environ.get("LOCAL_RANK", "0") != "0" else locked(directory):
         request: Any = read_json(directory / REQUEST)
         result = read_json(directory / RESULT) or {}
         if result.get("fingerprint") != request["fingerprint"]:
             result = {}
         if is_finished(result, request["stages"]):
             return
-        if result:
+        if result and (directory / TRAINED).is_dir():
             _complete(directory, request, result)
         else:
             _train(directory, request)
@@ -190,10 +191,6 @@ def _logged(function: Callable[[Path], None], directory: Path) -> None:
         if function is run:
             fail(directory, f"{type(error).__name__}: {error}")
         sys.exit(1)
-
-
-def _has_failed(directory: Path) -> bool:
-    return read_json(directory / "failure.json") is not None
 
 
 def _end_with_parent() -> None:

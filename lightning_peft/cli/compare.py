@@ -5,23 +5,27 @@ from __future__ import annotations
 import io
 import json as json_module
 import pkgutil
+import re
 import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from lightning.pytorch import Trainer
 
 from lightning_peft.analysis.plots import require_matplotlib
 from lightning_peft.comparison.cells import Cell, cells, placed, run_of
 from lightning_peft.comparison.choosing import seeds_of
 from lightning_peft.comparison.grid import Grid, read_grid
+from lightning_peft.comparison.machine import Machine, require_submitit
 from lightning_peft.comparison.plots import plots
 from lightning_peft.comparison.results import locked
-from lightning_peft.comparison.running import Comparison, Machine, require_submitit
+from lightning_peft.comparison.running import Comparison
 from lightning_peft.comparison.table import as_json, markdown, rows, run_lines
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, near
 from lightning_peft.files.writing import atomic_file
 
 TABLE, LINES = "table.md", "runs.jsonl"
@@ -111,10 +115,23 @@ def _refusal(parse: Parse, file: Path) -> str | None:
                 arguments = method.get("init_args")
                 pkgutil.resolve_name(method.class_path)(**(arguments.as_dict() if arguments else {}))
     except SystemExit:
-        return printed.getvalue().rpartition("error: ")[2].strip()
+        return _unknown_key(said := printed.getvalue().rpartition("error: ")[2].strip()) or said
     except ValueError as error:
         return str(error)
     return None
+
+
+def _unknown_key(message: str) -> str | None:
+    """Return what to say of a key that a config does not know, if that is what jsonargparse's message is about."""
+    if option := re.search(r"does not accept option 'trainer\.(\w+)'", message):
+        return f"The Trainer has no {option[1]!r}. {near(option[1], signature(Trainer).parameters)}".strip()
+    option = re.search(r"(?:Option|Key) '(\w+)' is not (?:accepted|expected)", message)
+    paths = re.findall(r"Problem with given class_path '([\w.]+)'", message[: option.start()] if option else "")
+    if option is None or not paths:
+        return None
+    cls = pkgutil.resolve_name(paths[-1])
+    known = [name for name in signature(cls).parameters if name != "self"]
+    return f"{cls.__name__} has no {option[1]!r}. {near(option[1], known)}It has {', '.join(known)}."
 
 
 def _draw(folder: Path, grid: Grid, made: list[Any], quiet: bool) -> None:

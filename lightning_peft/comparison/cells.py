@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ _FORMAT = 1
 _SAVER = "lightning_peft.callbacks.AdapterCheckpoint"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """A combination of values, without the seed and without what is chosen."""
 
@@ -36,7 +36,7 @@ class Cell:
     """By label, the values among which one is chosen; one or none if nothing is to be chosen."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A training run of a cell."""
 
@@ -87,6 +87,7 @@ def cells(grid: Grid) -> list[Cell]:
     return found
 
 
+@cache
 def run_of(grid: Grid, cell: Cell, candidate: str | None, seed: str | None) -> Run:
     """Return a run of a cell; its paths are those of the machine, so that it may start anywhere."""
     given = {grid.choice.axis if grid.choice else "": candidate, SEED: seed}

@@ -70,6 +70,12 @@ def chosen(grid: Grid, cell: Cell, state: State) -> str | None:
     return min(means, key=means.__getitem__, default=None)
 
 
+def left_over(grid: Grid, cell: Cell, state: State) -> list[Run]:
+    """Return the candidates of a cell that were not chosen, once one was."""
+    best = chosen(grid, cell, state) if candidate_runs(grid, cell) else None
+    return [run for run in candidate_runs(grid, cell) if best is not None and run.candidate != best]
+
+
 def metric_of(logged: Mapping[str, float], name: str, stage: str, run: Run) -> float:
     """Return what a stage has logged under a name.
 
@@ -101,10 +107,5 @@ def due(grid: Grid, found: list[Cell], state: State) -> Iterator[tuple[Run, tupl
 
 
 def count(grid: Grid, found: list[Cell]) -> int:
-    """Return how many runs there will be."""
-    total = 0
-    for cell in found:
-        candidates = candidate_runs(grid, cell)
-        again = {run.seed for run in candidates}
-        total += len(candidates) + sum(seed not in again for seed in seeds_of(grid))
-    return total
+    """Return how many entries :func:`due` will have in the end."""
+    return sum(len(candidate_runs(grid, cell)) + len(seeds_of(grid)) for cell in found)

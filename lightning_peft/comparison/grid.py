@@ -31,7 +31,7 @@ class Choice:
     """Labels of the seeds whose mean decides; empty if there is no axis of seeds."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """A comparison, as its file says."""
 

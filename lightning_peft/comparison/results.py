@@ -16,6 +16,8 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.files.writing import atomic_file, remove
 
 CONFIG, REQUEST, RESULT, FAILURE, LOG = "config.yaml", "request.json", "result.json", "failure.json", "log.txt"
+TRAINED = "trained"
+"""The adapter that a run has trained."""
 _LOCK = ".lock"
 
 
@@ -57,9 +59,14 @@ def fail(directory: Path, reason: str) -> None:
     write_json(directory / FAILURE, {"reason": " ".join(reason.split())[:500]})
 
 
+def has_failed(directory: Path) -> bool:
+    """Whether a run has written why it failed."""
+    return (directory / FAILURE).exists()
+
+
 def forget_failure(directory: Path) -> None:
     """Remove what an earlier attempt has said."""
-    if (directory / FAILURE).exists():
+    if has_failed(directory):
         remove(directory / FAILURE)
 
 

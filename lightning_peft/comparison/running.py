@@ -1,22 +1,21 @@
-"""Runs side by side: as jobs of submitit, on the devices of this machine or on a SLURM cluster."""
+"""Runs side by side, until nothing is left to do, told of line by line."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning_peft.comparison.cells import Cell, Run
-from lightning_peft.comparison.choosing import State, count, due, no_metric
+from lightning_peft.comparison.choosing import State, count, due, left_over, no_metric
 from lightning_peft.comparison.grid import STAGES, Grid
+from lightning_peft.comparison.machine import LOCAL, SLURM, Machine, has_ended
 from lightning_peft.comparison.results import (
+    LOG,
+    TRAINED,
     ask,
     fail,
     failure_of,
@@ -27,75 +26,9 @@ from lightning_peft.comparison.results import (
 )
 from lightning_peft.errors import PEFTError
 
-LOCAL, SLURM = "local", "slurm"
-_COMMAND = [sys.executable, "-m", "lightning_peft.cli.cells"]
-_JOBS = "jobs"
-"""Under it, in the directory of results, submitit keeps its files."""
 _LOGGED = "logged.json"
-_A_YEAR = 60 * 24 * 365
-_PAUSE = {LOCAL: 0.1, SLURM: 1.0}
-
-
-def require_submitit() -> None:
-    """Raise :class:`PEFTError` if submitit is not installed."""
-    if find_spec("submitit") is None:
-        raise PEFTError("Comparisons need submitit: pip install 'lightning_peft[compare]'.")
-
-
-@dataclass
-class Machine:
-    """Where runs run, and how many at a time."""
-
-    cluster: str
-    jobs: int | None
-    """Jobs at a time; by default one a device on this machine, all on a cluster."""
-    per_job: int
-    """Runs that a job does one after another."""
-    folder: Path
-    parameters: Mapping[str, Any]
-    devices: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.devices = _devices() if self.cluster == LOCAL else []
-        if self.jobs is None and self.cluster == LOCAL:
-            self.jobs = max(1, len(self.devices))
-        if (self.jobs is not None and self.jobs < 1) or self.per_job < 1:
-            raise PEFTError(f"jobs={self.jobs} and per_job={self.per_job} were given; both are 1 or more.")
-        self._executor = self._make()
-
-    def _make(self) -> Any:
-        require_submitit()
-        import submitit
-
-        parameters = {"timeout_min": _A_YEAR} if self.cluster == LOCAL else dict(self.parameters)
-        try:
-            executor = submitit.AutoExecutor(folder=self.folder / _JOBS, cluster=self.cluster)
-            executor.update_parameters(name="compare", **parameters)
-        except (RuntimeError, NameError, ValueError, AssertionError) as error:
-            raise PEFTError(f"submitit cannot start jobs by {self.cluster}: {error}") from error
-        return executor
-
-    def submit(self, directories: Sequence[Path], slot: int) -> Any:
-        """Start a job that does the runs in these directories; on this machine on the device of a slot."""
-        import submitit
-
-        environment = None
-        if self.cluster == LOCAL:
-            environment = dict(os.environ)
-            if self.devices:
-                environment["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
-        command = submitit.helpers.CommandFunction([*_COMMAND, *map(str, directories)], env=environment)
-        return self._executor.submit(command)
-
-
-def _devices() -> list[str]:
-    """Return the CUDA devices that this process sees, as ``CUDA_VISIBLE_DEVICES`` names them."""
-    import torch
-
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [name.strip() for name in given.split(",") if name.strip()]
-    return [str(number) for number in range(torch.cuda.device_count())]
+_PAUSE = {LOCAL: 0.2, SLURM: 1.0}
+"""Seconds between two looks at what is at work."""
 
 
 @dataclass
@@ -116,6 +49,7 @@ class Comparison:
         self._began = time.monotonic()
         self.state = State(self._result, self._failure)
         self._names: dict[str, Any] | None = None
+        self._probed: str | None = None
 
     def run(self) -> None:
         """Do all runs of which there is no result yet.
@@ -123,19 +57,22 @@ class Comparison:
         Raises:
             PEFTError: A metric is named that runs do not log. What was at work is cancelled.
         """
+        if done := self._finished():
+            self.tell(f"[{done}/{count(self.grid, self.cells)}] are there already")
         try:
             while self._step():
                 time.sleep(_PAUSE[self.machine.cluster])
-        except BaseException:
+        finally:
             for job in self._running:
-                with suppress(Exception):
-                    job.handle.cancel(check=False)
-            raise
+                self.machine.end(job.handle)
+
+    def _finished(self) -> int:
+        return sum(is_finished(self._result(run), stages) for run, stages in due(self.grid, self.cells, self.state))
 
     def _step(self) -> bool:
         """Look after jobs that have ended and start others; return whether there is anything left."""
         for job in list(self._running):
-            has_ended = _has_ended(job.handle)
+            has_ended = has_ended(job.handle)
             if has_ended:
                 self._running.remove(job)
             for work in list(job.work):
@@ -164,8 +101,8 @@ class Comparison:
         for run, stages in work:
             self._tried.add((run.directory, stages))
             probe = None
-            if self._names is None and not self._running and run is work[0][0]:
-                probe = self.grid.out.absolute() / _LOGGED
+            if self._probed is None:
+                self._probed, probe = run.fingerprint, self.grid.out.absolute() / _LOGGED
             ask(run, stages, self.grid.keep_adapters and len(stages) > 1, probe)
             forget_failure(run.directory)
         self._running.append(_Job(self.machine.submit([run.directory for run, _ in work], slot), slot, work))
@@ -178,22 +115,24 @@ class Comparison:
             self._check_result(run, stages, result or {})
         else:
             if failure_of(run) is None:
-                fail(run.directory, f"its job ended ({_state(job.handle)}) before it did")
-            verb = f"FAILED ({failure_of(run)}; log: {run.directory / 'log.txt'})"
-        total = count(self.grid, self.cells)
-        finished = len(self._results)
-        running = sum(len(other.work) for other in self._running)
+                fail(run.directory, f"its job ended ({str(job.handle.state).lower()}) before it did")
+            verb = f"FAILED ({failure_of(run)}; log: {run.directory / LOG})"
+        for other in left_over(self.grid, run.cell, self.state):
+            shutil.rmtree(other.directory / TRAINED, ignore_errors=True)
+        done, total = self._finished(), count(self.grid, self.cells)
         seconds = time.monotonic() - self._began
-        self.tell(f"[{finished}/{total}] {run.name}: {verb} ({running} running, {seconds:.0f} s)")
+        self.tell(f"[{done}/{total}] {run.name}: {verb} ({len(self._running)} jobs at work, {seconds:.0f} s)")
 
     def _check_names(self) -> None:
         """Look at the names that the first run's module logs, as soon as they are known."""
-        if self._names is not None or not self._tried:
+        if self._names is not None or self._probed is None:
             return
-        path = self.grid.out.absolute() / _LOGGED
-        self._names = read_json(path)
-        for stage in STAGES if self._names else ():
-            if logged := (self._names or {}).get(stage):
+        found = read_json(self.grid.out.absolute() / _LOGGED)
+        if found is None or found.get("fingerprint") != self._probed:
+            return
+        self._names = found
+        for stage in STAGES:
+            if logged := found.get(stage):
                 self._require(stage, logged, "The first run")
 
     def _check_result(self, run: Run, stages: tuple[str, ...], result: Mapping[str, Any]) -> None:
@@ -222,17 +161,3 @@ class Comparison:
     def _failure(self, run: Run) -> str | None:
         tried = any(directory == run.directory for directory, _ in self._tried)
         return failure_of(run) if tried and not self._is_running(run) else None
-
-
-def _has_ended(job: Any) -> bool:
-    if job.done():
-        return True
-    # A cluster without accounting knows nothing of jobs that have died.
-    if job.state == "UNKNOWN":
-        listed = subprocess.run(["squeue", "--noheader", "--jobs", job.job_id], capture_output=True, text=True)
-        return listed.returncode != 0 or not listed.stdout.strip()
-    return False
-
-
-def _state(job: Any) -> str:
-    return str(job.state).lower()

@@ -196,7 +196,11 @@ def run_lines(grid: Grid, found: list[Cell], state: State) -> Iterator[dict[str,
                 continue
             line = {"cell": cell.name, "axes": dict(cell.labels), "candidate": run.candidate, "seed": run.seed}
             about = {"compared": directory in compared, "directory": str(directory), "failure": failure}
-            yield line | about | {key: value for key, value in (result or {}).items() if key not in ("name", "fingerprint")}
+            yield (
+                line
+                | about
+                | {key: value for key, value in (result or {}).items() if key not in ("name", "fingerprint")}
+            )
 
 
 def _json(found: Spread) -> dict[str, Any]:
