@@ -70,7 +70,10 @@ def compare(
     machine = Machine(cluster, jobs, per_job, given.out.absolute(), given.slurm)
     with locked(given.out, wait=False):
         comparison = Comparison(given, found, machine, tell=lambda line: print(line, flush=True) if not json else None)
-        comparison.run()
+        try:
+            comparison.run()
+        except KeyboardInterrupt:
+            raise SystemExit("lightning-peft: stopped. The same command does what is missing.") from None
         made = rows(given, found, comparison.state)
         with atomic_file(given.out / TABLE) as file:
             file.write(markdown(given, made).encode())

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ _COMMAND = [sys.executable, "-m", "lightning_peft.cli.cells"]
 _JOBS = "jobs"
 """Under it, in the directory of results, submitit keeps its files."""
 _A_YEAR = 60 * 24 * 365
+_PATIENCE = 100
+"""Tenths of a second in which a run may save before nobody waits for it."""
 
 
 def require_submitit() -> None:
@@ -81,13 +84,24 @@ class Machine:
                 signal.signal(signal.SIGINT, handler)
 
     def end(self, job: Any) -> None:
-        """End a job before its time."""
-        if self.cluster == LOCAL and (processes := _descendants(int(job.job_id))):
-            for process in processes:
+        """End a job before its time; on this machine wait a little until its run has saved where it is."""
+        if self.cluster != LOCAL:
+            job.cancel(check=False)
+            return
+        controller = int(job.job_id)
+        told: set[int] = set()
+        for _ in range(_PATIENCE):
+            if job.done():
+                return
+            if not (processes := _descendants(controller)):
+                break
+            for process in set(processes) - told:
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGTERM)
-        else:
-            job.cancel(check=False)
+            told.update(processes)
+            time.sleep(0.1)
+        with suppress(ProcessLookupError):
+            os.kill(controller, signal.SIGKILL)
 
 
 def _in_main_thread() -> bool:

@@ -72,11 +72,10 @@ class Comparison:
     def _step(self) -> bool:
         """Look after jobs that have ended and start others; return whether there is anything left."""
         for job in list(self._running):
-            has_ended = has_ended(job.handle)
-            if has_ended:
+            if over := has_ended(job.handle):
                 self._running.remove(job)
             for work in list(job.work):
-                if has_ended or is_finished(self._result(work[0]), work[1]):
+                if over or is_finished(self._result(work[0]), work[1]):
                     job.work.remove(work)
                     self._account(*work, job)
         self._check_names()
