@@ -38,7 +38,7 @@ def check_key(key: Any, where: str) -> None:
     """
     first = key.partition(".")[0] if isinstance(key, str) else ""
     if key not in SHORT and first not in (*SECTIONS, "method"):
-        hint = near(str(key), [*SHORT, *SECTIONS])
+        hint = near(first or str(key), [*SHORT, *SECTIONS])
         raise PEFTError(
             f"{where}: there is no key {key!r}. {hint}Write a short name ({', '.join(SHORT)}, method.X) or a dotted "
             f"path that begins with one of {', '.join(SECTIONS)}."
