@@ -107,7 +107,8 @@ class Comparison:
         self._running.append(_Job(self.machine.submit([run.directory for run, _ in work], slot), slot, work))
 
     def _account(self, run: Run, stages: tuple[str, ...], job: _Job) -> None:
-        """Tell what became of a run whose job has ended."""
+        """Tell what became of a run that has ended."""
+        self._results.pop(run.directory, None)  # it may be that of the candidate, of which there is more now
         result = self._result(run)
         if is_finished(result, stages):
             verb = "diverged" if result and result.get("diverged") else "done"

@@ -172,7 +172,10 @@ def test_what_comes_later_goes_over_what_came_before(tmp_path: Path) -> None:
 def test_a_run_writes_into_its_own_directory(tmp_path: Path) -> None:
     grid, found = named(tmp_path)
     grid.config["trainer"]["callbacks"] = [  # type: ignore[index]
-        {"class_path": "lightning_peft.callbacks.AdapterCheckpoint", "init_args": {"dirpath": "x", "monitor": "val_loss"}},
+        {
+            "class_path": "lightning_peft.callbacks.AdapterCheckpoint",
+            "init_args": {"dirpath": "x", "monitor": "val_loss"},
+        },
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": "y"}},
     ]
     grid.config["trainer"]["logger"] = {"class_path": "CSVLogger", "init_args": {"save_dir": "z"}}  # type: ignore[index]

@@ -27,7 +27,9 @@ class Known(pl.LightningModule):
         breaks: Raise an error in training.
     """
 
-    def __init__(self, lr: float = 0.01, best: float = 0.01, dies_with: int | None = None, breaks: bool = False) -> None:
+    def __init__(
+        self, lr: float = 0.01, best: float = 0.01, dies_with: int | None = None, breaks: bool = False
+    ) -> None:
         super().__init__()
         self.lr, self.best, self.dies_with, self.breaks = lr, best, dies_with, breaks
         self.layer = nn.Linear(4, 4)
