@@ -74,7 +74,7 @@ def trained(config: Any, folder: Path, *stages: str) -> dict[str, float]:
 
 
 def test_three_by_two(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes of their own by submitit; one is killed, the others go on, and the next command does what is missing."""
+    """Processes of their own by submitit: one is killed, others go on, and the next command does what is missing."""
     monkeypatch.setenv("PYTHONPATH", SHARED, prepend=":")
     bundles = {
         "r1": {"rank": 1},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,19 @@ class Known(pl.LightningModule):
         best: The one with the best score.
         dies_with: The run with this seed kills itself once, at its third step.
         breaks: Raise an error in training.
+        cancels: Kill the job of SLURM that this is.
     """
 
     def __init__(
-        self, lr: float = 0.01, best: float = 0.01, dies_with: int | None = None, breaks: bool = False
+        self,
+        lr: float = 0.01,
+        best: float = 0.01,
+        dies_with: int | None = None,
+        breaks: bool = False,
+        cancels: bool = False,
     ) -> None:
         super().__init__()
-        self.lr, self.best, self.dies_with, self.breaks = lr, best, dies_with, breaks
+        self.lr, self.best, self.dies_with, self.breaks, self.cancels = lr, best, dies_with, breaks, cancels
         self.layer = nn.Linear(4, 4)
         self.data = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
 
@@ -41,6 +48,8 @@ class Known(pl.LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         if self.breaks:
             raise RuntimeError("broken on purpose\nwith a second line")
+        if self.cancels:
+            subprocess.run(["scancel", "--signal=KILL", "--full", os.environ["SLURM_JOB_ID"]], check=True)
         died = Path(self.trainer.default_root_dir, "died")
         if self.global_step == 2 and torch.initial_seed() == self.dies_with and not died.exists():
             died.touch()
