@@ -1,7 +1,7 @@
 """The command ``lightning-peft``.
 
-Imports core, operations, formats.serving, planning, parsing, callbacks, strategy, strategy.bases, tasks,
-tasks.pretrained and cli.tools.
+Imports core, operations, files, formats.serving, storage, planning, parsing, analysis, callbacks, strategy,
+strategy.bases, tasks, tasks.pretrained, comparison and cli.tools.
 """
 
 from lightning_peft.cli.command_line import COMMANDS, PEFTCLI, RUNS, main

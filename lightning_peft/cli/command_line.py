@@ -25,11 +25,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import lightning_peft.callbacks
 import lightning_peft.tasks  # noqa: F401
 from lightning_peft.callbacks import PredictionWriter
+from lightning_peft.cli.compare import compare
 from lightning_peft.cli.plan import show_plan
 from lightning_peft.cli.tools.analyse import analyse
 from lightning_peft.cli.tools.chat import chat
+from lightning_peft.cli.tools.checks import diff, verify
 from lightning_peft.cli.tools.combine import combine
-from lightning_peft.cli.tools.compare import diff, verify
 from lightning_peft.cli.tools.configs import configs
 from lightning_peft.cli.tools.convert import convert
 from lightning_peft.cli.tools.export import export
@@ -170,10 +171,11 @@ class PEFTCLI(LightningCLI):
         option, how = _WRITTEN["json"]
         planner.add_argument(option, **how)
         commands.add_subcommand("plan", planner, help=summary)
-        for name, function in COMMANDS.items():
+        for name, function in {"compare": compare, **COMMANDS}.items():
             summary = parse(function.__doc__ or "").short_description
             command = ArgumentParser(description=summary)
-            command.add_function_arguments(function, as_group=False, as_positional=True, skip=set(_WRITTEN))
+            skip = {"parse", *_WRITTEN}
+            command.add_function_arguments(function, as_group=False, as_positional=True, skip=skip)  # type: ignore[arg-type]
             for argument, (option, how) in _WRITTEN.items():
                 if argument in signature(function).parameters:
                     command.add_argument(option, **how)
@@ -191,6 +193,9 @@ class PEFTCLI(LightningCLI):
         command = self.config.subcommand
         if command in COMMANDS:
             COMMANDS[command](**self.config[command].as_dict())
+            raise SystemExit(0)
+        if command == "compare":
+            compare(parser.parse_args, **self.config[command].as_dict())
             raise SystemExit(0)
         strategy = self.config[command].trainer.strategy
         if isinstance(strategy, str):

@@ -46,13 +46,15 @@ MAY_IMPORT = {
     "tasks.data": "adapters.virtual_tokens tasks.batches tasks.pretrained",
     "tasks.batches": "tensors adapters.virtual_tokens",
     "tasks.pretrained": "",
-    "cli": "core operations formats.serving planning parsing callbacks strategy strategy.bases tasks "
-    "tasks.pretrained cli.tools",
+    "comparison": "core operations files storage analysis callbacks",
+    "cli": "core operations files formats.serving storage planning parsing analysis callbacks strategy "
+    "strategy.bases tasks tasks.pretrained comparison cli.tools",
     "cli.tools": "core operations files formats formats.foreign formats.serving storage analysis tasks.batches "
     "tasks.pretrained",
 }
 KNOW_LIGHTNING = {
     "callbacks",
+    "comparison",
     "parsing",
     "strategy",
     "strategy.bases",

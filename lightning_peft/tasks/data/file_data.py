@@ -28,6 +28,7 @@ class FileData(LightningDataModule):
         batch_size: Examples per batch and process.
         num_workers: Processes that put batches together; 0 does it in the training process.
         cache_dir: Where dequantised GGUF models are kept. The user's cache folder by default.
+        train_examples: Learn from so many records, the first of the training file; all by default.
     """
 
     def __init__(
@@ -40,13 +41,17 @@ class FileData(LightningDataModule):
         batch_size: int = 8,
         num_workers: int = 0,
         cache_dir: str | None = None,
+        train_examples: int | None = None,
     ) -> None:
         super().__init__()
+        if train_examples is not None and train_examples < 1:
+            raise PEFTError(f"train_examples={train_examples} was given; expected at least one")
         self.files = {"train": train_file, "val": val_file, "test": test_file, "predict": predict_file}
         self.tokenizer_source = tokenizer
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.cache_dir = cache_dir
+        self.train_examples = train_examples
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy has, such as that of a worker process that was spawned: no trainer."""
@@ -81,12 +86,18 @@ class FileData(LightningDataModule):
         """Return the records of a file.
 
         Raises:
-            PEFTError: It was not given, or cannot be read.
+            PEFTError: It was not given, cannot be read, or has fewer records than are to be learned from.
         """
         path = self.files[split]
         if path is None:
             raise PEFTError(f"{split}_file of {type(self).__name__} is missing; give the path of a data file")
-        return read_records(path, f"{split}_file")
+        records = read_records(path, f"{split}_file")
+        return self._first(records, path) if split == "train" else records
+
+    def _first(self, records: list[Record], path: str) -> list[Record]:
+        if self.train_examples is not None and self.train_examples > len(records):
+            raise PEFTError(f"train_examples={self.train_examples} was given, but {path} has {len(records)} records")
+        return records[: self.train_examples]
 
     def predicted(self, predictions: Sequence[Any]) -> list[dict[str, Any]]:
         """Return what is written of predictions: the fields of their records, and ``prediction``.

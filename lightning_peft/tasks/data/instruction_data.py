@@ -56,6 +56,7 @@ class InstructionData(FileData):
         seed: Of the order of training examples.
         num_workers: Processes that put batches together; 0 does it in the training process.
         cache_dir: Where dequantised GGUF models are kept. The user's cache folder by default.
+        train_examples: Learn from so many records, the first of the training file; all by default.
     """
 
     def __init__(
@@ -73,8 +74,19 @@ class InstructionData(FileData):
         seed: int = 0,
         num_workers: int = 0,
         cache_dir: str | None = None,
+        train_examples: int | None = None,
     ) -> None:
-        super().__init__(train_file, val_file, test_file, predict_file, tokenizer, batch_size, num_workers, cache_dir)
+        super().__init__(
+            train_file,
+            val_file,
+            test_file,
+            predict_file,
+            tokenizer,
+            batch_size,
+            num_workers,
+            cache_dir,
+            train_examples=train_examples,
+        )
         self.max_length = max_length
         self.chat_template = chat_template
         self.loss_on = loss_on

@@ -28,6 +28,7 @@ class LabelledData(FileData):
         batch_size: Examples per batch and process.
         max_length: Tokens after which a text is cut off.
         num_workers: Processes that put batches together; 0 does it in the training process.
+        train_examples: Learn from so many records, the first of the training file; all by default.
 
     Raises:
         PEFTError: `max_length` has no room for a token.
@@ -43,8 +44,18 @@ class LabelledData(FileData):
         batch_size: int = 16,
         max_length: int = 256,
         num_workers: int = 0,
+        train_examples: int | None = None,
     ) -> None:
-        super().__init__(train_file, val_file, test_file, predict_file, tokenizer, batch_size, num_workers)
+        super().__init__(
+            train_file,
+            val_file,
+            test_file,
+            predict_file,
+            tokenizer,
+            batch_size,
+            num_workers,
+            train_examples=train_examples,
+        )
         if max_length < 1:
             raise PEFTError(f"max_length={max_length} was given; expected at least one token")
         self.max_length = max_length

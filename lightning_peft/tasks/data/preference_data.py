@@ -41,6 +41,7 @@ class PreferenceData(FileData):
             instead. Without a template a prompt is used as it is, with white space before its answer.
         num_workers: Processes that put batches together; 0 does it in the training process.
         cache_dir: Where dequantised GGUF models are kept. The user's cache folder by default.
+        train_examples: Learn from so many records, the first of the training file; all by default.
     """
 
     def __init__(
@@ -54,8 +55,19 @@ class PreferenceData(FileData):
         chat_template: bool | str = True,
         num_workers: int = 0,
         cache_dir: str | None = None,
+        train_examples: int | None = None,
     ) -> None:
-        super().__init__(train_file, val_file, test_file, None, tokenizer, batch_size, num_workers, cache_dir)
+        super().__init__(
+            train_file,
+            val_file,
+            test_file,
+            None,
+            tokenizer,
+            batch_size,
+            num_workers,
+            cache_dir,
+            train_examples=train_examples,
+        )
         self.max_length = max_length
         self.chat_template = chat_template
         self.pairs: dict[str, list[Pair]] = {}

@@ -37,6 +37,7 @@ class Seq2SeqData(FileData):
         max_length: Tokens after which a text is cut off.
         max_answer_length: Tokens after which an answer is cut off.
         num_workers: Processes that put batches together; 0 does it in the training process.
+        train_examples: Learn from so many records, the first of the training file; all by default.
     """
 
     def __init__(
@@ -51,8 +52,18 @@ class Seq2SeqData(FileData):
         max_length: int = 512,
         max_answer_length: int = 128,
         num_workers: int = 0,
+        train_examples: int | None = None,
     ) -> None:
-        super().__init__(train_file, val_file, test_file, predict_file, tokenizer, batch_size, num_workers)
+        super().__init__(
+            train_file,
+            val_file,
+            test_file,
+            predict_file,
+            tokenizer,
+            batch_size,
+            num_workers,
+            train_examples=train_examples,
+        )
         self.prefix = prefix
         self.max_length = max_length
         self.max_answer_length = max_answer_length
