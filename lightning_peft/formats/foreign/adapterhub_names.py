@@ -30,7 +30,7 @@ _BESIDE = {
 POST_NORM = ("bert", "roberta", "xlm-roberta", "electra")
 """Models in which the sublayer's last linear layer is ``dense`` of a module that the adapters are kept in."""
 _IN_LAYER = ("gpt2", "llama", "mistral", "distilbert", "bart")
-_SUBLAYERS = ("t5", "mt5")
+_SUBLAYERS = ("t5",)
 """Models in which each sublayer is a module."""
 MODELS = (*POST_NORM, *_IN_LAYER, *_SUBLAYERS)
 
@@ -99,8 +99,8 @@ class Places:
             if len(found) == 1:
                 return found[0]
         raise PEFTError(
-            f"{self._path} has an adapter in {place!r}, and which block of this {self._root.kind} that is, is not known: "
-            "name the model that it was trained on."
+            f"{self._path} has an adapter in {place!r}, of which this {self._root.kind} has no block. "
+            "Name the model that it was trained on."
         )
 
 
@@ -109,8 +109,8 @@ def refuse_model(root: ModelView, source: str) -> None:
     kind = model_type(root)
     if kind not in MODELS:
         raise PEFTError(
-            f"{source}: where AdapterHub's package has its adapters in a model of type {kind!r} is not known here, as it "
-            f"is for {', '.join(MODELS)}."
+            f"{source}: where AdapterHub's package has its adapters in a model of type {kind!r} is not known here; in "
+            f"{', '.join(MODELS)} it is."
         )
 
 

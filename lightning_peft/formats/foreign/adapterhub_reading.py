@@ -92,6 +92,9 @@ def read_adapterhub(path: Path, root: ModelView) -> ForeignBottleneck:
         if found is None or found[3] not in layouts:
             raise PEFTError(f"{path} holds {name!r}, for which there is no place in a bottleneck of this package.")
         block = places.block(found[1])
+        if at_layer and (said["phm_layer"] or block.kind != "mlp"):
+            what = "a Compacter" if said["phm_layer"] else f"one in {found[1]!r}, after attention"
+            raise PEFTError(f"{path} has adapters behind a norm (original_ln_before), and {what}: there is none here.")
         host = block.layer if at_layer else block.last
         key, way, _ = layouts[found[3]]
         blocks[host] = block
@@ -128,8 +131,8 @@ def _settings(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         said["original_ln_before"] = False  # not looked at there
     if odd := [key for key in _FIXED if said[key] != DEFAULTS[key]]:
         raise PEFTError(
-            f"{path} has {odd[0]}={said[odd[0]]!r}, which no method here has ({DEFAULTS[odd[0]]!r} would be one). Its own "
-            "package reads it."
+            f"{path} has {odd[0]}={said[odd[0]]!r}, which no method here has, but {DEFAULTS[odd[0]]!r}. Its own package "
+            "reads it."
         )
     if isinstance(said["scaling"], str):
         raise PEFTError(f"{path} has scaling={said['scaling']!r}, a scale that is trained; here it is a number.")
@@ -164,16 +167,13 @@ def _method(
     common |= {"scale": said["scaling"], "dropout": said["dropout"]}
     kinds = sorted({block.kind for block in blocks.values()})
     if said["original_ln_before"]:
-        if said["phm_layer"] or kinds != ["mlp"]:
-            what = "Compacter's" if said["phm_layer"] else "after attention"
-            raise PEFTError(f"{path} has adapters behind a norm (original_ln_before), {what}: there are none here.")
         layers = _layers(blocks.values(), root, ["mlp"])
         return SeriesAdapter(**common, preset="pfeiffer", init="truncated", train_norms=False, layers=layers)
     if said["is_parallel"]:
         if said["phm_layer"] or model_type(root) not in POST_NORM:
             raise PEFTError(
-                f"{path} has parallel adapters, which read the hidden state before a norm there, and here what the block "
-                f"reads. It is the same in {', '.join(POST_NORM)} alone."
+                f"{path} has parallel adapters, which read the hidden state before a norm there, here what the block does. "
+                f"That is the same in {', '.join(POST_NORM)} alone."
             )
         return ParallelAdapter(**common, placement=kinds, layers=_layers(blocks.values(), root, kinds))
     every = [block.last for block in find_blocks(root) if block.kind in kinds]

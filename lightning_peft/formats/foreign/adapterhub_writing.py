@@ -123,8 +123,8 @@ def _method_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], root: M
         )
     if isinstance(method, ParallelAdapter) and (model_type(root) not in POST_NORM or method.target_modules is not None):
         raise PEFTError(
-            f"{source}: parallel adapters of AdapterHub's package read the hidden state before a norm. They are as here, "
-            f"with a placement, in {', '.join(POST_NORM)} alone."
+            f"{source}: parallel adapters of AdapterHub's package read the hidden state before a norm. With a placement "
+            f"they are as here in {', '.join(POST_NORM)} alone."
         )
     return method
 
