@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from judges.adapterhub import CASES, base, stored, under
 from safetensors.torch import load_file
 from torch import Tensor
 
+from judges.adapterhub import CASES, base, stored, under
 from lightning_peft import LoRA, PEFTError, SeriesAdapter, inject, load_adapter, save_adapter
 from lightning_peft.cli import main
 from lightning_peft.cli.tools.export import export

@@ -20,7 +20,7 @@ from lightning_peft.formats import own
 from lightning_peft.formats.configuration import read_config, read_marker
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
 from lightning_peft.formats.foreign.adapterhub_names import TENSORS as ADAPTERHUB_FILE
-from lightning_peft.formats.foreign.adapterhub_writing import files_for_adapterhub
+from lightning_peft.formats.foreign.adapterhub_writing import files_for_adapterhub, refuse_other_types
 from lightning_peft.formats.serving import serving_copy
 from lightning_peft.formats.serving.experts import Layout, with_experts_divided
 from lightning_peft.formats.serving.readers import Reader, rank_for, reader_named
@@ -69,6 +69,7 @@ def export(
         config, tensors = with_experts_divided(config, tensors, experts, adapter)
     names = (CONFIG_FILE, TENSOR_FILE)
     if found is not None and found.of_layers:
+        refuse_other_types(config, adapter)
         base = ModelView(meta_model(model or base_name(source), model_class(source)))
         copied = files_for_adapterhub(config, tensors, base, adapter)
         what, names = f"adapters of {len(copied[1])} tensors", (CONFIG_FILE, ADAPTERHUB_FILE)

@@ -131,8 +131,8 @@ def _settings(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         said["original_ln_before"] = False  # not looked at there
     if odd := [key for key in _FIXED if said[key] != DEFAULTS[key]]:
         raise PEFTError(
-            f"{path} has {odd[0]}={said[odd[0]]!r}, which no method here has, but {DEFAULTS[odd[0]]!r}. Its own package "
-            "reads it."
+            f"{path} has {odd[0]}={said[odd[0]]!r}, which no method here has, but {DEFAULTS[odd[0]]!r}. Its own "
+            "package reads it."
         )
     if isinstance(said["scaling"], str):
         raise PEFTError(f"{path} has scaling={said['scaling']!r}, a scale that is trained; here it is a number.")
@@ -163,7 +163,7 @@ def _method(
     widths = sorted({len(bias) for bias in biases.values() if bias is not None})
     if len(widths) > 1:
         raise PEFTError(f"{path} has bottlenecks of the widths {widths}; here all have one. Its own package reads it.")
-    common = {"bottleneck": widths[0], "activation": ACTIVATIONS[said["non_linearity"]], "bias": True}
+    common: dict[str, Any] = {"bottleneck": widths[0], "activation": ACTIVATIONS[said["non_linearity"]], "bias": True}
     common |= {"scale": said["scaling"], "dropout": said["dropout"]}
     kinds = sorted({block.kind for block in blocks.values()})
     if said["original_ln_before"]:
@@ -172,12 +172,12 @@ def _method(
     if said["is_parallel"]:
         if said["phm_layer"] or model_type(root) not in POST_NORM:
             raise PEFTError(
-                f"{path} has parallel adapters, which read the hidden state before a norm there, here what the block does. "
-                f"That is the same in {', '.join(POST_NORM)} alone."
+                f"{path} has parallel adapters, which read the hidden state before a norm there, here what the block "
+                f"does. That is the same in {', '.join(POST_NORM)} alone."
             )
         return ParallelAdapter(**common, placement=kinds, layers=_layers(blocks.values(), root, kinds))
     every = [block.last for block in find_blocks(root) if block.kind in kinds]
-    where = {"placement": kinds} if set(every) == set(blocks) else {"target_modules": list(blocks)}
+    where: dict[str, Any] = {"placement": kinds} if set(every) == set(blocks) else {"target_modules": list(blocks)}
     if said["phm_layer"]:
         return Compacter(**common, **where, n=said["phm_dim"], train_norms=False)
     return SeriesAdapter(**common, **where, init="truncated", train_norms=False)

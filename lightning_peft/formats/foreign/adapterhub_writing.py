@@ -103,12 +103,16 @@ def _lead(root: ModelView) -> str:
     return f"{prefix}." if prefix in root.modules else ""
 
 
-def _method_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], root: ModelView, source: str) -> _Method:
+def refuse_other_types(config: Mapping[str, Any], source: str) -> None:
+    """Raise :class:`PEFTError` for an adapter that is in HF PEFT's format."""
     if config.get("peft_type") != own.PEFT_TYPE:
         raise PEFTError(
             f"{source} is of HF PEFT's type {config.get('peft_type')!r}; for AdapterHub's package SeriesAdapter, "
             "ParallelAdapter and Compacter are written. HF PEFT reads it, and so do servers."
         )
+
+
+def _method_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], root: ModelView, source: str) -> _Method:
     content = own.read_content(config, tensors, source)
     method = content.methods[0]
     if len(content.methods) > 1 or content.train_also or not isinstance(method, _Method):
@@ -123,7 +127,7 @@ def _method_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], root: M
         )
     if isinstance(method, ParallelAdapter) and (model_type(root) not in POST_NORM or method.target_modules is not None):
         raise PEFTError(
-            f"{source}: parallel adapters of AdapterHub's package read the hidden state before a norm. With a placement "
+            f"{source}: parallel adapters of AdapterHub's package read the hidden state before a norm. By placement "
             f"they are as here in {', '.join(POST_NORM)} alone."
         )
     return method
