@@ -57,8 +57,8 @@ _TOOLS = (
             or (path / "pytorch_adapter.bin").is_file()
             or (path / "adapter.safetensors").is_file()
         ),
-        "Its own model.load_adapter reads it. What a LoRA changes is in the weights after model.merge_adapter(NAME) "
-        "there.",
+        f"{_READ}, if it is a bottleneck or a Compacter. What a LoRA changes is in the weights after "
+        "model.merge_adapter(NAME) there.",
     ),
     _Tool(
         "LLM-Adapters' copy of HF PEFT",

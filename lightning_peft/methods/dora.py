@@ -14,7 +14,11 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.structure.plain import nature
 from lightning_peft.tensors.packed import is_packed
-from lightning_peft.tensors.weights import as_matrix, read_matrix, weight_of
+from lightning_peft.tensors.sharding import whole
+from lightning_peft.tensors.weights import as_matrix, is_transposed, read_matrix, weight_of, widened
+
+_ELEMENTS = 2**16
+"""Of a weight whose norms are taken so many are widened at once."""
 
 
 class DoRAAdapter(LoRAAdapter):
@@ -25,7 +29,7 @@ class DoRAAdapter(LoRAAdapter):
 
     def __init__(self, host: nn.Module, *args: Any) -> None:
         super().__init__(host, *args)
-        self._start = self._norms(read_matrix(host))
+        self._start = _start_norms(host)
         self.lora_magnitude_vector = nn.Parameter(self._start.to(self.lora_B).clone())
 
     @staticmethod
@@ -85,6 +89,16 @@ class EmbeddingDoRAAdapter(DoRAAdapter, EmbeddingLoRAAdapter):
 
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {**DoRAAdapter.axes, **EmbeddingLoRAAdapter.axes}
     refusal = staticmethod(EmbeddingLoRAAdapter.refusal)
+
+
+@torch.no_grad()
+def _start_norms(host: nn.Module) -> Tensor:
+    """Return the norms of the weight, ``[out]``: of its rows some after others, since they may lie in a file."""
+    if is_transposed(host):
+        return _row_norms(read_matrix(host))
+    weight = whole(weight_of(host))
+    rows = max(1, _ELEMENTS // max(1, weight[:1].numel()))
+    return torch.cat([_row_norms(widened(some).flatten(1)) for some in weight.split(rows)])
 
 
 def _row_norms(matrix: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,9 @@ from lightning_peft.errors import NotFiniteError, PEFTError
 from lightning_peft.operations.shards import gathered
 from lightning_peft.tensors.sharding import in_flat_pieces, kept_part, whole, write
 from lightning_peft.tensors.weights import as_matrix, as_stored, is_transposed, weight_of, widened
+
+_ELEMENTS = 2**18
+"""Of a weight that is merged by rows so many are computed with at once: 1 MB in float32."""
 
 
 def weight_names(adapter: Adapter) -> tuple[str, ...]:
@@ -98,6 +102,54 @@ def merged_values(
     return (stored if bias is None else {**stored, "bias": bias.to(next(iter(weights.values())).dtype)}), loss
 
 
+def can_fold_rows(host: nn.Module, adapter: Adapter) -> bool:
+    """Whether :func:`fold_rows` merges ``adapter`` into ``host``."""
+    return adapter.folds_by_row and isinstance(host, nn.Linear)
+
+
+@torch.no_grad()
+def fold_rows(host: nn.Module, adapter: Adapter, weight: Tensor, name: str = "") -> float:
+    """Merge some rows after others into ``weight``, in place: beside it, none but these are in memory.
+
+    Args:
+        host: The adapted module.
+        adapter: Its adapter, which is whole.
+        weight: The host's weight, whole and as it stores it.
+        name: The module's name, for messages.
+
+    Returns:
+        What rounding took, relative to the change.
+
+    Raises:
+        NotFiniteError: The new rows would hold NaN or infinity. Those before them are merged.
+    """
+    rounding, start = _Rounding(), 0
+    for rows in weight.split(max(1, _ELEMENTS // weight.shape[1])):
+        before = widened(rows)
+        after, _ = _of_rows(adapter, start, len(rows)).fold(before, None)
+        stored = after.to(rows.dtype)
+        _refuse_non_finite(name, after, stored)
+        rounding.add(before, after, stored)
+        rows.copy_(stored)
+        start += len(rows)
+    return rounding.loss
+
+
+def _of_rows(adapter: Adapter, start: int, length: int) -> Adapter:
+    """Return an adapter of ``length`` rows of the weight, from ``start`` on, which has a part of the same tensors."""
+    twin = copy.copy(adapter)
+    twin._parameters, twin._buffers = dict(adapter._parameters), dict(adapter._buffers)
+    for name, axes in adapter.axes.items():
+        if "out" not in axes:
+            continue
+        part = adapter.state_dict(keep_vars=True)[name].detach().narrow(axes.index("out"), start, length)
+        if name in twin._parameters:
+            twin._parameters[name] = nn.Parameter(part, requires_grad=False)
+        else:
+            twin._buffers[name] = part
+    return twin
+
+
 def has_effect(host: nn.Module, adapter: Adapter, given: Mapping[str, Tensor]) -> bool:
     """Whether merging ``adapter`` would change ``host`` if that had the weights and the bias ``given``, by name.
 
@@ -168,14 +220,19 @@ def _folded(
         stored = {key: weight.to(weights[key].dtype) for key, weight in after.items()}
         for key, weight in after.items():
             _refuse_non_finite(f"{name}.{key}", weight, stored[key])
-        return stored, bias, _loss([(before[n], after[n], stored[n]) for n in before])
+        rounding = _Rounding()
+        for key in before:
+            rounding.add(before[key], after[key], stored[key])
+        return stored, bias, rounding.loss
     matrix = as_matrix(host, weights["weight"])
     folded, bias = adapter.fold(matrix, bias)
     new = as_stored(host, folded, weights["weight"].dtype)
     _refuse_non_finite(name, folded, new)
     if bias is not None:
         _refuse_non_finite(f"{name}.bias", bias, bias.to(new.dtype))
-    return {"weight": new}, bias, _loss([(matrix, folded, new.T if is_transposed(host) else new.flatten(1))])
+    rounding = _Rounding()
+    rounding.add(matrix, folded, new.T if is_transposed(host) else new.flatten(1))
+    return {"weight": new}, bias, rounding.loss
 
 
 def _refuse_non_finite(name: str, values: Tensor, stored: Tensor) -> None:
@@ -188,17 +245,23 @@ def _refuse_non_finite(name: str, values: Tensor, stored: Tensor) -> None:
     )
 
 
-def _loss(weights: Iterable[tuple[Tensor, Tensor, Tensor]]) -> float:
-    """Return what rounding took of the change, from weights before, after, and after as they are stored.
+@dataclass
+class _Rounding:
+    """What rounding took of changes, as norms over all of them."""
 
-    Those before, wider copies if rounding there was, are used up.
-    """
-    change = lost = 0.0
-    for before, after, stored in weights:
+    change: float = 0.0
+    lost: float = 0.0
+
+    def add(self, before: Tensor, after: Tensor, stored: Tensor) -> None:
+        """Count a change from weights before to weights after; ``before``, if rounding there was, is used up."""
         if stored.dtype != after.dtype:
-            change = math.hypot(change, torch.linalg.vector_norm(before.sub_(after)))
-            lost = math.hypot(lost, torch.linalg.vector_norm(before.copy_(stored).sub_(after)))
-    return lost / change if change > 0 else 0.0
+            self.change = math.hypot(self.change, torch.linalg.vector_norm(before.sub_(after)))
+            self.lost = math.hypot(self.lost, torch.linalg.vector_norm(before.copy_(stored).sub_(after)))
+
+    @property
+    def loss(self) -> float:
+        """What was lost, relative to the change."""
+        return self.lost / self.change if self.change > 0 else 0.0
 
 
 def _set(host: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -23,6 +23,9 @@ CONFIGS: dict[str, Any] = {
     "dora": peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True, task_type="CAUSAL_LM"),
     "loha": peft.LoHaConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
     "head": peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
+    "pissa": peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM"),
+    "bias": peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], bias="lora_only", task_type="CAUSAL_LM"),
+    "embedding": peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM"),
 }
 
 
@@ -52,6 +55,7 @@ def test_as_hf_peft_merges(family: str, kind: str, tmp_path: Path, monkeypatch: 
     whole: list[str] = []
     load = command.load_model
     monkeypatch.setattr(command, "load_model", lambda *a, **k: whole.append("whole") or load(*a, **k))
+    monkeypatch.setattr("lightning_peft.operations.fold._ELEMENTS", 100)  # a few rows of each weight, the last fewer
     build(family)[0].save_pretrained(tmp_path / "base", max_shard_size="60KB")
     judge = tuned(tmp_path / "base", tmp_path / "adapter", CONFIGS[kind])
     command.merge(str(tmp_path / "adapter"), str(tmp_path / "base"), str(tmp_path / "out"))
@@ -59,9 +63,8 @@ def test_as_hf_peft_merges(family: str, kind: str, tmp_path: Path, monkeypatch: 
     assert (merged(input_ids=IDS).logits - judge(input_ids=IDS).logits).abs().max() <= 2e-5
     state = merged.state_dict()
     assert all((state[name] - value).abs().max() <= 1e-6 for name, value in judge.state_dict().items())
-    assert whole == (["whole"] if kind == "head" else [])
-    if kind != "head":
-        assert shards(tmp_path / "out") == shards(tmp_path / "base")
+    assert whole == []
+    assert shards(tmp_path / "out") == shards(tmp_path / "base")
 
 
 def test_in_the_bases_dtype_or_another(tmp_path: Path) -> None:
@@ -117,7 +120,7 @@ def test_a_base_by_a_hubs_name_without_network(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_it_takes_the_memory_of_a_file_and_a_change(tmp_path: Path) -> None:
+def test_it_takes_less_memory_than_a_file(tmp_path: Path) -> None:
     def write(folder: Path, width: int, layers: int, shard: str) -> int:
         config = transformers.LlamaConfig(
             hidden_size=width,
@@ -142,10 +145,9 @@ def test_it_takes_the_memory_of_a_file_and_a_change(tmp_path: Path) -> None:
     assert len(files) >= 4
     out = run_script(merge_memory_script.__file__, tiny, large / "adapter", large / "base", large / "out")
     rose = int(out.split("rose by")[1].split()[0])
-    # Of the largest weight there are copies in float32 (as it was, its change, their sum), and of some of them pages
-    # that the allocator keeps.
-    change = 4 * 2 * 1024 * 1024
-    assert rose <= max(files) + 10 * change < 0.6 * size, (rose, max(files), size)
+    # A weight, the adapter and its file, rows that are computed with, and what the allocator keeps of them.
+    weight, adapter = 2 * 2 * 1024 * 1024, (large / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert rose <= weight + 2 * adapter + 24 * 2**20 < max(files) < 0.2 * size, (rose, max(files), size)
 
 
 def test_a_disk_that_fills_while_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

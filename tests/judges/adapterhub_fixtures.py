@@ -1,12 +1,19 @@
 """Writes ``data/adapterhub.safetensors``: what AdapterHub's package computes, for adapterhub.py.
 
+Beside it, in ``data/adapterhub_files.json``, is what stands in the directories that it saves: configurations and names.
+With directories for arguments, which `lightning-peft export --for adapterhub` has written for the models of the first
+file (named FAMILY-CASE), it loads these, and prints how far what they compute is from the first file.
+
 Runs in an environment of its own, since that package wants an older transformers:
 ``pip install adapters==1.3.0 transformers==4.57.6 torch safetensors``, then
 ``python tests/judges/adapterhub_fixtures.py``.
 """
 
+import json
+import sys
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -14,10 +21,11 @@ import adapters
 import torch
 import transformers as t
 from adapters import CompacterConfig, CompacterPlusPlusConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 FILE = Path(__file__).parent / "data" / "adapterhub.safetensors"
+SAVED = FILE.with_name("adapterhub_files.json")
 SMALL = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 11}
 # adapterhub.py builds the same models with the same arguments.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -86,7 +94,44 @@ def compute(model: nn.Module, family: str, case: str, inputs: dict[str, Tensor])
     }
 
 
+def saved(family: str, case: str) -> dict[str, Any]:
+    """What the package writes beside an adapter, and the names of its tensors."""
+    model = build(family)
+    adapters.init(model)
+    model.add_adapter("a", config=configs(family)[case])
+    with TemporaryDirectory() as directory:
+        model.save_adapter(directory, "a", with_head=False)
+        config = json.loads((Path(directory) / "adapter_config.json").read_text())
+        names = list(torch.load(Path(directory) / "pytorch_adapter.bin", weights_only=True))
+    return {"config": config, "names": names}
+
+
+def difference(directory: Path) -> float:
+    """How far what an adapter that was written elsewhere computes is from what this package's computed."""
+    family, case = directory.name.split("-", 1)
+    content = load_file(FILE)
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): v for name, v in content.items() if name.startswith(prefix)}
+
+    model = build(family)
+    model.load_state_dict(under(f"{family}/base/"), strict=False)
+    model.tie_weights()
+    adapters.init(model)
+    model.load_adapter(str(directory), set_active=True, use_safetensors=True)
+    as_it_is = mock.patch.object(torch.Tensor, "float", lambda tensor: tensor)
+    with as_it_is if family == "t5" else nullcontext():
+        logits = model.double().eval()(**under(f"{family}/input/")).logits
+    return float((logits - content[f"{family}/{case}/logits"]).abs().max())
+
+
 def main() -> None:
+    if sys.argv[1:]:
+        for argument in sys.argv[1:]:
+            print(argument, difference(Path(argument)))
+        return
+    found = {f"{family}/{case}": saved(family, case) for family in MODELS for case in configs(family)}
+    SAVED.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     torch.manual_seed(0)
     content: dict[str, Tensor] = {}
     for family in MODELS:

@@ -21,6 +21,7 @@ class LoRAAdapter(Adapter):
     """h = W0 x + scale · B A x (equation 3); x ``[..., in]``, A ``[r, in]``, B ``[out, r]``."""
 
     mergeable = True
+    folds_by_row: ClassVar[bool] = True
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"lora_A": (None, "in"), "lora_B": ("out", None)}
 
     def __init__(self, host: nn.Module, r: int, scale: float, dropout: float, init: str, seed: int, name: str):
@@ -127,6 +128,7 @@ class BiasedLoRAAdapter(LoRAAdapter):
     """h = W0 x + scale · (B A x + b); b ``[out]``, zero at the start."""
 
     adds_bias = True
+    folds_by_row: ClassVar[bool] = False
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {**LoRAAdapter.axes, "lora_B_bias": ("out",)}
 
     def __init__(self, host: nn.Module, *args: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import transformers
 
@@ -12,7 +13,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import read_json
 from lightning_peft.formats.content import CONFIG_FILE
-from lightning_peft.formats.foreign.reading import tool_of, write_in_hf
+from lightning_peft.formats.foreign.reading import class_named, tool_of, write_directory
 from lightning_peft.operations.to_lora import difference_to_lora, to_lora
 from lightning_peft.storage.loading import load_adapter
 from lightning_peft.storage.saving import save_adapter
@@ -30,12 +31,13 @@ def convert(
     """Turn an adapter of another method, or a fine-tuned model, into the LoRA that is nearest to it.
 
     Servers serve LoRA alone. Of the change of each weight its largest singular values are kept; how much of it is lost
-    is printed. LoRA of mlx-lm and LitGPT is taken over as it is, without a rank, and so is HF PEFT's in a Lightning
-    checkpoint (.ckpt) of a module that called `get_peft_model` itself.
+    is printed. What other tools wrote is taken over as it is, without a rank: LoRA of mlx-lm and LitGPT, bottleneck and
+    Compacter adapters of AdapterHub's package, and HF PEFT's in a Lightning checkpoint (.ckpt) of a module that called
+    `get_peft_model` itself.
 
     Args:
-        source: An adapter directory (DoRA, LoHa, LoKr, IA3, VeRA, OFT, …), one of mlx-lm or LitGPT, a .ckpt with
-            tensors of HF PEFT's, or the directory of a fine-tuned model.
+        source: An adapter directory (DoRA, LoHa, LoKr, IA3, VeRA, OFT, …), one of another tool, a .ckpt with tensors of
+            HF PEFT's, or the directory of a fine-tuned model.
         model: The base model: a directory, a name on the Hugging Face hub, or package:NAME. The one that the adapter
             names, if not given.
         out: The directory to write.
@@ -71,11 +73,21 @@ def _with_adapter_of(tool: str, source: Path, model: str | None, alpha: float | 
     """Return the base with an adapter that another tool has written."""
     if model is None:
         raise PEFTError(f"{source} is in the format of {tool}, which names layers alone: name the base with --model.")
-    base = load_model(model, transformers.AutoModelForCausalLM)
+    base = load_model(model, _class_for(class_named(source)))
     with TemporaryDirectory() as directory:
-        write_in_hf(tool, source, ModelView(base), Path(directory), alpha)
+        write_directory(tool, source, ModelView(base), Path(directory), alpha)
         load_adapter(base, directory)
     return base
+
+
+def _class_for(name: str | None) -> Any:
+    """Return the class of the base that an adapter was trained on, or of a head-less one if that is no class here."""
+    if name is None:
+        return transformers.AutoModelForCausalLM
+    found = getattr(transformers, name, None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    return transformers.AutoModel
 
 
 def _class_of(model: Path) -> type[transformers.PreTrainedModel]:

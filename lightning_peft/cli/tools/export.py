@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.cli.tools.inspect import refuse_place
+from lightning_peft.cli.tools.inspect import base_name, model_class, refuse_place
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import MARKER, read_tensors, write_json, write_tensors
 from lightning_peft.files.leftovers import restore_interrupted
@@ -18,11 +19,13 @@ from lightning_peft.files.writing import atomic_directory
 from lightning_peft.formats import own
 from lightning_peft.formats.configuration import read_config, read_marker
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
+from lightning_peft.formats.foreign.adapterhub_names import TENSORS as ADAPTERHUB_FILE
+from lightning_peft.formats.foreign.adapterhub_writing import files_for_adapterhub, refuse_other_types
 from lightning_peft.formats.serving import serving_copy
 from lightning_peft.formats.serving.experts import Layout, with_experts_divided
 from lightning_peft.formats.serving.readers import Reader, rank_for, reader_named
 from lightning_peft.storage.saving import FILES
-from lightning_peft.tasks.pretrained import Dtype
+from lightning_peft.tasks.pretrained import Dtype, meta_model
 
 
 def export(
@@ -32,23 +35,28 @@ def export(
     rank: int | None = None,
     dtype: Dtype | None = None,
     experts: Layout | None = None,
+    model: str | None = None,
 ) -> None:
     """Copy an adapter for another program, so that it reads what was trained.
 
     For servers (vllm, sglang, llama.cpp, tensorrt-llm; all of them, if none is named) the copy is a plain LoRA: the
     scale is folded into B and lora_alpha is the rank, so that one that knows neither rsLoRA nor patterns serves what
-    was trained. The base model is not needed.
+    was trained. The base model is not needed, but for AdapterHub's package (adapterhub), which reads bottleneck and
+    Compacter adapters.
 
     Args:
         adapter: The adapter directory, of this package or of Hugging Face PEFT.
         out: The directory to write. One that this command wrote before is replaced.
-        reader: Who is to read it, written --for: vllm, sglang, llama.cpp, tensorrt-llm, transformers or peft.
+        reader: Who is to read it, written --for: vllm, sglang, llama.cpp, tensorrt-llm, transformers, peft or
+            adapterhub.
         rank: Pad with zeros to this rank, one that vLLM can serve: 8, 16, 32, 64, 128, 256, 320 or 512. The
             adapter's largest, or the next that the reader has room for, if not given.
         dtype: Of the tensors written. The adapter's own, if not given.
         experts: Write a LoRA of experts that stand in one parameter as one of a module per expert, which transformers
             4 had and servers know: with Mixtral's names (mixtral: block_sparse_moe, w1, w2, w3), or those of Qwen-MoE
             and most others (qwen: mlp, gate_proj, up_proj, down_proj).
+        model: For adapterhub, the base model, of which the names of the layers are looked up: a directory, a name on
+            the Hugging Face hub, or package:NAME. The one that the adapter names, if not given.
 
     Raises:
         PEFTError: There is no such reader, or none that reads the adapter; or the directory cannot be written.
@@ -59,16 +67,24 @@ def export(
     config, tensors = read_config(source), read_tensors(source / TENSOR_FILE)
     if experts is not None:
         config, tensors = with_experts_divided(config, tensors, experts, adapter)
-    if found is not None and not found.lora_alone:
+    names = (CONFIG_FILE, TENSOR_FILE)
+    if found is not None and found.of_layers:
+        refuse_other_types(config, adapter)
+        base = ModelView(meta_model(model or base_name(source), model_class(source)))
+        copied = files_for_adapterhub(config, tensors, base, adapter)
+        what, names = f"adapters of {len(copied[1])} tensors", (CONFIG_FILE, ADAPTERHUB_FILE)
+    elif found is not None and not found.lora_alone:
         _refuse_unread(found, reader or "", config, adapter)
-        copied = config, {n: t if dtype is None else t.to(getattr(torch, dtype)) for n, t in tensors.items()}
+        copied = config, tensors
         what = f"type {config['peft_type']}"
     else:
         copied = _plain(reader, config, tensors, adapter, rank, dtype)
         what = f"rank {copied[0]['r']}, the scale is in B. Targets: {', '.join(copied[0]['target_modules'])}"
+    if dtype is not None:
+        copied = copied[0], {name: tensor.to(getattr(torch, dtype)) for name, tensor in copied[1].items()}
     with atomic_directory(target) as directory:
-        write_tensors(directory / TENSOR_FILE, copied[1])
-        write_json(directory / CONFIG_FILE, copied[0])
+        write_tensors(directory / names[1], copied[1])
+        write_json(directory / names[0], copied[0])
         write_json(directory / MARKER, {**marker, "version": 1, "exported": adapter})
         write_manifest(directory, {"exported": adapter})
     print(f"Wrote {out}: {what}.{'' if found is None else ' ' + found.note.format(rank=copied[0].get('r'))}")

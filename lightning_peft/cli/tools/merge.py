@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import MARKER, open_tensors, read_json, write_json
 from lightning_peft.files.streaming import Kind, can_stream, stream_tensors
 from lightning_peft.files.writing import atomic_directory, require_space
-from lightning_peft.operations.fold import merged_values, weight_names
+from lightning_peft.operations.fold import can_fold_rows, fold_rows, merged_values, weight_names
 from lightning_peft.operations.merge import MergeReport
 from lightning_peft.operations.merge import merge as merge_adapters
 from lightning_peft.operations.mergeable import can_merge
@@ -34,8 +34,8 @@ _INDEX = "model.safetensors.index.json"
 def merge(adapter: str, model: str | None = None, out: str = "merged", dtype: Dtype | None = None) -> None:
     """Merge an adapter into its base model and write the result as an ordinary Transformers model.
 
-    Where adapters change nothing but weights, the base is read and written file by file: in memory there is one of its
-    files and the change of one weight.
+    Where adapters change nothing but weights, the base is read and written tensor by tensor: in memory there is the
+    adapter, one weight, and what some rows of it become.
 
     Args:
         adapter: The adapter directory.
@@ -91,8 +91,9 @@ def mapped(model: str, kind: Any) -> PreTrainedModel | None:
 
 
 def _changes_weights_alone(model: ModelView) -> bool:
-    """Whether each adapter changes weights of its own host, and nothing of the base is trained beside."""
-    if any(True for _ in trained_whole(model)) or any(True for _ in changed(model)):
+    """Whether each adapter changes weights of its own host, and what is trained whole is so under its name alone."""
+    shared = model.shared
+    if any(id(tensor) in shared for _, tensor, _ in trained_whole(model)) or any(True for _ in changed(model)):
         return False
     for _, host, slot in model.slots:
         adapter = slot.active_adapter
@@ -100,7 +101,7 @@ def _changes_weights_alone(model: ModelView) -> bool:
             return False
         if adapter.adds_bias and host._parameters.get("bias") is None:
             return False
-        tied = any(id(host.get_parameter(name)) in model.shared for name in weight_names(adapter))
+        tied = any(id(host.get_parameter(name)) in shared for name in weight_names(adapter))
         if tied and not adapter.follows_ties:
             return False
     return True
@@ -112,35 +113,45 @@ class _Stream:
 
     hosts: Mapping[str, tuple[str, nn.Module, Adapter]]
     """By the name of each weight and bias that an adapter may change: its host's name, the host, the adapter."""
+    whole: Mapping[str, Tensor]
+    """What was trained whole, by name."""
     dtype: torch.dtype | None
     losses: dict[str, float] = field(default_factory=dict)
     """By the name of each host that is merged."""
     changed: dict[str, Tensor] = field(default_factory=dict)
     """What else has changed with a tensor that was asked for, until it is asked for itself."""
 
-    def kinds(self, file: Any) -> dict[str, Kind]:
+    def kinds(self, path: Path) -> dict[str, Kind]:
         """Return dtype and shape of every tensor, in the order of :meth:`tensors`."""
-        # A bias comes with its weight, which it need not be merged with a second time.
-        names = sorted(file.keys(), key=lambda name: name.endswith("bias"))
-        found = {name: file.get_tensor(name) for name in names}
-        return {name: (self._written(tensor), tuple(tensor.shape)) for name, tensor in found.items()}
+        with open_tensors(path) as file:
+            # A bias comes with its weight, which it need not be merged with a second time.
+            names = sorted(file.keys(), key=lambda name: name.endswith("bias"))
+            found = {name: file.get_tensor(name) for name in names}  # mapped into memory, not read
+            return {name: (self._written(tensor.dtype), tuple(tensor.shape)) for name, tensor in found.items()}
 
-    def tensors(self, file: Any) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor of ``file``, with the adapters in it."""
-        for name in self.kinds(file):
-            tensor = file.get_tensor(name)
-            yield name, self._merged(name, tensor.to(self._written(tensor)))
+    def tensors(self, path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors of a file, with the adapters in them."""
+        for name in names:
+            # What was read of a file counts as memory for as long as any of it is open.
+            with open_tensors(path) as file:
+                tensor = file.get_tensor(name)
+            yield name, self._merged(name, tensor.to(self._written(tensor.dtype)))
 
-    def _written(self, tensor: Tensor) -> torch.dtype:
-        return tensor.dtype if self.dtype is None or not tensor.is_floating_point() else self.dtype
+    def _written(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype if self.dtype is None or not dtype.is_floating_point else self.dtype
 
     def _merged(self, name: str, tensor: Tensor) -> Tensor:
+        if name in self.whole:
+            return self.whole[name].to(tensor.dtype)
         if name not in self.hosts or self.hosts[name][0] in self.losses:
             return self.changed.pop(name, tensor)
         host_name, host, adapter = self.hosts[name]
         lead = f"{host_name}." if host_name else ""
+        if name == f"{lead}weight" and can_fold_rows(host, adapter):
+            self.losses[host_name] = fold_rows(host, adapter, tensor, host_name)
+            return tensor
         own = {key: p for key, p in host.named_parameters() if f"{lead}{key}" in self.hosts}
-        values = {key: p.to(self._written(p)) for key, p in own.items() if f"{lead}{key}" != name}
+        values = {key: p.to(self._written(p.dtype)) for key, p in own.items() if f"{lead}{key}" != name}
         values[name.removeprefix(lead)] = tensor
         merged, self.losses[host_name] = merged_values(host, adapter, values, host_name)
         self.changed |= {f"{lead}{key}": value for key, value in merged.items() if value is not values[key]}
@@ -155,13 +166,13 @@ def _stream(base: PreTrainedModel, source: Path, out: Path, dtype: torch.dtype |
         if (adapter := slot.active_adapter) is not None
         for key in {*weight_names(adapter), "bias"} & dict(host.named_parameters()).keys()
     }
-    stream, size = _Stream(hosts, dtype), 0
+    whole = {name: tensor.detach() for name, tensor, _ in trained_whole(ModelView(base))}
+    stream, size = _Stream(hosts, whole, dtype), 0
     files = weight_files(source)
     require_space(out, sum(file.stat().st_size for file in files))
     for path in files:
-        with open_tensors(path) as file:
-            kinds = stream.kinds(file)
-            stream_tensors(out / path.name, kinds, stream.tensors(file))
+        kinds = stream.kinds(path)
+        stream_tensors(out / path.name, kinds, stream.tensors(path, kinds))
         size += sum(torch.Size(shape).numel() * kind.itemsize for kind, shape in kinds.values())
     config = read_json(source / "config.json")
     if dtype is not None:

@@ -27,7 +27,7 @@ class ForeignLoRA:
     magnitudes: Mapping[str, Tensor]
     """Of a DoRA, m ``[out]`` likewise; else nothing."""
 
-    def in_hf(self, root: ModelView, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def as_files(self, root: ModelView, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the configuration and the tensors of HF PEFT's directory.
 
         Raises:

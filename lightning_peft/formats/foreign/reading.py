@@ -1,22 +1,37 @@
-"""Which tools' adapters are read, and how: as directories of HF PEFT's, which are read as any other."""
+"""Which tools' adapters are read, and how: as directories of HF PEFT's, or our own, which are read as any other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from lightning_peft.core.view import ModelView
-from lightning_peft.files.contents import write_json, write_tensors
+from lightning_peft.files.contents import read_json, write_json, write_tensors
 from lightning_peft.files.others import name_of_tool
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
+from lightning_peft.formats.foreign.adapterhub_reading import read_adapterhub
 from lightning_peft.formats.foreign.lightning_file import read_lightning_file
 from lightning_peft.formats.foreign.litgpt import read_litgpt
-from lightning_peft.formats.foreign.low_rank import ForeignLoRA
 from lightning_peft.formats.foreign.mlx import read_mlx
 
-READERS: Mapping[str, Callable[[Path, ModelView], ForeignLoRA]] = {"LitGPT": read_litgpt, "MLX": read_mlx}
-"""By the name of the tool, as :mod:`lightning_peft.files.others` knows it by sight."""
 
+class Foreign(Protocol):
+    """What was read of another tool's adapter."""
+
+    def as_files(self, root: ModelView, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the configuration and the tensors of a directory that is read here."""
+        ...
+
+
+READERS: Mapping[str, Callable[[Path, ModelView], Foreign]] = {
+    "LitGPT": read_litgpt,
+    "MLX": read_mlx,
+    "AdapterHub's package adapters": read_adapterhub,
+}
+"""By the name of the tool, as :mod:`lightning_peft.files.others` knows it by sight."""
 
 LIGHTNING = "Lightning"
 
@@ -29,8 +44,8 @@ def tool_of(path: Path) -> str | None:
     return tool if tool in READERS else None
 
 
-def write_in_hf(tool: str, path: Path, root: ModelView, out: Path, alpha: float | None) -> None:
-    """Write an adapter of ``tool``, which is for ``root``, as HF PEFT would, into the directory ``out``.
+def write_directory(tool: str, path: Path, root: ModelView, out: Path, alpha: float | None) -> None:
+    """Write an adapter of ``tool``, which is for ``root``, into the directory ``out`` in a format that is read here.
 
     Args:
         tool: As :func:`tool_of` returned it.
@@ -42,7 +57,13 @@ def write_in_hf(tool: str, path: Path, root: ModelView, out: Path, alpha: float 
     Raises:
         PEFTError: It is damaged, or for another model.
     """
-    read = read_lightning_file(path, root, alpha) if tool == LIGHTNING else READERS[tool](path, root)
-    config, tensors = read.in_hf(root, str(path))
+    read: Foreign = read_lightning_file(path, root, alpha) if tool == LIGHTNING else READERS[tool](path, root)
+    config, tensors = read.as_files(root, str(path))
     write_json(out / CONFIG_FILE, config)
     write_tensors(out / TENSOR_FILE, tensors)
+
+
+def class_named(path: Path) -> str | None:
+    """Return the name of the class of the model that an adapter was trained on, if it says so."""
+    config = read_json(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}
+    return str(config["model_class"]) if "model_class" in config else None

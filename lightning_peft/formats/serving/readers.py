@@ -33,6 +33,8 @@ class Reader:
     """Last names of modules that it reads together or not at all."""
     unread: tuple[str, ...] = ()
     """What of HF PEFT's types it does not read, or not rightly, if it reads more than LoRA."""
+    of_layers: bool = False
+    """Whether it reads bottleneck and Compacter adapters alone, in a format of its own."""
     note: str = ""
     """What to do there."""
 
@@ -78,6 +80,13 @@ READERS = {
         source="HF PEFT 0.21.2, run by the tests",
         lora_alone=False,
         note="Load it with PeftModel.from_pretrained(base, PATH).",
+    ),
+    "adapterhub": Reader(
+        source="AdapterHub's package adapters 1.3.0, run to write what the tests compare with: "
+        "adapters/configuration/adapter_config.py, adapters/loading.py",
+        lora_alone=False,
+        of_layers=True,
+        note="Load it there with model.load_adapter(PATH, set_active=True, use_safetensors=True).",
     ),
 }
 
