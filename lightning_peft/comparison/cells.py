@@ -143,7 +143,7 @@ def placed(run: Run) -> dict[str, Any]:
     trainer["callbacks"] = callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     savers = [one for one in callbacks if str(_path(one)).rpartition(".")[2] == "AdapterCheckpoint"]
     if not savers:
-        callbacks.append({"class_path": _SAVER, "init_args": {"save_top_k": 0}})
+        callbacks.append({"class_path": _SAVER})
     for number, one in enumerate(callbacks):
         if str(_path(one)).rpartition(".")[2] == "AdapterCheckpoint":
             put(config, f"trainer.callbacks.{number}.dirpath", str(run.directory / CHECKPOINTS))

@@ -11,7 +11,7 @@ from test_layers import KNOW_LIGHTNING, MAY_IMPORT
 # Where a path in a sentence may begin, beside the page's own folder.
 PLACES = [ROOT / folder for folder in (".", "lightning_peft", "examples/configs", "examples/launch")]
 FILE_OR_FOLDER = re.compile(r"\w[\w.-]*(/[\w.-]+)*(/|\.(py|md|yaml|sh|sbatch|toml))")
-OF_USERS = {"first.py", "run.yaml"}
+OF_USERS = {"first.py", "run.yaml", "OUT/table.md"}
 every_page = pytest.mark.parametrize("page", pages.PAGES, ids=pages.name)
 
 

@@ -142,8 +142,7 @@ def test_the_sharded_module_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run_script(str(script), tmp_path / "model")
 
 
-# `test_first_steps_page.py` runs the config of that page, which is a whole one, and `test_comparing_page.py` the grid of
-# its page.
+# `test_first_steps_page.py` runs the config of that page, which is a whole one; `test_comparing_page.py` takes a grid.
 @having("yaml", [page for page in PAGES if page.name not in ("first_steps.md", "comparing.md")])
 def test_yaml_is_a_part_of_a_config(page: Path, tmp_path: Path) -> None:
     for block in pages.blocks(page, "yaml"):

@@ -1,4 +1,4 @@
-"""The grid of the page about comparisons, on a small model."""
+"""The grid of the page about comparisons: the command takes it, and it has the runs that the page says."""
 
 from __future__ import annotations
 
