@@ -2,110 +2,24 @@
 
     python examples/papers/base_model.py --out runs/papers/base
 
-The text is made up from a seed, of the same words as the tasks in `make_data.py` but in other forms: tables are told in
-sentences, queries are written in lower case below a comment, rules come with what follows from them, sums stand alone,
-dialogues have no summary. So the model knows the words and what they have to do with one another, and none of the tasks
-in their form; an adapter has something to adapt.
+The text is that of `base_text.py`: the model knows the words of the tasks and what they have to do with one another,
+and none of the tasks in their form; an adapter has something to adapt.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from arithmetic import THINGS
-from dialogues import make_dialogue
-from entailment import ACTS, CITIES, JOBS, NAMES
+from base_text import texts
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from text_to_sql import TABLES, make_rows
-
 VOCABULARY = 1024
-# ---------------------------------------------------------------------------------------------------- the text
-
-
-def told(rng: random.Random) -> str:
-    """A row of a table in sentences."""
-    table = rng.choice(TABLES)
-    row = dict(zip(table.columns, rng.choice(make_rows(table, rng)), strict=True))
-    facts = [f"{column} is {value}" for column, value in row.items() if column != table.label]
-    rng.shuffle(facts)
-    return f"{table.name}({', '.join(table.columns)}). {row[table.label]} is a {table.one}: {' and '.join(facts)}."
-
-
-def queried(rng: random.Random) -> str:
-    """A query below a comment."""
-    table = rng.choice(TABLES)
-    row = dict(zip(table.columns, rng.choice(make_rows(table, rng)), strict=True))
-    column = rng.choice([c for c in table.columns if c != table.label])
-    value = row[column]
-    if column in table.numbers:
-        word, sign = rng.choice((("over", ">"), ("under", "<")))
-        meant, where = f"{column} {word} {value}", f"{column} {sign} {value}"
-    else:
-        meant, where = f"{column} {value}", f"{column} = '{value}'"
-    number = rng.choice(tuple(table.numbers))
-    what, query = rng.choice(
-        (
-            ("count them", "count(*)"),
-            (f"their {table.label}", table.label),
-            (f"mean {number}", f"avg({number})"),
-            (f"greatest {number}", f"max({number})"),
-            (f"least {number}", f"min({number})"),
-        )
-    )
-    order = rng.choice(("", "", f" order by {number}", f" order by {number} desc"))
-    limit = f" limit {rng.randint(1, 5)}" if order else ""
-    return f"-- {table.name} with {meant}, {what}{order}{limit}\nselect {query} from {table.name} where {where}{order}{limit};"
-
-
-def concluded(rng: random.Random) -> str:
-    """A rule, somebody to whom it applies or not, and what follows."""
-    name, job, city, act = rng.choice(NAMES), rng.choice(JOBS), rng.choice(CITIES), rng.choice(ACTS)
-    their_job, their_city = (
-        rng.choice(values) if rng.random() < 0.3 else v for values, v in ((JOBS, job), (CITIES, city))
-    )
-    quantifier = rng.choice(("Every", "No", "Some"))
-    met = (their_job, their_city) == (job, city) and quantifier != "Some"
-    follows = (f"{name} {act[0]}" if quantifier == "Every" else f"{name} does not {act[1]}") if met else "who knows"
-    return f"{quantifier} {job} in {city} {act[0]}. {name} is a {their_job} in {their_city}, so {follows}."
-
-
-def summed(rng: random.Random) -> str:
-    """A few sums."""
-    sums = []
-    for _ in range(4):
-        a, b = rng.randint(1, 30), rng.randint(1, 15)
-        sums.append(rng.choice((f"{a} + {b} = {a + b}.", f"{a + b} - {b} = {a}.", f"{a} {rng.choice(THINGS)}.")))
-    return " ".join(sums)
-
-
-def spoken(rng: random.Random) -> str:
-    """A dialogue, and where one of them went."""
-    made = make_dialogue(rng)
-    words = made["summary"].split()
-    return f"{made['dialogue']}\nSo {words[2]} went to the {words[6]} on {words[8]}."
-
-
-KINDS = (told, queried, concluded, summed, spoken)
-
-
-def texts(seed: int) -> Iterator[str]:
-    """Text without end."""
-    rng = random.Random(f"base/{seed}")
-    while True:
-        yield rng.choice(KINDS)(rng)
-
-
-# --------------------------------------------------------------------------------------------------- the model
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:

@@ -1,4 +1,4 @@
-"""Dialogues in which two people agree on a place, a day and an hour, after one or the other was changed; and a summary."""
+"""Dialogues in which two people agree on a place, a day and an hour, after some of it was changed; and a summary."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     python examples/papers/make_data.py --out runs/papers/data
 
 writes the folders `sql`, `entailment`, `entailment_pairs`, `dialogues` and `arithmetic`, each with `train.jsonl`,
-`val.jsonl` and `test.jsonl`, and `train_100.jsonl` and others with the first examples of `train.jsonl`. No example
-occurs twice in a folder. `sql` is that of `examples/text_to_sql.py`, with its database.
+`val.jsonl` and `test.jsonl`; no example occurs twice in a folder. `sql` is that of `examples/text_to_sql.py`, with its
+database. `text.jsonl` is text of the kind that `base_model.py` learns, to see what a base forgets.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import closing
 from pathlib import Path
 
 from arithmetic import make_problem
+from base_text import texts
 from dialogues import make_dialogue
 from entailment import as_question, make_pair
 
@@ -31,8 +32,6 @@ TASKS: dict[str, Callable[[random.Random], Example]] = {
     "dialogues": make_dialogue,
     "arithmetic": make_problem,
 }
-PARTS = (100, 1000)
-"""Numbers of training examples, for runs on few."""
 
 
 def distinct(make: Callable[[random.Random], Example], number: int, seed: int) -> list[Example]:
@@ -52,13 +51,16 @@ def sql(out: Path, number: int, seed: int) -> list[Example]:
     return [{"prompt": question.prompt, "answer": question.sql} for question in questions]
 
 
-def write(out: Path, examples: list[Example], train: int, held_out: int) -> None:
+def write(path: Path, rows: list[Example]) -> None:
+    """Write JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def split(out: Path, examples: list[Example], held_out: int) -> None:
     """Write the files of a task; the examples that are held out are the first, whatever the number to train on."""
-    val, test, rest = examples[:held_out], examples[held_out : 2 * held_out], examples[2 * held_out :]
-    files = {"val": val, "test": test, "train": rest}
-    files |= {f"train_{part}": rest[:part] for part in PARTS if part < train}
-    for name, rows in files.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write(out / "val.jsonl", examples[:held_out])
+    write(out / "test.jsonl", examples[held_out : 2 * held_out])
+    write(out / "train.jsonl", examples[2 * held_out :])
 
 
 def make_all(out: Path, train: int, held_out: int, seed: int) -> None:
@@ -68,7 +70,9 @@ def make_all(out: Path, train: int, held_out: int, seed: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         number = train + 2 * held_out
         made = sql(folder, number, seed) if name == "sql" else distinct(TASKS[name], number, seed)
-        write(folder, made, train, held_out)
+        split(folder, made, held_out)
+    source = texts(seed + 2)  # the base has seen those of the seeds before
+    write(out / "text.jsonl", [{"text": next(source)} for _ in range(held_out)])
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The same run here and with HF PEFT: same initial values, data, order and rates, and losses that are equal step by step."""
+"""The same run here and with HF PEFT: of equal initial values, data, order and rates, losses are equal at each step."""
 
 from pathlib import Path
 from typing import Any

@@ -1,9 +1,10 @@
-"""LoRA under Adam has fewer knobs than it seems: LoRA Without Regret (Schulman and others, 2025), on its parametrization.
+"""LoRA under Adam has fewer knobs than it seems: LoRA Without Regret (Schulman and others, 2025), on parametrization.
 
-W0 + (α / r) B A with B = 0 at first, trained with Adam. Take α / (p q) for α, p A for the initial A, p η_A and q η_B for
-the rates. Then A is p times and B q times what it was, at every step, and the change of the weight is the same:
+W0 + (alpha / r) B A with B = 0 at first, trained with Adam. Take alpha / (p q) for alpha, p A for the initial A, and
+p η_A and q η_B for the rates. Then at every step A is p times and B q times what it was, and the change of the weight
+is the same:
 
-* the gradient of A is (α / r) Bᵀ G, which has become (α / (p q r)) q Bᵀ G, so 1 / p of what it was; that of B is 1 / q;
+* the gradient of A is (alpha / r) Bᵀ G, which has become (alpha / (p q r)) q Bᵀ G, so 1 / p of it; that of B is 1 / q;
 * Adam's step is η m / (√v + ε), where m and √v have both become 1 / p (or 1 / q). So with ε / p (or ε / q), or an ε far
   below √v, the quotient is the same, and the rate makes the step p (or q) times as large.
 
