@@ -53,14 +53,14 @@ class Forgetting(Callback):
         found = [conversation(record) for record in read_records(self.file, "Forgetting(file)")]
         self._rows = [row for turns in found for row in encoder.examples(turns)]
 
-    def on_train_start(self, trainer: Trainer, pl_module: CausalLM) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Take the loss before training, unless the checkpoint of a resumed run has it."""
         if self.before is None and trainer.global_step == 0:
             # A model that is trained as a whole has not changed yet; a prompt changes it from the start.
             with disable(pl_module) if ModelView(pl_module).slots else nullcontext():
                 self.before = self._loss(trainer, pl_module)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: CausalLM) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Log the loss, and how far it is from that before training."""
         if trainer.sanity_checking:
             return
