@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_peft.core.disable import disable
+from lightning_peft.core.registry import registries
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.tasks.batches.encoding import Encoder, Example, collate
@@ -25,8 +24,7 @@ class Forgetting(Callback):
 
     `val_other_loss` is the mean loss per token of the text, in nats; `val_forgetting` is what has been added to that of
     the model before training, without adapters: above zero the model has forgotten. HF PEFT's own benchmark of methods
-    counts forgetting so. A resumed run keeps the loss from before; where training has not been seen, as in
-    `lightning-peft validate`, `val_other_loss` is logged alone.
+    counts forgetting so.
 
     Args:
         file: Unrelated text: records in any layout of `InstructionData`, such as JSON lines with `text`; every token
@@ -55,21 +53,18 @@ class Forgetting(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Take the loss before training, unless the checkpoint of a resumed run has it."""
-        if self.before is None and trainer.global_step == 0:
-            # A model that is trained as a whole has not changed yet; a prompt changes it from the start.
-            with disable(pl_module) if ModelView(pl_module).slots else nullcontext():
-                self.before = self._loss(trainer, pl_module)
+        if self.before is None:
+            self.before = self._without_adapters(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Log the loss, and how far it is from that before training."""
         if trainer.sanity_checking:
             return
+        if self.before is None:
+            self.before = self._without_adapters(trainer, pl_module)
         now = self._loss(trainer, pl_module)
         pl_module.log("val_other_loss", now)
-        if self.before is not None:
-            pl_module.log("val_forgetting", now - self.before)
-        elif trainer.state.fn == TrainerFn.FITTING:
-            rank_zero_warn("Forgetting: the run was resumed without the loss before training; val_other_loss is logged")
+        pl_module.log("val_forgetting", now - self.before)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loss before training."""
@@ -78,6 +73,11 @@ class Forgetting(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the loss before training from a checkpoint."""
         self.before = state_dict["before"]
+
+    def _without_adapters(self, trainer: Trainer, module: CausalLM) -> float:
+        # Without a method of this package, nothing has been trained yet.
+        with disable(module) if list(registries(ModelView(module))) else nullcontext():
+            return self._loss(trainer, module)
 
     @torch.no_grad()
     def _loss(self, trainer: Trainer, module: CausalLM) -> float:

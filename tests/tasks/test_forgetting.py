@@ -14,6 +14,7 @@ from lightning_peft import FullFinetuning, LoRA, PEFTError, PEFTStrategy, Prefix
 from lightning_peft.callbacks import AdapterCheckpoint
 from lightning_peft.tasks import CausalLM, ClassificationData, Forgetting, InstructionData, SequenceClassification
 
+NAMES = ("val_forgetting", "val_other_loss")
 OTHER = ["b a b a b", "a", "b b a"]
 
 
@@ -81,19 +82,31 @@ def test_a_resumed_run_knows_the_loss_from_before(model: str) -> None:
     whole, _, _ = fit(model, LoRA())
     fit(model, LoRA(), max_epochs=2)
     resumed, _, _ = fit(model, LoRA(), resumed=f"{model}/checkpoints/last")
-    names = ("val_forgetting", "val_other_loss")
     first, second = (next(c for c in run.callbacks if isinstance(c, Forgetting)) for run in (whole, resumed))  # type: ignore[attr-defined]
     assert first.before == second.before
-    assert all(name in resumed.callback_metrics for name in names)
+    assert all(name in resumed.callback_metrics for name in NAMES)
 
 
-def test_without_training_the_loss_stands_alone(model: str) -> None:
+@pytest.mark.parametrize("method", [LoRA(), FullFinetuning(), None], ids=["lora", "full", "no method"])
+def test_a_validation_of_its_own(model: str, method: Any) -> None:
+    """Of a checkpoint in another process: what adapters do, and what was trained as a whole, is known there too."""
+    expected = {"val_forgetting": 0.0}
+    if method is not None:
+        trained, _, _ = fit(model, method)
+        expected = {name: float(value) for name, value in trained.callback_metrics.items() if name in NAMES}
     task = write(Path(model) / "task.jsonl", [{"prompt": "a b", "answer": "a a a"}])
     other = write(Path(model) / "other.jsonl", [{"text": text} for text in OTHER])
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[Forgetting(other)])
-    found = trainer.validate(CausalLM(model), InstructionData(val_file=task, chat_template=False), verbose=False)[0]
-    assert found["val_other_loss"] == pytest.approx(loss_of(t.AutoModelForCausalLM.from_pretrained(model)), rel=1e-5)
-    assert "val_forgetting" not in found
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        callbacks=[Forgetting(other)],
+        strategy="auto" if method is None else PEFTStrategy(method),
+    )
+    data = InstructionData(val_file=task, chat_template=False)
+    path = None if method is None else f"{model}/checkpoints/last"
+    (found,) = trainer.validate(CausalLM(model), data, ckpt_path=path, verbose=False)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_it_cannot_watch(model: str, tmp_path: Path) -> None:
