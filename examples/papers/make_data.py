@@ -4,7 +4,8 @@
 
 writes the folders `sql`, `entailment`, `entailment_pairs`, `dialogues` and `arithmetic`, each with `train.jsonl`,
 `val.jsonl` and `test.jsonl`; no example occurs twice in a folder. `sql` is that of `examples/text_to_sql.py`, with its
-database. `text.jsonl` is text of the kind that `base_model.py` learns, to see what a base forgets.
+database, `facts` that of `facts.py`. `text.jsonl` is text of the kind that `base_model.py` learns, to see what a base
+forgets.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from arithmetic import make_problem
 from base_text import texts
 from dialogues import make_dialogue
 from entailment import as_question, make_pair
+from facts import make_facts
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from text_to_sql import ReadOnlyDatabase, make_database, make_questions
@@ -71,6 +73,9 @@ def make_all(out: Path, train: int, held_out: int, seed: int) -> None:
         number = train + 2 * held_out
         made = sql(folder, number, seed) if name == "sql" else distinct(TASKS[name], number, seed)
         split(folder, made, held_out)
+    (out / "facts").mkdir(exist_ok=True)
+    for name, rows in make_facts(seed).items():
+        write(out / "facts" / f"{name}.jsonl", rows)
     source = texts(seed + 2)  # the base has seen those of the seeds before
     write(out / "text.jsonl", [{"text": next(source)} for _ in range(held_out)])
 

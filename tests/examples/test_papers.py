@@ -95,6 +95,21 @@ def test_summaries_say_what_was_agreed_on_last(data: Path) -> None:
         assert [values[-1] for values in found] == [place, day, hour]
 
 
+def test_facts_are_looked_up_and_no_question_of_the_test_is_trained_on(data: Path) -> None:
+    files = {path.stem: rows(path) for path in (data / "facts").glob("*.jsonl")}
+    assert {name: len(found) for name, found in files.items()} == {
+        **{"heart": 48, "rephrased": 144, "reading": 288},
+        **dict.fromkeys(("val", "val_looked_up", "test", "test_looked_up"), 48),
+    }
+    trained = {row["prompt"] for name in ("heart", "rephrased", "reading") for row in files[name]}
+    for plain, looked_up in zip(files["test"], files["test_looked_up"], strict=True):
+        sentence, question = looked_up["prompt"].split("\n", 1)
+        assert (question, looked_up["answer"]) == (plain["prompt"], plain["answer"])
+        assert sentence.endswith(f" is {plain['answer']}.")
+        assert not {question, looked_up["prompt"]} & trained
+        assert not any(prompt.endswith(question) for prompt in trained)
+
+
 def test_the_base_learns(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tokenizer = base_model.make_tokenizer(0)
