@@ -87,7 +87,7 @@ def main() -> None:
     """Make and train the model, as the command line says."""
     parser = argparse.ArgumentParser(description="Train a small base model for the papers' experiments.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--steps", type=int, default=300, help="of 32 rows of 128 tokens (default: 300)")
+    parser.add_argument("--steps", type=int, default=400, help="of 32 rows of 128 tokens (default: 400)")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate (default: 0.003)")
     parser.add_argument("--seed", type=int, default=0, help="of text and initial values (default: 0)")
     args = parser.parse_args()

@@ -1,8 +1,8 @@
 """Small private data: facts about invented places, to be learned by heart, or to be looked up and read.
 
-Each fact can be asked for in five ways; the last two are kept for validation and test. `heart` has one way of asking for
-each fact, `rephrased` three. `reading` shows how to answer from a sentence that is given, about other places than the test's; a
-test question is then given the sentence that shares most words with it, as a retrieval would.
+Each fact can be asked for in five ways; the last two are kept for validation and test. `heart` has one way of asking
+for each fact, `rephrased` three. `reading` shows how to answer from a sentence that is given, about other places than
+the test's; a test question is then given the sentence that shares most words with it, as a retrieval would.
 """
 
 from __future__ import annotations
