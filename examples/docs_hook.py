@@ -18,6 +18,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "examples/README.md": "examples.md",
+    "examples/papers/README.md": "papers.md",
     "tests/benchmarks/README.md": "benchmarks.md",
 }
 PICTURES = ["tests/benchmarks/headline.svg"]

@@ -6,6 +6,7 @@ tasks.pretrained.
 
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.data import ClassificationData, InstructionData, PreferenceData, Seq2SeqData, TokenData
+from lightning_peft.tasks.forgetting import Forgetting
 from lightning_peft.tasks.preference_tuning import PreferenceTuning
 from lightning_peft.tasks.seq2seq import Seq2Seq
 from lightning_peft.tasks.sequence_classification import SequenceClassification
@@ -15,6 +16,7 @@ from lightning_peft.tasks.token_classification import TokenClassification
 __all__ = [
     "CausalLM",
     "ClassificationData",
+    "Forgetting",
     "InstructionData",
     "PreferenceData",
     "PreferenceTuning",

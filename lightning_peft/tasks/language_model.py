@@ -50,8 +50,8 @@ class LanguageModel(Task):
         generation: What else transformers' `generate` is told, such as `{do_sample: true, temperature: 0.7}` or
             `{num_beams: 4}`; the likeliest token at each step by default.
         generation_batch_size: Prompts that are completed at the same time.
-        metrics: Names of metrics of generated answers: exact_match, rouge (rouge1, rouge2, rougeL), bleu, sacre_bleu,
-            chrf, edit_distance, word_error_rate.
+        metrics: Names of metrics of generated answers: exact_match, last_number (arithmetic), logical_form (SQL), rouge
+            (rouge1, rouge2, rougeL), bleu, sacre_bleu, chrf, edit_distance, word_error_rate.
         dtype: Of the weights in memory: float32, bfloat16 or float16.
         cache_dir: Where dequantised GGUF models are kept. The user's cache folder by default.
 

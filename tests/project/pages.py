@@ -13,6 +13,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
     ROOT / "examples" / "README.md",
+    ROOT / "examples" / "papers" / "README.md",
     *sorted((ROOT / "examples" / "docs").glob("*.md")),
     ROOT / "tests" / "benchmarks" / "README.md",
 ]

@@ -209,13 +209,23 @@ def test_labels_that_do_not_fit_are_named(bert: str, tmp_path: Path) -> None:
         trainer().test(SequenceClassification(bert, num_labels=3), ClassificationData(train, test_file=train))
 
 
-def test_where_a_model_comes_from(tmp_path: Path) -> None:
+def test_where_a_model_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "packages" / "tests_of_a_model"
+    (package / "scripts").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('a package with a model is not run')")
+    (package / "scripts" / "config.json").write_text("{}")
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    assert locate("package:tests_of_a_model/scripts").path == str(package / "scripts")
     with pytest.raises(PEFTError, match="no package 'not_there'"):
         locate("package:not_there")
     with pytest.raises(PEFTError, match="no such directory"):
         locate("./not/there")
     with pytest.raises(PEFTError, match=r"config\.json or one \.gguf file"):
         locate(str(tmp_path))
+    with pytest.raises(PEFTError, match=r"the package has no folder 'nope'; its folders are: .*scripts"):
+        locate("package:tests_of_a_model/nope")
+    with pytest.raises(PEFTError, match=r"the package has no folder '\.\.'"):
+        locate("package:tests_of_a_model/..")
     (tmp_path / "one.gguf").touch()
     assert locate(str(tmp_path)).gguf_file == "one.gguf"
 

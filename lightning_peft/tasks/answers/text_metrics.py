@@ -6,21 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.text import BLEUScore, CHRFScore, EditDistance, ROUGEScore, SacreBLEUScore, WordErrorRate
 
 from lightning_peft.errors import PEFTError
-
-
-class ExactMatch(MeanMetric):
-    """The share of answers that are the expected ones, character by character but for white space around them."""
-
-    def update(self, answers: Sequence[str], expected: Sequence[str]) -> None:  # type: ignore[override]
-        """Count answers: what was generated, and what should have been."""
-        right = [float(a.strip() == b.strip()) for a, b in zip(answers, expected, strict=True)]
-        super().update(torch.tensor(right, device=self.device))
+from lightning_peft.tasks.answers.last_number import LastNumber
+from lightning_peft.tasks.answers.logical_form import LogicalForm
+from lightning_peft.tasks.answers.share_right import ExactMatch
 
 
 class Rouge(ROUGEScore):
@@ -65,6 +58,8 @@ class Chrf(_OneReference, CHRFScore):  # type: ignore[misc]
 
 METRICS: dict[str, Callable[[], Any]] = {
     "exact_match": ExactMatch,
+    "last_number": LastNumber,
+    "logical_form": LogicalForm,
     "rouge1": partial(Rouge, "rouge1"),
     "rouge2": partial(Rouge, "rouge2"),
     "rougeL": partial(Rouge, "rougeL"),

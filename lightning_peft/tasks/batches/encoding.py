@@ -23,7 +23,7 @@ class Example(NamedTuple):
         labels: The same tokens where they are learned, `IGNORED` elsewhere; the first token has none, since nothing
             before it could predict it.
         prompt_ids: The tokens before the last answer.
-        answer: The last answer, as text.
+        answer: What a generated answer is compared with: the last one, or its result alone.
     """
 
     ids: list[int]
@@ -99,7 +99,7 @@ class Encoder:
                 f"{conversation.where}: the prompt alone has {labels.count(IGNORED)} tokens; expected fewer than "
                 f"max_length={self.max_length}: raise max_length or shorten the prompt"
             )
-        return [Example(ids, labels, ids[:last], str(conversation.messages[-1].get("content") or ""))]
+        return [Example(ids, labels, ids[:last], conversation.expected)]
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])

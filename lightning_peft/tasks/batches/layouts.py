@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from lightning_peft.errors import PEFTError
 from lightning_peft.tasks.batches.records import Record
+from lightning_peft.tasks.batches.wikisql import query_prompt, query_text
 
 Message = dict[str, Any]
 """One turn: `role`, `content`, and whatever else the chat template reads, such as `tool_calls`."""
@@ -27,12 +28,27 @@ SHAREGPT = {
 
 
 class Conversation(NamedTuple):
-    """An example: turns of a conversation, or a plain text."""
+    """An example: turns of a conversation, or a plain text.
+
+    Attributes:
+        where: The file and the place in it, for messages.
+        messages: The turns.
+        tools: JSON schemas of tools that the assistant may call.
+        text: The plain text, of an example without turns.
+        judged_by: What a generated answer is compared with, where that is not the answer that is learned: the result
+            alone of one that is learned with its working.
+    """
 
     where: str
     messages: list[Message]
     tools: list[Any] | None = None
     text: str | None = None
+    judged_by: str | None = None
+
+    @property
+    def expected(self) -> str:
+        """What a generated answer is compared with."""
+        return self.judged_by or str(self.messages[-1].get("content") or "") if self.messages else ""
 
     @property
     def prompt(self) -> Conversation:
@@ -98,9 +114,26 @@ def _question(record: Record, answered: bool) -> Conversation:
 
 def _alpaca(record: Record, answered: bool) -> Conversation:
     instruction = record.text("instruction")
-    return _one_answer(
-        record, f"{instruction}\n{record.text('input')}" if record.fields.get("input") else instruction, answered
-    )
+    prompt = f"{instruction}\n{record.text('input')}" if record.fields.get("input") else instruction
+    # LLM-Adapters' files have the working in `output`, which is learned, and its result in `answer`.
+    if answered and {"output", "answer"} <= record.fields.keys():
+        found = _one_answer(record, prompt, answered, "output")
+        return found._replace(judged_by=_result(record, "answer"))
+    return _one_answer(record, prompt, answered)
+
+
+def _svamp(record: Record, answered: bool) -> Conversation:
+    messages = [{"role": "user", "content": f"{record.text('Body').strip()} {record.text('Question').strip()}"}]
+    if answered:
+        messages.append({"role": "assistant", "content": _result(record, "Answer")})
+    return Conversation(record.where, messages)
+
+
+def _wikisql(record: Record, answered: bool) -> Conversation:
+    messages = [{"role": "user", "content": query_prompt(record)}]
+    if answered:
+        messages.append({"role": "assistant", "content": query_text(record)})
+    return Conversation(record.where, messages)
 
 
 def _text(record: Record, answered: bool) -> Conversation:
@@ -112,6 +145,8 @@ LAYOUTS: dict[tuple[str, ...], Callable[[Record, bool], Conversation]] = {
     ("messages",): _messages,
     ("conversations",): _sharegpt,
     ("prompt", "completion (or answer)"): _prompt,
+    ("table_id", "question", "sql"): _wikisql,
+    ("Body", "Question", "Answer"): _svamp,
     ("question", "answer"): _question,
     ("source", "target"): _question,
     ("document", "summary"): _question,
@@ -122,13 +157,23 @@ LAYOUTS: dict[tuple[str, ...], Callable[[Record, bool], Conversation]] = {
 """What a record of each layout has; the first name tells them apart."""
 
 
-def _one_answer(record: Record, prompt: str, answered: bool) -> Conversation:
+def _one_answer(record: Record, prompt: str, answered: bool, *names: str) -> Conversation:
     messages = [{"role": "user", "content": prompt}]
     if record.fields.get("system"):
         messages.insert(0, {"role": "system", "content": record.text("system")})
     if answered:
-        messages.append({"role": "assistant", "content": record.text(*ANSWERS)})
+        messages.append({"role": "assistant", "content": record.text(*(names or ANSWERS))})
     return Conversation(record.where, messages)
+
+
+def _result(record: Record, field: str) -> str:
+    """Return a number as people write it, or a text."""
+    value = record.fields.get(field)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:.15g}"
+    if field not in record.fields or not isinstance(value, str) or not value.strip():
+        raise PEFTError(f"{record.where}: field {field!r} is {_short(value)}; expected a number or a text")
+    return value
 
 
 def _turns(record: Record, field: str, message: Callable[[Message], Message]) -> Conversation:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from lightning_peft.errors import PEFTError
 
 FORMATS = (
-    "JSON lines (.jsonl), a JSON array (.json), .csv with a header line, .parquet, or the directory of a Hugging Face "
-    "dataset that was saved by save_to_disk"
+    "JSON lines (.jsonl), a JSON array (.json), .csv or .tsv with a header line, .parquet, or the directory of a "
+    "Hugging Face dataset that was saved by save_to_disk"
 )
 _MAX_FIELD = 2**31 - 1
 EXTRA = "pip install 'lightning-peft[data]'"
@@ -42,7 +42,7 @@ def read_records(path: str, argument: str) -> list[Record]:
     The ending of the name says which it is; a file of any other name is read as JSON lines.
 
     Args:
-        path: JSON lines, a JSON array (`.json`), `.csv` with a header line, `.parquet`, or a directory that
+        path: JSON lines, a JSON array (`.json`), `.csv` or `.tsv` with a header line, `.parquet`, or a directory that
             `datasets.Dataset.save_to_disk` wrote.
         argument: The name under which the user gave it, for messages.
 
@@ -54,7 +54,7 @@ def read_records(path: str, argument: str) -> list[Record]:
     if file.is_dir():
         records = list(_read_saved(file, argument))
     elif file.is_file():
-        readers = {".csv": _read_csv, ".parquet": _read_parquet, ".json": _read_json}
+        readers = {".csv": _read_csv, ".tsv": _read_tsv, ".parquet": _read_parquet, ".json": _read_json}
         records = list(readers.get(file.suffix.lower(), _read_jsonl)(file))
     else:
         raise PEFTError(
@@ -117,8 +117,13 @@ def _numbered(file: Path, rows: Iterable[Any]) -> Iterator[Record]:
         yield _record(f"{file}, record {number}", fields)
 
 
-def _read_csv(file: Path) -> Iterator[Record]:
-    reader = csv.DictReader(_lines(file), strict=True)
+def _read_tsv(file: Path) -> Iterator[Record]:
+    # Values hold no tabs, so that quotation marks are what they are.
+    return _read_csv(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _read_csv(file: Path, **dialect: Any) -> Iterator[Record]:
+    reader = csv.DictReader(_lines(file), strict=True, **dialect)
     limit = csv.field_size_limit(_MAX_FIELD)
     try:
         names = reader.fieldnames or ()

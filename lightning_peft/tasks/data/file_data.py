@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.errors import PEFTError
+from lightning_peft.tasks.batches.published import as_published
 from lightning_peft.tasks.batches.records import Record, read_records
 from lightning_peft.tasks.pretrained import load_tokenizer
 
@@ -91,13 +92,23 @@ class FileData(LightningDataModule):
         path = self.files[split]
         if path is None:
             raise PEFTError(f"{split}_file of {type(self).__name__} is missing; give the path of a data file")
-        records = read_records(path, f"{split}_file")
+        records = as_published(read_records(path, f"{split}_file"), path, answered=split != "predict")
         return self._first(records, path) if split == "train" else records
 
     def _first(self, records: list[Record], path: str) -> list[Record]:
         if self.train_examples is not None and self.train_examples > len(records):
             raise PEFTError(f"train_examples={self.train_examples} was given, but {path} has {len(records)} records")
         return records[: self.train_examples]
+
+    def check_judged(self, where: str, expected: str) -> None:
+        """Check that the module's metrics of generated answers can judge by an expected answer.
+
+        Raises:
+            PEFTError: One cannot: the expected answer holds nothing that it looks for.
+        """
+        for name, metric in dict(getattr(self.module, "text_metrics", {})).items():
+            if problem := getattr(metric, "unfit", lambda expected: None)(expected):
+                raise PEFTError(f"{where}: the metric {name} was asked for, and the answer is {expected!r}; {problem}")
 
     def predicted(self, predictions: Sequence[Any]) -> list[dict[str, Any]]:
         """Return what is written of predictions: the fields of their records, and ``prediction``.

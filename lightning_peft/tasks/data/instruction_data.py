@@ -33,7 +33,10 @@ class InstructionData(FileData):
     * `conversations`: ShareGPT's turns with `from` and `value`
     * `prompt` and `completion` (or `answer`), texts or turns
     * `question` and `answer`
-    * `instruction`, `input` (may be missing or empty) and `output`, with `system` if there is one
+    * `instruction`, `input` (may be missing or empty) and `output`, with `system` if there is one; beside an `answer`,
+      which is the result alone, `output` is learned and `answer` judged by
+    * `document` or `dialogue` and `summary`; `source` and `target`
+    * the published files of WikiSQL, GSM8K, SVAMP, SAMSum and DialogSum
     * `text`: learned as a whole; what is longer than `max_length` goes on in another example
 
     A model whose tokenizer has a chat template sees every layout but `text` written by it. The first example is shown
@@ -149,7 +152,10 @@ class InstructionData(FileData):
         return Encoder(tokenizer, chat_template(tokenizer, self.chat_template), self.max_length, self.loss_on)
 
     def _encode(self, split: str, encoder: Encoder) -> list[Example]:
-        whole = [example for turns in self._read(split) for example in encoder.examples(turns)]
+        read = self._read(split)
+        for turns in read if split == "test" else []:
+            self.check_judged(turns.where, turns.expected)
+        whole = [example for turns in read for example in encoder.examples(turns)]
         examples, longer, lost = cut(whole, self.max_length)
         if longer:
             learned = sum(label != IGNORED for example in whole for label in example.labels)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.errors import PEFTError
 from lightning_peft.tasks.batches.records import Record
@@ -60,6 +61,16 @@ class LabelledData(FileData):
             raise PEFTError(f"max_length={max_length} was given; expected at least one token")
         self.max_length = max_length
         self.labels: list[str] = []
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer, which pads behind texts.
+
+        An encoder counts positions from the first column: padding before a text would move it, and its scores would
+        depend on the texts beside it.
+        """
+        tokenizer = super().load_tokenizer()
+        tokenizer.padding_side = "right"
+        return tokenizer
 
     def find_classes(self, labels: Iterable[str]) -> None:
         """Note the classes of the training file.

@@ -90,12 +90,14 @@ class Seq2SeqData(FileData):
         for record in self.read(split):
             turns = conversation(record, answered=answered)
             answer = plain_answer(turns) if answered else ""
+            if split == "test":
+                self.check_judged(record.where, turns.expected)
             ids = list(tokenizer(self.prefix + plain_prompt(turns))["input_ids"])
             labels = list(tokenizer(text_target=answer)["input_ids"]) if answered else []
             cut["texts"] += len(ids) > self.max_length
             cut["answers"] += len(labels) > self.max_answer_length
             ids = ids[: self.max_length]
-            examples.append(Example(ids, labels[: self.max_answer_length], ids, answer))
+            examples.append(Example(ids, labels[: self.max_answer_length], ids, turns.expected))
         for what, limit in (("texts", "max_length"), ("answers", "max_answer_length")):
             if cut[what]:
                 rank_zero_warn(

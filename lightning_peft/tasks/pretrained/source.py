@@ -11,7 +11,7 @@ from lightning_peft.errors import PEFTError
 PACKAGE_PREFIX = "package:"
 EXPECTED = (
     "expected a directory with a model, the name of a model on the Hugging Face hub, or 'package:NAME' for "
-    "model files inside the installed Python package NAME"
+    "model files inside the installed Python package NAME (or 'package:NAME/FOLDER')"
 )
 
 
@@ -30,7 +30,7 @@ def locate(model: str) -> Source:
 
     Args:
         model: A local directory (or one `.gguf` file), a name on the Hugging Face hub, which may be followed by a
-            revision as in `NAME@REVISION`, or `package:NAME`.
+            revision as in `NAME@REVISION`, or `package:NAME`, or `package:NAME/FOLDER` for a folder in the package.
 
     Raises:
         PEFTError: The string names a package or a path that does not exist or holds no model.
@@ -50,7 +50,7 @@ def locate(model: str) -> Source:
 
 
 def _package_directory(model: str) -> Path:
-    name = model.removeprefix(PACKAGE_PREFIX)
+    name, _, folder = model.removeprefix(PACKAGE_PREFIX).partition("/")
     # A dotted name would make find_spec import the parent package; model files need no code to run.
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -58,7 +58,11 @@ def _package_directory(model: str) -> Path:
             f"model={model!r}: no package {name!r} is installed for import; expected the name of the package's "
             f"module (letters, digits, '_'): install it with pip, or give another model"
         )
-    return Path(spec.submodule_search_locations[0])
+    package = Path(spec.submodule_search_locations[0])
+    if ".." in Path(folder).parts or not (package / folder).is_dir():
+        found = ", ".join(sorted(path.name for path in package.iterdir() if path.is_dir())) or "none"
+        raise PEFTError(f"model={model!r}: the package has no folder {folder!r}; its folders are: {found}")
+    return package / folder
 
 
 def _in_directory(path: Path, model: str) -> Source:
