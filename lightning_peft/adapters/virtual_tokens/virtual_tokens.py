@@ -145,9 +145,11 @@ def cache_parameter(module: nn.Module) -> str | None:
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """Return the arguments of a call of ``module`` by name, without the cache, and the cache."""
-    named = {**dict(zip(_parameters(type(module).forward), args, strict=False)), **kwargs}
-    given = [named.pop(name, None) for name in _CACHE_NAMES]
-    return named, next((value for value in given if value is not None), None)
+    # torch 2.8 can compile neither a zip of unequal lengths nor `next` with a default.
+    names = _parameters(type(module).forward)[: len(args)]
+    named = {**dict(zip(names, args[: len(names)], strict=True)), **kwargs}
+    given = [value for name in _CACHE_NAMES if (value := named.pop(name, None)) is not None]
+    return named, given[0] if given else None
 
 
 def cache_of(output: Any) -> Any:
