@@ -69,7 +69,7 @@ def convert(
     print(f"Wrote {out}: {report}")
 
 
-def _with_adapter_of(tool: str, source: Path, model: str | None, alpha: float | None) -> transformers.PreTrainedModel:
+def _with_adapter_of(tool: str, source: Path, model: str | None, alpha: float | None) -> Any:
     """Return the base with an adapter that another tool has written."""
     if model is None:
         raise PEFTError(f"{source} is in the format of {tool}, which names layers alone: name the base with --model.")
@@ -91,8 +91,8 @@ def _base_for(tool: str, source: Path, model: str) -> Any:
         import diffusers
     except ImportError as error:
         raise PEFTError(f"{model} is a model of diffusers: pip install diffusers, which is not installed.") from error
-    kind = getattr(diffusers, str(config["_class_name"]), None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+    kind: Any = getattr(diffusers, str(config["_class_name"]), None)
+    if kind is None or not issubclass(kind, diffusers.ModelMixin):
         raise PEFTError(f"{model} is of class {config['_class_name']!r}, which diffusers does not have.")
     return kind.from_pretrained(model).eval()
 
