@@ -18,6 +18,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_peft.cli.command_line import PEFTCLI
@@ -164,7 +165,8 @@ def _metrics(trainer: Trainer) -> dict[str, float]:
 
 def _in_process(function: Callable[[Path], None], directory: Path) -> str | None:
     """Call a function in a process of its own, whose output is the log; return why it failed, if it did."""
-    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    can_fork = sys.platform == "linux" and not torch.cuda.is_initialized()
+    context: Any = multiprocessing.get_context("fork" if can_fork else "spawn")
     process = context.Process(target=_logged, args=(function, directory))
     process.start()
     process.join()

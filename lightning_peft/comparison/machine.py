@@ -18,7 +18,9 @@ from typing import Any
 from lightning_peft.errors import PEFTError
 
 LOCAL, SLURM = "local", "slurm"
-_COMMAND = [sys.executable, "-m", "lightning_peft.cli.cells"]
+# Asked in torch's default way whether there is CUDA, as imports do, a process could not have forks that use it.
+_ASKED = ["env", "PYTORCH_NVML_BASED_CUDA_CHECK=1"] if sys.platform == "linux" else []
+_COMMAND = [*_ASKED, sys.executable, "-m", "lightning_peft.cli.cells"]
 _JOBS = "jobs"
 """Under it, in the directory of results, submitit keeps its files."""
 _A_YEAR = 60 * 24 * 365

@@ -81,14 +81,16 @@ _TOOLS = (
     _Tool(
         "kohya's scripts",
         lambda path, config: _has_tensor(path, (".lora_down.weight", ".lora_up.weight")),
-        "It is for an image model: diffusers reads it with pipeline.load_lora_weights(DIR, weight_name=FILE).",
+        "It is for a part of an image pipeline: `lightning-peft convert FILE --model PIPELINE/unet --out lora` reads "
+        "it, or text_encoder for unet; and diffusers with pipeline.load_lora_weights(DIR, weight_name=FILE).",
     ),
     _Tool(
         "diffusers",
         lambda path, config: (
             (path / "pytorch_lora_weights.safetensors").is_file() or path.name == "pytorch_lora_weights.safetensors"
         ),
-        "It is for an image model: diffusers reads it with pipeline.load_lora_weights(DIR).",
+        "It is for a part of an image pipeline: `lightning-peft convert DIR --model PIPELINE/unet --out lora` reads "
+        "it, or text_encoder for unet; and diffusers with pipeline.load_lora_weights(DIR).",
     ),
 )
 

@@ -64,7 +64,9 @@ def select(
         refused = _reasons(model, candidates, candidates, parameters, obstacle)
         return nothing_in_preset(model, preset, candidates, refused, written)
 
-    named, chosen = _matched(model, targets, modules, candidates, nothing)
+    meant = _matched(model, targets, modules, candidates, nothing)
+    named = {name for pattern, found in meant.items() if pattern not in PRESETS for name in found}
+    chosen = {name for found in meant.values() for name in found}
     excluding = Matcher(modules)
     for pattern in as_list(exclude or ()):
         found = excluding(pattern)
@@ -72,7 +74,13 @@ def select(
             raise PEFTError(nothing_matched(pattern, modules, candidates, what="exclude_modules"))
         chosen = {name for name in chosen if not is_inside(name, found)}
     if layers is not None:
-        chosen &= set(in_layers(model, chosen, layers))
+        inside = set(in_layers(model, chosen, layers))
+        if lost := [pattern for pattern, found in meant.items() if found & chosen and not found & inside]:
+            raise PEFTError(
+                f"layers={layers!r} leaves nothing of target_modules={lost[0]!r}, which is "
+                f"{listed(sorted(meant[lost[0]]))}. Leave it out, or name every module in full, without layers."
+            )
+        chosen = inside
     # A linear layer of another class than torch's is adapted by its weight.
     weight_of = {name: f"{name}.weight".lstrip(".") for name in chosen - candidates.keys()}
     chosen = {weight if (weight := weight_of.get(name, name)) in parameters else name for name in chosen}
@@ -102,25 +110,24 @@ def _matched(
     modules: Mapping[str, nn.Module],
     candidates: Mapping[str, nn.Module],
     nothing: Callable[[str], str],
-) -> tuple[set[str], set[str]]:
-    """Return what patterns name, and that with what presets find."""
-    named, chosen = set[str](), set[str]()
+) -> dict[str, set[str]]:
+    """Return the modules that each pattern, or preset, names."""
+    meant: dict[str, set[str]] = {}
     matching, by_alias = (
         Matcher(candidates),
         Matcher(alias for alias, name in model.aliases.items() if name in candidates),
     )
     for pattern in dict.fromkeys(as_list(targets)):
         if pattern in PRESETS:
-            found = in_preset(model, pattern)
+            found = set(in_preset(model, pattern))
             if not found:
                 raise PEFTError(nothing(pattern))
         else:
             found = matching(pattern) | {model.aliases[alias] for alias in by_alias(pattern)}
             if not found:
                 raise PEFTError(nothing_matched(pattern, modules, candidates))
-            named |= found
-        chosen |= found
-    return named, chosen
+        meant[pattern] = found
+    return meant
 
 
 def _reasons(

@@ -234,13 +234,8 @@ def test_each_job_has_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for slot in range(3):
         place.submit([tmp_path / "a", tmp_path / "b"], slot)
     assert [command.env["CUDA_VISIBLE_DEVICES"] for command in commands] == ["3", "5", "3"]
-    assert commands[0].command == [
-        sys.executable,
-        "-m",
-        "lightning_peft.cli.cells",
-        str(tmp_path / "a"),
-        str(tmp_path / "b"),
-    ]
+    run = ["-m", "lightning_peft.cli.cells", str(tmp_path / "a"), str(tmp_path / "b")]
+    assert commands[0].command[-5:] == [sys.executable, *run]
 
 
 @pytest.mark.parametrize("arguments", [["--jobs=0"], ["--per_job=0"]])

@@ -235,3 +235,49 @@ def test_elsewhere_the_word_names_the_way() -> None:
     assert from_peft_config(config)[0] == [DoRA(r=2, alpha=8, target_modules=["0"])]
     tokens = peft.LoraConfig(target_modules=["0"], trainable_token_indices=[3])
     assert from_peft_config(tokens)[0][1:] == [NewTokens(token_indices=[3])]
+
+
+def named_by_peft(**options: Any) -> set[str]:
+    model = peft.get_peft_model(build("llama")[0], peft.LoraConfig(r=2, **options))
+    names = (name.partition(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name)
+    return {name.removeprefix("base_model.model.") for name in names}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0]}, "leaves nothing of .*'lm_head'"),
+        (
+            {"target_modules": ["q_proj", "model.layers.1.self_attn.v_proj"], "layers_to_transform": [0]},
+            r"leaves nothing of .*'model\.layers\.1\.self_attn\.v_proj'",
+        ),
+        ({"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["mlp"]}, "'mlp' is the name of none of its"),
+    ],
+)
+def test_what_hf_peft_adapts_is_not_left_out_in_silence(options: dict[str, Any], message: str) -> None:
+    """It adapts what is named in full whatever the layers, and excludes no more than layers of the name."""
+    assert named_by_peft(**options) > named_by_peft(target_modules=["q_proj"], layers_to_transform=[0])
+    with pytest.raises(PEFTError, match=message):
+        inject(build("llama")[0], *from_peft_config(peft.LoraConfig(r=2, **options))[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*mlp.*"},
+        {"target_modules": ["q_proj"], "exclude_modules": ["model.layers.0.self_attn.q_proj"]},
+        {"target_modules": "all-linear", "exclude_modules": ["up_proj", "gate_proj"]},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*to HF PEFT these are names of layers")
+def test_what_is_excluded_as_by_hf_peft(options: dict[str, Any]) -> None:
+    model = build("llama")[0]
+    inject(model, *from_peft_config(peft.LoraConfig(r=2, **options))[0])
+    ours = {name.removesuffix(".peft") for name, _ in model.named_modules() if name.endswith(".peft")}
+    assert ours == named_by_peft(**options)
+
+
+def test_names_excluded_of_all_layers_are_told() -> None:
+    config = peft.LoraConfig(target_modules="all-linear", exclude_modules=["mlp"])
+    with pytest.warns(UserWarning, match="to HF PEFT these are names of layers"):
+        from_peft_config(config)

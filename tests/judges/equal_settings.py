@@ -1,7 +1,7 @@
 """Runs of equal settings here and in HF PEFT, over several seeds: means and standard deviations of what is learned.
 
     PYTHONPATH=tests:tests/shared python -m judges.equal_settings --model runs/papers/base \\
-        --data runs/papers/data/sql --seeds 5
+        --data runs/papers/data/entailment
 
 trains each method on the same examples in the same order with the same rates, by `PEFTStrategy` in a Lightning Trainer
 and by HF PEFT in a plain loop. Each draws its own initial values, so that what differs is what a user would see. The
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a causal language model")
     parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl and val.jsonl")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     args = parser.parse_args()
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "formats.counterparts": "tensors core targets adapters.low_rank adapters.virtual_tokens methods formats",
     "formats.additions": "core structure targets adapters.low_rank methods formats formats.counterparts",
     "formats.peft_config": "core targets methods formats",
-    "formats.foreign": "tensors core targets files formats",
+    "formats.foreign": "tensors core structure targets methods files formats formats.counterparts",
     "formats.serving": "formats formats.counterparts",
     "storage": "tensors core structure targets operations files formats",
     "parsing": "core",

@@ -13,7 +13,7 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import read_json
 from lightning_peft.formats.content import CONFIG_FILE
-from lightning_peft.formats.foreign.reading import class_named, tool_of, write_directory
+from lightning_peft.formats.foreign.reading import OF_IMAGE_MODELS, class_named, tool_of, write_directory
 from lightning_peft.operations.to_lora import difference_to_lora, to_lora
 from lightning_peft.storage.loading import load_adapter
 from lightning_peft.storage.saving import save_adapter
@@ -31,15 +31,15 @@ def convert(
     """Turn an adapter of another method, or a fine-tuned model, into the LoRA that is nearest to it.
 
     Servers serve LoRA alone. Of the change of each weight its largest singular values are kept; how much of it is lost
-    is printed. What other tools wrote is taken over as it is, without a rank: LoRA of mlx-lm and LitGPT, bottleneck and
-    Compacter adapters of AdapterHub's package, and HF PEFT's in a Lightning checkpoint (.ckpt) of a module that called
-    `get_peft_model` itself.
+    is printed. What other tools wrote is taken over as it is, without a rank: LoRA of mlx-lm, LitGPT, kohya's scripts
+    and diffusers, bottleneck and Compacter adapters of AdapterHub's package, and HF PEFT's in a Lightning checkpoint
+    (.ckpt) of a module that called `get_peft_model` itself.
 
     Args:
         source: An adapter directory (DoRA, LoHa, LoKr, IA3, VeRA, OFT, …), one of another tool, a .ckpt with tensors of
             HF PEFT's, or the directory of a fine-tuned model.
         model: The base model: a directory, a name on the Hugging Face hub, or package:NAME. The one that the adapter
-            names, if not given.
+            names, if not given. Of an image pipeline the folder of the part to adapt, such as PIPELINE/unet.
         out: The directory to write.
         rank: The rank of the LoRA.
         energy: Or which part of the sum of squares of each change to keep, for example 0.99, whatever the rank.
@@ -69,15 +69,32 @@ def convert(
     print(f"Wrote {out}: {report}")
 
 
-def _with_adapter_of(tool: str, source: Path, model: str | None, alpha: float | None) -> transformers.PreTrainedModel:
+def _with_adapter_of(tool: str, source: Path, model: str | None, alpha: float | None) -> Any:
     """Return the base with an adapter that another tool has written."""
     if model is None:
         raise PEFTError(f"{source} is in the format of {tool}, which names layers alone: name the base with --model.")
-    base = load_model(model, _class_for(class_named(source)))
+    base = _base_for(tool, source, model)
     with TemporaryDirectory() as directory:
         write_directory(tool, source, ModelView(base), Path(directory), alpha)
         load_adapter(base, directory)
     return base
+
+
+def _base_for(tool: str, source: Path, model: str) -> Any:
+    """Return the base of another tool's adapter."""
+    if tool not in OF_IMAGE_MODELS:
+        return load_model(model, _class_for(class_named(source)))
+    config = read_json(Path(model) / "config.json")
+    if "_class_name" not in config:
+        return load_model(model, _class_of(Path(model)))
+    try:
+        import diffusers
+    except ImportError as error:
+        raise PEFTError(f"{model} is a model of diffusers: pip install diffusers, which is not installed.") from error
+    kind: Any = getattr(diffusers, str(config["_class_name"]), None)
+    if kind is None or not issubclass(kind, diffusers.ModelMixin):
+        raise PEFTError(f"{model} is of class {config['_class_name']!r}, which diffusers does not have.")
+    return kind.from_pretrained(model).eval()
 
 
 def _class_for(name: str | None) -> Any:

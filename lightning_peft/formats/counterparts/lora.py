@@ -157,8 +157,8 @@ class LoRAInHF(Counterpart):
             refuse_many_patterns(config.get(key) or {}, named, source)
         for host, weights in targets.items():
             for name in dict.fromkeys(weights.values() or [host]):
-                ranks[name] = _pattern(config, "rank_pattern", "r", name, source)
-                alphas[name] = _pattern(config, "alpha_pattern", "lora_alpha", name, source)
+                ranks[name] = number_for(config, "rank_pattern", "r", name, source)
+                alphas[name] = number_for(config, "alpha_pattern", "lora_alpha", name, source)
             self._check_shapes(said, host, modules[host], weights, ranks, shapes, source)
         whole = [name for name in ranks if name in modules]
         inside = parameter_targets(ranks.keys() - set(whole), root)
@@ -272,8 +272,8 @@ def rank_and_alpha(config: Mapping[str, Any], host: str, source: str) -> tuple[i
     Raises:
         PEFTError: It gives no numbers.
     """
-    r = _pattern(config, "rank_pattern", "r", host, source)
-    alpha = _pattern(config, "alpha_pattern", "lora_alpha", host, source)
+    r = number_for(config, "rank_pattern", "r", host, source)
+    alpha = number_for(config, "alpha_pattern", "lora_alpha", host, source)
     if not isinstance(r, int) or r < 1:
         raise PEFTError(f"{source}: the configuration gives {host!r} the rank {r!r}; a whole number was expected.")
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
@@ -291,7 +291,8 @@ def _only_here(name: str) -> str:
     return f"^{regex.escape(name)}"
 
 
-def _pattern(config: Mapping[str, Any], patterns: str, default: str, host: str, source: str) -> Any:
+def number_for(config: Mapping[str, Any], patterns: str, default: str, host: str, source: str) -> Any:
+    """Return what ``patterns`` say of ``host``, the first that matches, or ``default``, in HF PEFT's configuration."""
     table = config.get(patterns) or {}
     if not isinstance(table, dict):
         raise PEFTError(f"{source}: its configuration has {patterns}={table!r}; an object was expected.")

@@ -1,4 +1,4 @@
-"""Adapters in other tools' formats, as HF PEFT's: a file a tool, for those of which the way is exact.
+"""Adapters in other tools' formats, those of which the way is exact: read as HF PEFT's or our own, some written.
 
-Imports tensors, core, targets, files and formats.
+Imports tensors, core, structure, targets, methods, files, formats and formats.counterparts.
 """

@@ -13,6 +13,7 @@ from lightning_peft.files.contents import read_json, write_json, write_tensors
 from lightning_peft.files.others import name_of_tool
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
 from lightning_peft.formats.foreign.adapterhub_reading import read_adapterhub
+from lightning_peft.formats.foreign.image_models import read_diffusers, read_kohya
 from lightning_peft.formats.foreign.lightning_file import read_lightning_file
 from lightning_peft.formats.foreign.litgpt import read_litgpt
 from lightning_peft.formats.foreign.mlx import read_mlx
@@ -30,10 +31,14 @@ READERS: Mapping[str, Callable[[Path, ModelView], Foreign]] = {
     "LitGPT": read_litgpt,
     "MLX": read_mlx,
     "AdapterHub's package adapters": read_adapterhub,
+    "kohya's scripts": read_kohya,
+    "diffusers": read_diffusers,
 }
 """By the name of the tool, as :mod:`lightning_peft.files.others` knows it by sight."""
 
 LIGHTNING = "Lightning"
+OF_IMAGE_MODELS = ("kohya's scripts", "diffusers")
+"""Tools whose adapters are for a part of an image pipeline."""
 
 
 def tool_of(path: Path) -> str | None:

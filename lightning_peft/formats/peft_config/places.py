@@ -33,7 +33,7 @@ def where(values: Mapping[str, Any], fields: Fields, name: str) -> dict[str, Any
                 "often two of attention's layers. Here every linear layer is adapted. Name the modules to choose.",
                 stacklevel=4,
             )
-        return _limits(values)
+        return _limits(values, name)
     if "feedforward_modules" in values and values["feedforward_modules"] is None:
         raise PEFTError(
             f"{name} names target_modules and leaves feedforward_modules out, for which HF PEFT has a list of its own "
@@ -47,17 +47,43 @@ def where(values: Mapping[str, Any], fields: Fields, name: str) -> dict[str, Any
     named = ALL_LINEAR if isinstance(targets, str) and targets.lower() == ALL_LINEAR else _names(targets)
     if parameters:
         named = [*as_list(named), *parameters]
-    return {"target_modules": named, **_limits(values)}
+    return {"target_modules": named, **_limits(values, name)}
 
 
-def _limits(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is said of some of the targets alone."""
+def _limits(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return what is said of some of the targets alone.
+
+    Raises:
+        PEFTError: HF PEFT would leave out nothing of what is excluded.
+    """
+    excluded, targets = values.get("exclude_modules"), values.get("target_modules")
+    if excluded and not isinstance(excluded, str):
+        # There a name of a list is that of a layer; here what is in a module of that name is left out as well.
+        listing = targets if targets and not isinstance(targets, str) else None
+        idle = [] if listing is None else [e for e in excluded if not any(_may_be_one(e, t) for t in listing)]
+        if idle:
+            raise PEFTError(
+                f"{name} has exclude_modules={sorted(excluded)!r}, where {min(idle)!r} is the name of none of its "
+                "target_modules: HF PEFT leaves out layers of such a name, not what is in a module of that name: it "
+                f"does nothing there. Leave it out, or give a regular expression, exclude_modules='.*{min(idle)}.*'."
+            )
+        if listing is None:
+            warnings.warn(
+                f"{name} has exclude_modules={sorted(excluded)!r}: to HF PEFT these are names of layers; here what is "
+                "in a module of such a name is left out as well. Where they name layers, that is the same.",
+                stacklevel=5,
+            )
     limits: dict[str, Any] = {
         key: _names(values[key]) for key in ("exclude_modules", "feedforward_modules") if values.get(key)
     }
     if (layers := values.get("layers_to_transform")) not in (None, []):
         limits["layers"] = [layers] if isinstance(layers, int) else list(layers)
     return limits
+
+
+def _may_be_one(one: str, other: str) -> bool:
+    """Whether two ends of names may be ends of one name."""
+    return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
 
 
 def _names(given: str | Sequence[str] | None) -> list[str] | str:

@@ -125,7 +125,10 @@ def _start(values: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:
 
 def _shards(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     if values["init_weights"] not in (True, "mini"):
-        raise PEFTError(f"{name} has init_weights={values['init_weights']!r}; True and 'mini' can be read.")
+        raise PEFTError(
+            f"{name} has init_weights={values['init_weights']!r}; here are True and 'mini'. Leave it "
+            "out, or train with HF PEFT and merge it there."
+        )
     return {"mini_r": values["mini_r"]} if values["init_weights"] == "mini" else {}
 
 
