@@ -41,10 +41,8 @@ class Done:
         return True
 
 
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Runs in this process, which costs a tenth of one of its own; the names of those that were started."""
-    started: list[list[str]] = []
+def in_this_process(started: list[list[str]]) -> Any:
+    """What stands in for a job: its runs cost a tenth here. ``started`` gets the names of the runs of each job."""
 
     def submit(self: machine.Machine, directories: Any, slot: int) -> Done:
         started.append([str((read_json(directory / "request.json") or {})["name"]) for directory in directories])
@@ -57,7 +55,14 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
                 process.fail(directory, f"{type(error).__name__}: {error}")
         return Done()
 
-    monkeypatch.setattr(machine.Machine, "submit", submit)
+    return submit
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Runs in this process; the names of those that were started."""
+    started: list[list[str]] = []
+    monkeypatch.setattr(machine.Machine, "submit", in_this_process(started))
     return started
 
 
@@ -73,7 +78,7 @@ def trained(config: Any, folder: Path, *stages: str) -> dict[str, float]:
     return logged
 
 
-def test_three_by_two(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_by_two(tmp_path: Path, capsys: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes of their own by submitit: one is killed, others go on, and the next command does what is missing."""
     monkeypatch.setenv("PYTHONPATH", SHARED, prepend=":")
     bundles = {
@@ -92,10 +97,13 @@ def test_three_by_two(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPat
 
     untouched = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").glob("*/result.json")}
     assert len(untouched) == 5
-    out, error = compare(capsys, file, "--per_job=6")
+    started: list[list[str]] = []
+    monkeypatch.setattr(machine.Machine, "submit", in_this_process(started))
+    out, error = compare(capsys, file)
     assert not error
+    assert started == [["r2, seed=1"]]
     assert "[5/6] are there already" in out
-    assert "Restored all states from the checkpoint" in (died / "log.txt").read_text()
+    assert f"Restored all states from the checkpoint at {died / 'checkpoints' / 'last'}" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
     table = (tmp_path / "out" / "table.md").read_text()
     assert table in out
