@@ -1,6 +1,6 @@
 """The text that the small base model has read: of the words of the tasks in `make_data.py`, in other forms.
 
-Tables are told in sentences, queries of one condition stand below a comment, rules come with what follows from them,
+Tables are told in sentences, queries stand below a comment, rules come with what follows from them,
 sums stand alone or are asked for, dialogues have no summary, and summaries no dialogue. So every token of the tasks is
 known: what is trained beside a frozen output layer could hardly bring about one that was never seen.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from arithmetic import THINGS
@@ -35,13 +35,9 @@ def queried(rng: random.Random) -> str:
     """A query below a comment."""
     table = rng.choice(TABLES)
     row = dict(zip(table.columns, rng.choice(make_rows(table, rng)), strict=True))
-    column = rng.choice([c for c in table.columns if c != table.label])
-    value = row[column]
-    if column in table.numbers:
-        word, sign = rng.choice((("over", ">"), ("under", "<")))
-        meant, where = f"{column} {word} {value}", f"{column} {sign} {value}"
-    else:
-        meant, where = f"{column} {value}", f"{column} = '{value}'"
+    columns = rng.sample([c for c in table.columns if c != table.label], rng.choice((1, 1, 2)))
+    conditions = [_condition(table.numbers, column, row[column], rng) for column in columns]
+    meant, where = (" and ".join(parts) for parts in zip(*conditions, strict=True))
     number = rng.choice(tuple(table.numbers))
     what, query = rng.choice(
         (
@@ -55,14 +51,24 @@ def queried(rng: random.Random) -> str:
     order, direction = rng.choice(("", f" order by {number}")), rng.choice(("", " desc"))
     end = f"{order}{direction} limit {rng.randint(1, 5)}" if order else ""
     sql = f"select {query} from {table.name} where {where}"
-    return f"-- {table.name} with {meant}, {what}{end}\n{_cased(sql + end, rng)};"
+    return f"-- {table.name} with {meant}, {what}{end}{rng.choice(chr(10) + ' ')}{_cased(sql + end, rng)};"
+
+
+def _condition(numbers: Collection[str], column: str, value: str | int, rng: random.Random) -> tuple[str, str]:
+    """A condition on a column, as it is said and in SQL."""
+    if column not in numbers:
+        return f"{column} {value}", f"{column} = '{value}'"
+    word, sign = rng.choice((("over", ">"), ("under", "<")))
+    return f"{column} {word} {value}", f"{column} {sign} {value}"
 
 
 def _cased(sql: str, rng: random.Random) -> str:
     """A query in lower case, or with the words of the language in capitals."""
     if rng.random() < 0.5:
         return sql
-    return re.sub(r"\b(select|from|where|order by|desc|limit|count|avg|max|min)\b", lambda word: word[0].upper(), sql)
+    return re.sub(
+        r"\b(select|from|where|order by|desc|limit|count|avg|max|min|and)\b", lambda word: word[0].upper(), sql
+    )
 
 
 def concluded(rng: random.Random) -> str:
@@ -95,6 +101,14 @@ def judged(rng: random.Random) -> str:
     return f"Is it true that {a} + {b} = {claimed}?\nAnswer: {'yes' if claimed == a + b else 'no'}\n#### {a + b}"
 
 
+def wondered(rng: random.Random) -> str:
+    """Somebody who does something, and asks."""
+    name, done = rng.choice(NAMES), rng.choice(("buys more", "gives some", "finds as many as are there", "has more"))
+    asked = ("How many have it?", "What is the highest?", "What is the lowest?", "Which are above?", "Which is below?")
+    more = ("Tell me which.", "List them where they are.", "What is the average?", "How many are there?", "I need it.")
+    return f"Then {name} {done}. {name} asks: {rng.choice(asked)} {rng.choice(more)}"
+
+
 def spoken(rng: random.Random) -> str:
     """A dialogue, and where one of them went; or what others do."""
     made, other = make_dialogue(rng), make_dialogue(rng)
@@ -112,7 +126,7 @@ def noted(rng: random.Random) -> str:
     return " ".join(sentence(fact) for fact in [*facts, rng.choice(facts)])
 
 
-TEXTS = (told, queried, concluded, summed, judged, spoken, noted)
+TEXTS = (told, queried, concluded, summed, judged, wondered, spoken, noted)
 
 
 def texts(seed: int) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,18 @@ def test_the_base_learns(tmp_path: Path) -> None:
     before = model(input_ids=ids, labels=ids).loss.item()
     base_model.train(model, base_model.batches(tokenizer, 0, 4, 32), steps=40, lr=3e-3)
     assert model(input_ids=ids, labels=ids).loss.item() < before - 0.5
+
+
+def test_the_base_has_seen_every_token_of_the_answers(data: Path) -> None:
+    """Its output layer stays frozen beside most adapters, and a token that it was never to produce stays unlikely."""
+    tokenizer = base_model.make_tokenizer(0)
+    source = base_model.texts(1)
+    seen = Counter(token for _ in range(4000) for token in tokenizer(next(source))["input_ids"])
+    for task in ("sql", "entailment", "dialogues", "arithmetic"):
+        for row in rows(data / task / "val.jsonl"):
+            answer = conversation(Record("f:1", row)).messages[-1]["content"]
+            rare = [tokenizer.decode([i]) for i in tokenizer(f" {answer}")["input_ids"] if not seen[i]]
+            assert not rare, (answer, rare)
 
 
 GRIDS = sorted((PAPERS / "grids").glob("*.yaml"))
