@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -141,11 +142,11 @@ GRIDS = sorted((PAPERS / "grids").glob("*.yaml"))
 
 
 def covering(found: list[Cell]) -> list[Cell]:
-    """As few cells as have every value of every axis."""
+    """As few cells as have every value of every axis, each with one candidate: others differ in a number."""
     chosen, seen = list[Cell](), set[tuple[str, str]]()
     for cell in found:
         if new := set(cell.labels.items()) - seen:
-            chosen.append(cell)
+            chosen.append(replace(cell, candidates=dict(list(cell.candidates.items())[-1:])))
             seen |= new
     return chosen
 
