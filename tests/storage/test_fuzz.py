@@ -23,9 +23,15 @@ hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
 
+DEEPEST = 20
+CHUNK = 1000
+
+
 def places(content: Any, lead: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Return the path of every value in JSON."""
+    """Return the path of every value in JSON; what is nested deeply is left as it is, whatever Python's limit."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    if len(lead) == DEEPEST:
+        return []
     return [path for key, value in items for path in ((*lead, key), *places(value, (*lead, key)))]
 
 
@@ -105,11 +111,15 @@ def mutated(draw: Any) -> dict[str, bytes]:
 
 
 def fuzzed(property_: Callable[..., None], examples: int, **given: Any) -> None:
-    settings = hypothesis.settings(
-        max_examples=examples, deadline=None, database=None, derandomize=examples < 1000,
-        suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate],
-    )  # fmt: skip
-    settings(hypothesis.given(**given)(property_))()
+    # In pieces: hypothesis remembers every example of a run.
+    for done in range(0, examples, CHUNK):
+        settings = hypothesis.settings(
+            max_examples=min(CHUNK, examples - done), deadline=None, database=None, derandomize=examples < CHUNK,
+            suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate],
+        )  # fmt: skip
+        settings(hypothesis.given(**given)(property_))()
+        if examples > CHUNK:
+            print(f"{done + CHUNK:,} of {examples:,}", flush=True)
 
 
 def fuzz_files(directory: Path, examples: int) -> dict[bool, int]:
