@@ -95,7 +95,8 @@ class EmbeddingDoRAAdapter(DoRAAdapter, EmbeddingLoRAAdapter):
 def _start_norms(host: nn.Module) -> Tensor:
     """Return the norms of the weight, ``[out]``: of its rows some after others, since they may lie in a file."""
     if is_transposed(host):
-        return _row_norms(read_matrix(host))
+        # In the layout of what a step takes norms of: other orders of a sum round otherwise.
+        return _row_norms(read_matrix(host).contiguous())
     weight = whole(weight_of(host))
     rows = max(1, _ELEMENTS // max(1, weight[:1].numel()))
     return torch.cat([_row_norms(widened(some).flatten(1)) for some in weight.split(rows)])
