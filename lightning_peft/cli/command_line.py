@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import sys
-import textwrap
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
@@ -18,14 +15,15 @@ from docstring_parser import parse
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 # Imported for its classes, which then go by their short names in a config, and for the strategies' registration.
 import lightning_peft.callbacks
 import lightning_peft.tasks  # noqa: F401
 from lightning_peft.callbacks import PredictionWriter
 from lightning_peft.cli.compare import compare
+from lightning_peft.cli.messages import in_words, named_strategy
 from lightning_peft.cli.plan import show_plan
 from lightning_peft.cli.tools.analyse import analyse
 from lightning_peft.cli.tools.chat import chat
@@ -37,12 +35,11 @@ from lightning_peft.cli.tools.export import export
 from lightning_peft.cli.tools.inspect import inspect
 from lightning_peft.cli.tools.merge import merge
 from lightning_peft.cli.tools.push import push
-from lightning_peft.core.method import registered_methods
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.serving.readers import READERS
 from lightning_peft.parsing.constructor_errors import escaping, make, unescaped
+from lightning_peft.parsing.method_errors import class_error, method_error
 from lightning_peft.strategy import PEFTStrategy
-from lightning_peft.strategy.bases.names import base_names
 
 PROG = "lightning-peft"
 DESCRIPTION = "Parameter-efficient fine-tuning for any LightningModule, as one Trainer flag."
@@ -104,15 +101,9 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit."""
-        if "Expected a dot import path string: peft" in message:
-            message = (
-                "a strategy that is given by its registered name takes no options of its own. Name the class instead:\n"
-                f"  --trainer.strategy={PEFTStrategy.__name__} --trainer.strategy.method=LoRA "
-                "--trainer.strategy.method.r=16"
-            )
-        elif re.search(r"required: \w+\.model$", message):
-            message = "no model was given: give --model CLASS, or a file with an entry `model:` by --config FILE."
-        super().error(message, ex)
+        if method_error(message) is None and (said := class_error(message)) is not None:
+            self.exit(2, f"error: {said}\n")
+        super().error(in_words(message), ex)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -211,38 +202,25 @@ class PEFTCLI(LightningCLI):
         A file does not decide what is executed, and what the command line says holds.
         """
 
+    def _tell_of_new_adapters(self) -> None:
+        """Warn if nothing says which adapters are meant: new ones, which change nothing, would be used in silence."""
+        begun = self._get(self.config, "trainer").strategy
+        named = isinstance(begun, Namespace) and begun.init_args.get("init_adapter") is not None
+        if self._get(self.config, "ckpt_path") is None and not named:
+            rank_zero_warn(
+                f"{self.subcommand} without --ckpt_path: the adapters are new and change nothing, so that this is the "
+                "base model, unless the model loads adapters itself. Give --ckpt_path=checkpoints/last, or "
+                "--trainer.strategy.init_adapter=DIRECTORY."
+            )
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer; one that predicts writes what it predicts."""
         trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand != "fit" and isinstance(trainer.strategy, PEFTStrategy):
+            self._tell_of_new_adapters()
         if self.subcommand == "predict":
             trainer.callbacks.append(PredictionWriter(self._get(self.config, "output")))  # type: ignore[attr-defined]
         return trainer
-
-
-def named_strategy(name: str) -> str | Namespace:
-    """Return what ``--trainer.strategy=name`` stands for: a registered strategy, or this package's class.
-
-    jsonargparse reads a class's name as a plain string here, because a strategy may be one.
-
-    Raises:
-        PEFTError: There is no such strategy; the message lists those that exist.
-    """
-    if name.rpartition(".")[2] == PEFTStrategy.__name__:
-        return Namespace(class_path=f"{PEFTStrategy.__module__}.{PEFTStrategy.__name__}", init_args=Namespace())
-    known = ["auto", *StrategyRegistry.available_strategies()]
-    if name.lower() in known:
-        return name
-    near = difflib.get_close_matches(name, known, n=1)
-    raise PEFTError(
-        f"There is no strategy {name!r}.{f' Did you mean {near[0]!r}?' if near else ''}\n"
-        "Names are: peft, peft_METHOD, peft_METHOD_BASE and, without adapters, any BASE.\n"
-        f"{_wrapped('METHOD', registered_methods())}\n{_wrapped('BASE', base_names())}"
-    )
-
-
-def _wrapped(label: str, names: Iterable[str]) -> str:
-    text = f"  {label}: {', '.join(names)}"
-    return textwrap.fill(text, width=110, subsequent_indent=" " * (len(label) + 4), break_on_hyphens=False)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -27,6 +27,7 @@ from lightning_peft.comparison.running import Comparison
 from lightning_peft.comparison.table import as_json, markdown, rows, run_lines
 from lightning_peft.errors import PEFTError, near
 from lightning_peft.files.writing import atomic_file
+from lightning_peft.parsing.method_errors import class_error
 
 TABLE, LINES = "table.md", "runs.jsonl"
 Parse = Callable[[list[str]], Any]
@@ -118,23 +119,17 @@ def _refusal(parse: Parse, file: Path) -> str | None:
                 arguments = method.get("init_args")
                 pkgutil.resolve_name(method.class_path)(**(arguments.as_dict() if arguments else {}))
     except SystemExit:
-        return _unknown_key(said := printed.getvalue().rpartition("error: ")[2].strip()) or said
+        return _in_words(said := printed.getvalue().rpartition("error: ")[2].strip()) or said
     except ValueError as error:
         return str(error)
     return None
 
 
-def _unknown_key(message: str) -> str | None:
-    """Return what to say of a key that a config does not know, if that is what jsonargparse's message is about."""
+def _in_words(message: str) -> str | None:
+    """Return what is wrong with a key of a config, or its value, if jsonargparse's ``message`` is about one."""
     if option := re.search(r"does not accept option 'trainer\.(\w+)'", message):
         return f"The Trainer has no {option[1]!r}. {near(option[1], signature(Trainer).parameters)}".strip()
-    option = re.search(r"(?:Option|Key) '(\w+)' is not (?:accepted|expected)", message)
-    paths = re.findall(r"Problem with given class_path '([\w.]+)'", message[: option.start()] if option else "")
-    if option is None or not paths:
-        return None
-    cls = pkgutil.resolve_name(paths[-1])
-    known = [name for name in signature(cls).parameters if name != "self"]
-    return f"{cls.__name__} has no {option[1]!r}. {near(option[1], known)}It has {', '.join(known)}."
+    return class_error(message)
 
 
 def _draw(folder: Path, grid: Grid, made: list[Any], quiet: bool) -> None:

@@ -193,6 +193,11 @@ def _method_of(given: Any) -> PEFTMethod:
         raise PEFTError(
             f"The class {given.__name__} was given as a method; an object was expected: {given.__name__}()."
         )
+    if hasattr(given, "peft_config"):
+        raise PEFTError(
+            f"A {type(given).__name__}, which is a model of HF PEFT, was given as a method. Give PEFTStrategy the "
+            "configuration, such as peft.LoraConfig(...), and the LightningModule the model as it was before."
+        )
     if hasattr(given, "peft_type") or (isinstance(given, Mapping) and "peft_type" in given):
         raise PEFTError(
             "A configuration of HF PEFT was given as a method. PEFTStrategy takes such an object, like "

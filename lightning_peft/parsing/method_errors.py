@@ -1,4 +1,4 @@
-"""What is wrong with a method, or the strategy, on the command line or in a config, in one line.
+"""What is wrong with a method, the strategy or another class, on the command line or in a config, in one line.
 
 Where a value may be of several types, as a method may, jsonargparse reports for every type why it is not of that one.
 """
@@ -21,6 +21,8 @@ _PROBLEM = re.compile(r"( *)- Problem with given class_path '([\w.]+)':")
 _STRATEGY = re.compile(r"lightning_peft\.(?:\w+\.)*PEFTStrategy")
 _KEY = re.compile(r'Parser key "(\w+)":')
 _EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$", re.MULTILINE)
+
+_ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 _error = LightningArgumentParser.error
 
@@ -51,7 +53,7 @@ def method_error(message: str) -> str | None:
         name = path.rpartition(".")[2]
         if problem.startswith(written):
             return problem
-        if re.match(r"module 'lightning_peft[\w.]*' has no attribute", problem):
+        if re.match(r"module 'lightning_peft(\.methods[\w.]*)?' has no attribute", problem):
             return _no_method(name, classes)
         if name in classes and (said := _option_error(name, classes[name], problem)):
             return said
@@ -62,11 +64,39 @@ def method_error(message: str) -> str | None:
     return None
 
 
+def class_error(message: str) -> str | None:
+    """Return what is wrong with a class or its options, if that is what jsonargparse's ``message`` is about.
+
+    The innermost class is meant: what is around it is refused because of it.
+    """
+    for path, problem in reversed(list(_problems(message))):
+        module, _, name = path.rpartition(".")
+        if re.match(r"module '[\w.]+' has no attribute", problem):
+            names = [key for key, value in vars(pkgutil.resolve_name(module)).items() if isinstance(value, type)]
+            return f"{module} has no class {name!r}. {near(name, names)}".strip()
+        try:
+            cls = pkgutil.resolve_name(path)
+        except (ImportError, AttributeError, ValueError):
+            continue
+        if isinstance(cls, type) and (said := _option_error(cls.__name__, cls, problem)):
+            return said
+    return None
+
+
 def _option_error(name: str, cls: type, problem: str) -> str | None:
     """Return what is wrong with an option of the class ``cls``, or with its value."""
     if option := re.match(r"(?:Option|Key) '(\w+)' is not (?:accepted|expected)", problem):
-        options = list(inspect.signature(cls).parameters)
-        return f"{name} has no {option[1]!r}. {near(option[1], options)}It has {', '.join(options)}."
+        parameters = inspect.signature(cls).parameters.values()
+        options = [parameter.name for parameter in parameters if parameter.kind not in _ANY]
+        if not options:
+            return None
+        hint = near(option[1], options)
+        # What a class hands on by **kwargs is not in its signature.
+        if len(options) == len(parameters):
+            hint += f"It has {', '.join(options)}."
+        return f"{name} has no {option[1]!r}. {hint}".strip()
+    if missing := re.match(r"the following arguments are required: (.+)", problem):
+        return f"{name} needs {missing[1]}."
     if key := _KEY.match(problem):
         return f"{name}: {key[1]}={_given(problem)} was given; {_expected(problem)} was expected."
     return None

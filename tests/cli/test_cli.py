@@ -219,6 +219,39 @@ def test_an_unknown_option_is_reported(capsys: pytest.CaptureFixture[str]) -> No
     assert "error: LoRA has no 'rank'. It has r, alpha," in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model=CausalML"], "error: --model CausalML: there is no such class. Did you mean 'CausalLM'?"),
+        (["--model=models/tiny"], "--model CausalLM --model.model models/tiny"),
+        ([MODEL, "--data=InstructData"], "Did you mean 'InstructionData'? Ready ones are ClassificationData, Inst"),
+        (
+            ["--model.class_path=lightning_peft.tasks.CausalML"],
+            "lightning_peft.tasks has no class 'CausalML'. Did you",
+        ),
+        (
+            ["--model=CausalLM", "--model.modl=x"],
+            "CausalLM has no 'modl'. Did you mean 'model'? It has model,",
+        ),
+        (
+            ["--model=CausalLM", "--model.model=x", "--model.lr=y"],
+            "CausalLM: lr=y was given; float was expected.",
+        ),
+        (["--model=SequenceClassification", "--model.model=x"], "error: SequenceClassification needs num_labels."),
+        ([MODEL, "--trainer.callbacks+=AdapterCheckpoint", "--trainer.callbacks.monitr=x"], "Did you mean 'monitor'?"),
+    ],
+)
+def test_a_mistake_in_a_class_or_its_options_is_one_message(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *arguments])
+    assert stop.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert expected in said
+    assert "NoneType" not in said
+
+
 def test_options_after_a_registered_name_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         fit("--trainer.strategy=peft_lora", "--trainer.strategy.method.r=4")

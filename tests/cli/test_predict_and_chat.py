@@ -115,11 +115,14 @@ def test_predict_writes_records_with_what_was_predicted(
     (tmp_path / "ask.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     quiet = [f"--trainer.{name}={str(value).lower()}" for name, value in QUIET.items()]
     data = ["--data=InstructionData", "--data.predict_file=ask.jsonl", "--data.batch_size=2"]
-    main(["predict", "--model=CausalLM", f"--model.model={model}", "--model.max_new_tokens=6", *data, *quiet])
+    run = ["predict", "--model=CausalLM", f"--model.model={model}", "--model.max_new_tokens=6", *data, *quiet]
+    main(run)
     written = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     expected = [reply(model, [{"role": "user", "content": row["prompt"]}], None).strip() for row in rows]
     assert written == [{**row, "prediction": text} for row, text in zip(rows, expected, strict=True)]
     assert list(tmp_path.glob(".*part")) == []
+    with pytest.warns(UserWarning, match=r"predict without --ckpt_path: the adapters are new"):
+        main([*run, "--trainer.strategy=peft_lora"])
 
 
 class Doubles(L.LightningModule):

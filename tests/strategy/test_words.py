@@ -57,6 +57,10 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: PEFTStrategy({"peft_type": "LORA", "r": 4}),
         r"A configuration of HF PEFT was given.*from_peft_config",
     ),
+    "HF PEFT's model": (
+        lambda: PEFTStrategy(peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), peft.LoraConfig(target_modules="0"))),
+        r"A PeftModel, which is a model of HF PEFT, was given as a method\. Give PEFTStrategy the configuration",
+    ),
     "method and model in the other order": (
         lambda: inject(LoRA(), nn.Linear(2, 2)),  # type: ignore[arg-type]
         r"a LoRA as model\. Write inject\(model, method\)",

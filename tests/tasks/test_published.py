@@ -286,6 +286,10 @@ def test_scores_of_an_encoder_do_not_depend_on_the_batch(tmp_path: Path, words: 
             {"premise": "a", "hypothesis": "b", "label": None},
             "field 'label' is None; expected a text or a whole number",
         ),
+        (
+            {"premise": "a", "hypothesis": "b", "category": "x"},
+            r"expected a label in label or gold_label\. Found ",
+        ),
         ({**PAIR, "gold_label": 1.5}, "field 'gold_label' is 1.5; expected a text or a whole number"),
         ({**PAIR, "gold_label": "hidden"}, "label 'hidden' does not occur in"),
     ],

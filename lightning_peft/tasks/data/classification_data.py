@@ -69,8 +69,10 @@ def _columns(texts: Sequence[tuple[str, ...]]) -> list[list[str]]:
 
 
 def _label(record: Record) -> str:
-    name = next((name for name in LABELS if name in record.fields), LABELS[0])
-    label = record.fields.get(name)
+    name = next((name for name in LABELS if name in record.fields), None)
+    if name is None:
+        raise PEFTError(f"{record.where}: expected a label in {' or '.join(LABELS)}. Found {sorted(record.fields)}")
+    label = record.fields[name]
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
         raise PEFTError(f"{record.where}: field {name!r} is {label!r}; expected a text or a whole number")
     return str(label)

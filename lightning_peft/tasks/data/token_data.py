@@ -74,16 +74,20 @@ class TokenData(LabelledData):
 
 
 def _words(record: Record) -> list[str]:
-    name = next((name for name in WORDS if name in record.fields), WORDS[0])
-    words = record.fields.get(name)
+    name = next((name for name in WORDS if name in record.fields), None)
+    if name is None:
+        raise PEFTError(f"{record.where}: expected words in {' or '.join(WORDS)}. Found {sorted(record.fields)}")
+    words = record.fields[name]
     if not isinstance(words, list) or not words or not all(isinstance(word, str) and word.strip() for word in words):
         raise PEFTError(f"{record.where}: field {name!r} is {words!r}; expected a list of words, and no empty one")
     return words
 
 
 def _labels(record: Record, words: Sequence[str]) -> list[str]:
-    name = next((name for name in LABELS if name in record.fields), LABELS[0])
-    labels = record.fields.get(name)
+    name = next((name for name in LABELS if name in record.fields), None)
+    if name is None:
+        raise PEFTError(f"{record.where}: expected labels in {' or '.join(LABELS)}. Found {sorted(record.fields)}")
+    labels = record.fields[name]
     if not isinstance(labels, list) or not all(type(label) in (str, int) and label != "" for label in labels):
         raise PEFTError(f"{record.where}: field {name!r} is {labels!r}; expected a list of texts or whole numbers")
     if len(labels) != len(words):
