@@ -28,7 +28,9 @@ def in_words(message: str) -> str:
         )
     if re.search(r"required: \w+\.model$", message):
         return "no model was given: give --model CLASS, or a file with an entry `model:` by --config FILE."
-    if unknown := re.search(r"Expected a dot import path string: (.+)$", message, re.MULTILINE):
+    if missing := re.search(r"required: (\w+)\.(\w+)$", message):
+        return f"{missing[1]} needs {missing[2].upper()}; see lightning-peft {missing[1]} --help."
+    if unknown := re.search(r"import path (?:string|format): (.+)$", message, re.MULTILINE):
         return _no_class(message, unknown[1]) or message
     return message
 
@@ -42,11 +44,12 @@ def _no_class(message: str, name: str) -> str | None:
     base = LightningModule if key[1] == "model" else LightningDataModule
     names = [kind.__name__ for kind in kinds if issubclass(kind, base)]
     close = difflib.get_close_matches(name, names, n=1)
-    return (
-        f"--{key[1]} {name}: there is no such class.{f' Did you mean {close[0]!r}?' if close else ''} Ready ones are "
-        f"{', '.join(sorted(names))}; one of your own is written as module.Class, and a file with its options as FILE."
-        + (f" A pretrained model is an option of the class: --model CausalLM --model.model {name}" * ("/" in name))
-    )
+    said = f"--{key[1]} {name}: there is no such class.{f' Did you mean {close[0]!r}?' if close else ''} "
+    said += f"Ready ones are {', '.join(sorted(names))}; one of your own is written as module.Class."
+    if "/" in name:
+        option = "--model CausalLM --model.model" if key[1] == "model" else "--data InstructionData --data.train_file"
+        said += f" A path is an option of the class: {option} {name}"
+    return said
 
 
 def named_strategy(name: str) -> str | Namespace:

@@ -223,6 +223,7 @@ def test_an_unknown_option_is_reported(capsys: pytest.CaptureFixture[str]) -> No
     ("arguments", "expected"),
     [
         (["--model=CausalML"], "error: --model CausalML: there is no such class. Did you mean 'CausalLM'?"),
+        (["--model=CausalLM", "--data=x/y.jsonl"], "--data x/y.jsonl: there is no such class."),
         (["--model=models/tiny"], "--model CausalLM --model.model models/tiny"),
         ([MODEL, "--data=InstructData"], "Did you mean 'InstructionData'? Ready ones are ClassificationData, Inst"),
         (
@@ -250,6 +251,12 @@ def test_a_mistake_in_a_class_or_its_options_is_one_message(
     said = " ".join(capsys.readouterr().err.split())
     assert expected in said
     assert "NoneType" not in said
+
+
+def test_an_argument_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["diff", "one"])
+    assert "error: diff needs SECOND; see lightning-peft diff --help." in capsys.readouterr().err
 
 
 def test_options_after_a_registered_name_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
