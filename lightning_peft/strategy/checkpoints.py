@@ -135,6 +135,8 @@ class Checkpoints(WritesDirectories, Continuing):
                 check_sums(checkpoint_path)
                 checkpoint = super().load_checkpoint(checkpoint_path, weights_only is not False)
         self._note_saved(checkpoint_path, checkpoint)
+        if files.KEY in checkpoint:
+            files.check_entries(checkpoint)
         ours = checkpoint.get(files.KEY, {})
         self._continue_from(ours.get(_GENERATORS))
         self._go_on_with(ours.get(_GRADIENTS, {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.distributed import all_gather_object
 from torch.optim import Optimizer
 
+from lightning_peft.files.remote import is_remote
+from lightning_peft.storage.readable import is_whole
 from lightning_peft.strategy.optimizers.optim import held_parameters
 from lightning_peft.tensors.finite import is_suspect, not_finite
 
@@ -113,11 +116,10 @@ class FiniteSteps(Strategy):
             whole: Whether nothing of the step was done; some optimizers evaluate the loss several times in one.
         """
         self._not_taken += 1
-        saved = self._saved[-1] if self._saved else None
-        if self._on_nonfinite == RESTORE and saved is not None and self._not_taken < _IN_A_ROW:
-            checkpoint = self.load_checkpoint(saved)
-            self.load_model_state_dict(checkpoint)
-            self.load_optimizer_state_dict(checkpoint)
+        goes_back = self._on_nonfinite == RESTORE and self._not_taken < _IN_A_ROW
+        saved = self._last_readable() if goes_back else next(reversed(self._saved), None)
+        if goes_back and saved is not None:
+            self._go_back_to(saved)
             rank_zero_warn(f"{fault} The adapters and the optimizer's state are those of {saved} again.")
         elif self._on_nonfinite == SKIP and whole and self._not_taken < _IN_A_ROW:
             rank_zero_warn(f"{fault} The step was left out.")
@@ -129,6 +131,27 @@ class FiniteSteps(Strategy):
                 + (f"The last checkpoint is {saved}." if saved else "There is no checkpoint yet.")
                 + self._instead
             )
+
+    def _last_readable(self) -> str | None:
+        """Return the newest checkpoint that is still there, and whole, on all processes."""
+        for saved in reversed(self._saved):
+            there = is_remote(saved) or is_whole(Path(saved))
+            broken = self.reduce(torch.tensor(float(not there), device=self.root_device), reduce_op="sum")
+            if not broken:
+                return saved
+            rank_zero_warn(f"{saved} is gone or damaged: the run cannot go back to it.")
+        return None
+
+    def _go_back_to(self, saved: str) -> None:
+        """Load adapters and optimizers' states; learning rates stay, since schedules go on from this step."""
+        checkpoint = self.load_checkpoint(saved)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        now = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        self.load_model_state_dict(checkpoint)
+        self.load_optimizer_state_dict(checkpoint)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, values in zip(groups, now, strict=True):
+            group.update(values)
 
     @abstractmethod
     def _is_real_run(self) -> bool:
