@@ -21,7 +21,7 @@ from lightning_peft.errors import PEFTError
 MARKER = "lightning_peft.json"
 """The file that makes a directory ours to overwrite."""
 
-BROKEN_PICKLE = (LookupError, TypeError, AttributeError, OverflowError)
+BROKEN_PICKLE = (LookupError, TypeError, AttributeError, OverflowError, AssertionError)
 """What ``torch.load`` lets through where the instructions of a pickle make no sense."""
 
 _MAX_JSON_BYTES = 8 * 2**20

@@ -76,6 +76,10 @@ def _damaged_record(file: BinaryIO) -> str | None:
             return content.testzip() if any(record.CRC for record in content.infolist()) else None
     except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError, struct.error) as error:
         return str(error) or "a record"
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which a record before the beginning makes
+            raise
+        return "a record's place"
 
 
 def objects(checkpoint: Mapping[str, Any]) -> dict[str, str]:

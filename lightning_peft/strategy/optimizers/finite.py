@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -16,8 +15,6 @@ from torch import Tensor
 from torch.distributed import all_gather_object
 from torch.optim import Optimizer
 
-from lightning_peft.files.remote import is_remote
-from lightning_peft.storage.readable import is_whole
 from lightning_peft.strategy.optimizers.optim import held_parameters
 from lightning_peft.tensors.finite import is_suspect, not_finite
 
@@ -135,9 +132,8 @@ class FiniteSteps(Strategy):
     def _last_readable(self) -> str | None:
         """Return the newest checkpoint that is still there, and whole, on all processes."""
         for saved in reversed(self._saved):
-            there = is_remote(saved) or is_whole(Path(saved))
-            broken = self.reduce(torch.tensor(float(not there), device=self.root_device), reduce_op="sum")
-            if not broken:
+            lost = torch.tensor(float(not self._is_readable(saved)), device=self.root_device)
+            if not self.reduce(lost, reduce_op="sum"):
                 return saved
             rank_zero_warn(f"{saved} is gone or damaged: the run cannot go back to it.")
         return None
@@ -152,6 +148,10 @@ class FiniteSteps(Strategy):
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group, values in zip(groups, now, strict=True):
             group.update(values)
+
+    @abstractmethod
+    def _is_readable(self, saved: str) -> bool:
+        """Whether a checkpoint of this run is still there, and whole."""
 
     @abstractmethod
     def _is_real_run(self) -> bool:
