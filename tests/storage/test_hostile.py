@@ -91,6 +91,13 @@ def test_tensors_of_other_kinds_are_refused(kind: torch.dtype, tmp_path: Path) -
         load_adapter(model, tmp_path / "it")
 
 
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch does not have them")
+def test_two_values_in_one_element_are_refused(tmp_path: Path) -> None:
+    packed = with_tensor("lora", lambda t: torch.zeros(t.shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2))
+    with pytest.raises(PEFTError, match="has the dtype"):
+        load_adapter(build("llama")[0], written(tmp_path / "it", packed))
+
+
 def test_values_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     files = with_tensor("lora", lambda tensor: tensor.double().fill_(1e300))
     model, _ = build("llama")
