@@ -92,11 +92,11 @@ def stand_in(adapters: Sequence[tuple[StandIns, nn.Module | None]], *, alone: bo
         alone: Whether the caller writes to the model, so that nobody else may be within such a context.
 
     Raises:
-        PEFTError: Somebody is, or writes to the model.
+        PEFTError: Somebody is, or writes to the model; or it is left in another context than it was entered in.
     """
     context, table = object(), dict(_TABLE.get())
     before = [(stand_ins, stand_ins.of_thread()) for stand_ins, _ in adapters]
-    token = None
+    token, elsewhere = None, False
     try:
         with _ENTRANCE:
             for stand_ins, adapter in adapters:
@@ -107,10 +107,19 @@ def stand_in(adapters: Sequence[tuple[StandIns, nn.Module | None]], *, alone: bo
         yield
     finally:
         if token is not None:
-            _TABLE.reset(token)
+            try:
+                _TABLE.reset(token)
+            except ValueError:
+                elsewhere = True
         with _ENTRANCE:
             for stand_ins, of_thread in before:
                 stand_ins.leave(context, of_thread)
+        if elsewhere:
+            raise PEFTError(
+                "disable or adapter_names was left in another context than it was entered in: a generator held it over "
+                "a yield, and a server asked for each item in a context of its own. All but the first item may be of "
+                "other adapters. Enter it anew for each call of the model, and leave it before the yield."
+            )
 
 
 def _looked_up(stand_ins: StandIns, running: _Adapter | None) -> _Adapter | None:

@@ -21,6 +21,9 @@ from lightning_peft.errors import PEFTError
 MARKER = "lightning_peft.json"
 """The file that makes a directory ours to overwrite."""
 
+BROKEN_PICKLE = (LookupError, TypeError, AttributeError, OverflowError, AssertionError)
+"""What ``torch.load`` lets through where the instructions of a pickle make no sense."""
+
 _MAX_JSON_BYTES = 8 * 2**20
 
 
@@ -28,13 +31,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write ``tensors`` as safetensors, with the metadata that HF PEFT writes.
 
     Raises:
-        PEFTError: One of them is sparse.
+        PEFTError: One of them is sparse, or the file could not be read again.
     """
     if sparse := [name for name, tensor in tensors.items() if tensor.layout is not torch.strided]:
         raise PEFTError(
             f"{sparse[0]!r} has changed and is sparse, which safetensors files cannot hold. Checkpoints of a Trainer "
             "have it; for a directory of the adapter alone make it dense, or register it with persistent=False."
         )
+    refuse_unreadable_name(path)
     save_file(_apart(tensors), path, metadata={"format": "pt"})
 
 
@@ -114,12 +118,21 @@ def read_torch(path: Path, key: str | None = None) -> dict[str, Tensor]:
     Raises:
         PEFTError: It is damaged, or holds anything else.
     """
+    _require_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is compressed")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, OSError) as error:
+    except (
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+        RuntimeError,
+        ValueError,
+        OSError,
+        EOFError,
+        *BROKEN_PICKLE,
+    ) as error:
         reason = str(error).partition("\n")[0]
         raise PEFTError(f"{path} cannot be read as tensors: {reason}. Take a copy with safetensors.") from error
     content = content.get(key) if key is not None and isinstance(content, dict) else content
@@ -138,6 +151,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
         PEFTError: The file is missing or damaged.
     """
     _require_file(path)
+    refuse_unreadable_name(path)
     try:
         opened = safe_open(path, framework="pt")
     except (SafetensorError, OSError, RuntimeError) as error:
@@ -151,6 +165,20 @@ def open_tensors(path: Path) -> Iterator[Any]:
         if path.is_file():
             raise
         raise _damaged(path, error) from error
+
+
+def refuse_unreadable_name(path: Path) -> None:
+    """Check that safetensors can read a file at ``path``: it writes under any name, and reads UTF-8 alone.
+
+    Raises:
+        PEFTError: It cannot.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise PEFTError(
+            f"{str(path)!r} is not UTF-8, and safetensors reads no file in such a place. Rename the folder."
+        ) from error
 
 
 def _damaged(path: Path, error: Exception) -> PEFTError:

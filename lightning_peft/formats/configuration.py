@@ -91,8 +91,19 @@ def read_marker(directory: Path) -> dict[str, Any]:
         return {}
     marker = read_json(path)
     check_values(marker, _OF_MARKER, str(path))
-    check_values(marker.get("base", {}), _OF_BASE, f"{path}: the base")
+    check_base(marker.get("base", {}), f"{path}: the base")
     return marker
+
+
+def check_base(base: Any, what: str) -> None:
+    """Check what was written of a base model.
+
+    Raises:
+        PEFTError: It is damaged.
+    """
+    if not isinstance(base, Mapping):
+        raise PEFTError(f"{what} is damaged: a mapping was expected. Take another copy.")
+    check_values(base, _OF_BASE, what)
 
 
 def refuse_many_patterns(patterns: Mapping[str, Any], names: Mapping[str, Any], source: str) -> None:

@@ -13,6 +13,7 @@ from lightning_peft.core.method import method_from_config
 from lightning_peft.core.registry import changed, differs, note_moved, required, restore_changed, trains_everything
 from lightning_peft.core.view import ModelView, own_state
 from lightning_peft.errors import PEFTError, StateError
+from lightning_peft.formats.configuration import check_base
 from lightning_peft.operations.inject import activate as activate_in
 from lightning_peft.operations.inject import inject
 from lightning_peft.operations.rest import freeze_rest
@@ -244,6 +245,17 @@ def activate(checkpoint: Mapping[str, Any], model: ModelView) -> None:
             activate_in(model, [prefix], injection["active"])
 
 
+def check_entries(checkpoint: Mapping[str, Any]) -> None:
+    """Check that a checkpoint that was read has what is looked into first.
+
+    Raises:
+        PEFTError: Its state, or what it says of adapters, is no mapping.
+    """
+    for key in ("state_dict", KEY):
+        if key not in checkpoint or not isinstance(checkpoint[key], Mapping):
+            raise PEFTError(f"The checkpoint's {key!r} entry is damaged. Take another checkpoint.")
+
+
 def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what ``checkpoint`` says of its adapters.
 
@@ -263,6 +275,8 @@ def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
         injection.keys() >= _INJECTION_KEYS for injection in injections.values()
     ):
         raise PEFTError(f"The checkpoint's {KEY!r} entry is damaged. Take another checkpoint.")
+    for prefix, injection in injections.items():
+        check_base(injection["base"], f"The checkpoint: the base of {prefix!r}")
     return saved
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.files.contents import refuse_unreadable_name
 from lightning_peft.files.leftovers import restore_interrupted
 from lightning_peft.files.manifest import check_manifest, write_manifest
 from lightning_peft.files.remote import is_remote
@@ -55,10 +56,11 @@ def refuse_remote(path: str | os.PathLike[str]) -> None:
     """Check that ``path`` is one to which directories are written.
 
     Raises:
-        PEFTError: It is no local one.
+        PEFTError: It is no local one, or safetensors could not read what is there.
     """
     if is_remote(path):
         raise PEFTError(f"{path}: adapter directories are written to local paths. Use ModelCheckpoint for remote ones.")
+    refuse_unreadable_name(Path(path))
 
 
 def is_directory(path: str | os.PathLike[str]) -> bool:

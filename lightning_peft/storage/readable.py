@@ -6,8 +6,8 @@ import errno
 import io
 import os
 import pickle
+import struct
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import save  # not by way of torch, where others put functions that count, send or write elsewhere
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.files.contents import read_shapes
+from lightning_peft.files.contents import BROKEN_PICKLE, read_shapes
 from lightning_peft.files.manifest import check_manifest
 from lightning_peft.files.remote import is_file, opened
 from lightning_peft.formats.deepspeed import is_deepspeed
@@ -70,10 +70,16 @@ def _damaged_record(file: BinaryIO) -> str | None:
     """Return the name of a record of a zip file that is not as its checksum says."""
     try:
         with zipfile.ZipFile(file) as content:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in content.infolist()):
+                return "a record is compressed, which torch.save never does, so it"
             # torch writes zeros where it was told to compute none.
             return content.testzip() if any(record.CRC for record in content.infolist()) else None
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, zlib.error) as error:
-        return str(error)
+    except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError, struct.error) as error:
+        return str(error) or "a record"
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which a record before the beginning makes
+            raise
+        return "a record's place"
 
 
 def objects(checkpoint: Mapping[str, Any]) -> dict[str, str]:
@@ -119,8 +125,8 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except PEFTError:
         raise
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        if not is_file(path):
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, *BROKEN_PICKLE) as error:
+        if not is_file(path) or (isinstance(error, BROKEN_PICKLE) and _names_in(path)):
             raise
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a file that is cut off makes
             raise PEFTError(f"Cannot read {path}: {error.strerror or error}. Check its permissions.") from error
@@ -138,5 +144,5 @@ def _names_in(path: str | os.PathLike[str]) -> list[str]:
     try:
         with opened(path) as file:
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, *BROKEN_PICKLE):
         return []

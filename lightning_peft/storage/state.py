@@ -92,6 +92,10 @@ def load_adapter_state_dict(model: ModelView, state: Mapping[str, Tensor], sourc
         replace(parameter, state[name])
 
 
+_PACKED = getattr(torch, "float4_e2m1fn_x2", torch.bits8)
+"""Two values in each element, which torch makes no other numbers of."""
+
+
 def check_tensors(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
     """Check that ``state`` holds exactly what is to be copied to ``targets``, all finite but for buffers of the base.
 
@@ -115,12 +119,14 @@ def check_tensors(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], so
             + " Use the method and the targets that it was written with."
         )
     for name, target in targets.items():
+        if not isinstance(state[name], Tensor):
+            raise PEFTError(f"{source}: {name} is a {type(state[name]).__name__}, no tensor. It is damaged.")
         if state[name].shape != full_shape(target):
             raise PEFTError(
                 f"{source}: {name} has shape {list(state[name].shape)}, this model's has {list(full_shape(target))}. "
                 "Use the rank and the base model that it was written with."
             )
-        if state[name].is_floating_point() != target.is_floating_point():
+        if state[name].is_floating_point() != target.is_floating_point() or state[name].dtype == _PACKED:
             raise PEFTError(
                 f"{source}: {name} has the dtype {state[name].dtype}, this model's has {target.dtype}. It is damaged."
             )

@@ -30,7 +30,7 @@ from lightning_peft.formats.distributed import split_values
 from lightning_peft.storage import checkpoint as files
 from lightning_peft.storage import checkpoint_directory as directories
 from lightning_peft.storage import plain
-from lightning_peft.storage.readable import check_sums, objects, reading
+from lightning_peft.storage.readable import check_sums, is_whole, objects, reading
 from lightning_peft.storage.saving import about
 from lightning_peft.strategy.continuing import Continuing
 from lightning_peft.tensors.finite import not_finite
@@ -135,6 +135,8 @@ class Checkpoints(WritesDirectories, Continuing):
                 check_sums(checkpoint_path)
                 checkpoint = super().load_checkpoint(checkpoint_path, weights_only is not False)
         self._note_saved(checkpoint_path, checkpoint)
+        if files.KEY in checkpoint:
+            files.check_entries(checkpoint)
         ours = checkpoint.get(files.KEY, {})
         self._continue_from(ours.get(_GENERATORS))
         self._go_on_with(ours.get(_GRADIENTS, {}))
@@ -177,6 +179,9 @@ class Checkpoints(WritesDirectories, Continuing):
         """Note that what is at ``path`` now is ``checkpoint``, or that nothing is there any more."""
         resumable = checkpoint is not None and "optimizer_states" in checkpoint
         self._saved = [*(known for known in self._saved if known != str(path)), *([str(path)] if resumable else [])]
+
+    def _is_readable(self, saved: str) -> bool:
+        return is_remote(saved) or is_whole(Path(saved))
 
     def _refuse_not_finite(self, tensors: Mapping[str, Tensor]) -> None:
         """Check that a run can go on from ``tensors``, before they take the place of those from which it can.

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -17,7 +18,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.strategy.leaving import Leaving
 from lightning_peft.tensors.randomness import generator_states, set_generator_states
 
-_STATES, _EPOCH_ENDED = "states", "epoch_ended"
+_STATES, _EPOCH_ENDED, _OF_LOADERS = "states", "epoch_ended", "loaders"
 
 
 class Continuing(Leaving):
@@ -35,7 +36,8 @@ class Continuing(Leaving):
         """Return what a checkpoint is to hold of the generators of all processes; nothing, before a run has begun."""
         if (trainer := self._attached_to) is None:
             return None
-        states = [generator_states(self.root_device)] * trainer.world_size
+        of_loaders = [generator.get_state() for generator in _generators_of(trainer)]
+        states = [{**generator_states(self.root_device), _OF_LOADERS: of_loaders}] * trainer.world_size
         if trainer.world_size > 1:
             all_gather_object(states, states[0])
         return {_STATES: states, _EPOCH_ENDED: trainer.is_last_batch}
@@ -71,7 +73,11 @@ class Continuing(Leaving):
         if saved is None:
             return
         trainer, loop = self._module.trainer, self._module.trainer.fit_loop
-        set_generator_states(saved[_STATES][trainer.global_rank], self.root_device)
+        self._tell_what_is_inexact()
+        states = saved[_STATES][trainer.global_rank]
+        set_generator_states(states, self.root_device)
+        if saved.get(_EPOCH_ENDED):
+            self._set_generators_of_loaders(states.get(_OF_LOADERS, ()))
         if saved.get(_EPOCH_ENDED) and (not loop.epoch_loop.restarting or loop.epoch_loop.restarted_on_train_batch_end):
             # Lightning has begun to iterate over the next epoch, with what a new process draws and samplers of another
             # epoch. In all other cases it ends the last epoch first, and will begin when that has been done.
@@ -82,6 +88,35 @@ class Continuing(Leaving):
             for loader in loaders:
                 _set_sampler_epoch(loader, trainer.current_epoch)
             iter(loop._data_fetcher)  # type: ignore[arg-type]
+
+    def _set_generators_of_loaders(self, states: Any) -> None:
+        generators = _generators_of(self._module.trainer)
+        if len(generators) != len(states):  # written by an older release, or with other loaders
+            return
+        for generator, state in zip(generators, states, strict=True):
+            try:
+                generator.set_state(state)
+            except (TypeError, RuntimeError) as error:
+                raise PEFTError(
+                    f"The checkpoint's states of loaders' generators are damaged: {error}. Take another checkpoint."
+                ) from error
+
+    def _tell_what_is_inexact(self) -> None:
+        """Say which loaders of the resumed run may not hand out what would have come next."""
+        loader = self._module.trainer.fit_loop._combined_loader
+        plain = [] if loader is None else [each for each in loader.flattened if not hasattr(each, "load_state_dict")]
+        found = {
+            "An IterableDataset begins anew, and may draw": any(
+                isinstance(getattr(each, "dataset", None), IterableDataset) for each in plain
+            ),
+            "Workers that persist draw": any(getattr(each, "persistent_workers", False) for each in plain),
+        }
+        for what in [what for what, there in found.items() if there]:
+            rank_zero_warn(
+                f"{what} other random numbers than in the run without a break: the resumed run need not equal it. "
+                "A loader with state_dict and load_state_dict, such as torchdata's StatefulDataLoader, goes on where "
+                "it was."
+            )
 
     def _load_states_of_loaders(self) -> None:
         """Load the states of loaders that Lightning has made before it read the checkpoint, and then passes over.
@@ -95,3 +130,15 @@ class Continuing(Leaving):
         for loader in loop._combined_loader.flattened:
             _set_sampler_epoch(loader, trainer.current_epoch)
         iter(loop._data_fetcher)  # type: ignore[arg-type]
+
+
+def _generators_of(trainer: pl.Trainer) -> list[torch.Generator]:
+    """Return the generators that training's loaders were given to draw from, in a fixed order, each once."""
+    combined = trainer.fit_loop._combined_loader
+    found: dict[int, torch.Generator] = {}
+    for loader in () if combined is None else combined.flattened:
+        sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+        for holder in (loader, sampler, batches, getattr(batches, "sampler", None)):
+            if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
+                found[id(generator)] = generator
+    return list(found.values())

@@ -9,6 +9,7 @@ else.
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping
 from contextvars import ContextVar
 from functools import partial
@@ -31,7 +32,7 @@ from lightning_peft.storage.after_hooks import follow
 from lightning_peft.storage.hyper_parameters import eject_from_modules, without_class_paths
 from lightning_peft.storage.loading import load_adapter
 from lightning_peft.storage.plain import is_plain, leaves_plain
-from lightning_peft.storage.readable import check_sums
+from lightning_peft.storage.readable import check_sums, reading
 
 _load_file = saving.pl_load
 _load_state = saving._load_state
@@ -46,9 +47,12 @@ def _load_checked(path: Any, *args: Any, **kwargs: Any) -> Any:
     is_path = isinstance(path, str | os.PathLike)
     try:
         checkpoint = _load_file(path, *args, **kwargs)
-    except Exception:
+    except Exception as error:
         if is_path:
             check_sums(path)
+            if not isinstance(error, pickle.UnpicklingError):  # torch says what to do about it
+                with reading(path):
+                    raise
         raise
     if is_path and files.KEY in checkpoint:
         check_sums(path)
@@ -115,6 +119,7 @@ def _load_state_with_adapters(cls: Any, checkpoint: dict[str, Any], strict: bool
         except RuntimeError:
             files.refuse_hf_tensors(checkpoint)
             raise
+    files.check_entries(checkpoint)
     if not checkpoint.pop(_TRUSTED, False):
         cls, checkpoint = without_class_paths(cls, checkpoint, kwargs)
     if not issubclass(cls, LightningModule) or is_plain(checkpoint):

@@ -39,7 +39,7 @@ def set_generator_states(states: Mapping[str, Any], device: torch.device) -> Non
     """
     try:
         _set(states, device)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise PEFTError(
             f"The checkpoint's states of random generators are damaged: {error}. Take another checkpoint."
         ) from error

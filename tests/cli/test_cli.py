@@ -445,6 +445,21 @@ def test_inspect_shows_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert part in printed
 
 
+def test_inspect_shows_what_a_terminal_would_obey_or_not_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    inject(model, LoRA(r=2))
+    save_adapter(model, tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "base_model_name_or_path": "\x1b[2J\ud800\nkind"}))
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(tmp_path / "adapter")])
+    assert stop.value.code == 0
+    assert r"\x1b[2J\ud800\nkind" in capsys.readouterr().out
+
+
 def test_inspect_shows_what_hf_peft_has_no_format_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = Llama().model
     inject(model, SeriesAdapter(bottleneck=2))

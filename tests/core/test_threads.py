@@ -1,12 +1,13 @@
 """Threads and tasks that call one adapted model: each gets what it would get alone."""
 
 import asyncio
+import contextvars
 import copy
 import pickle
 import random
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -171,6 +172,24 @@ def test_tasks_that_take_turns() -> None:
 
     assert all(asyncio.run(serve()))
     assert torch.equal(model(X), expected["a"])
+
+
+def test_a_stream_whose_items_are_asked_for_in_contexts_of_their_own_is_told() -> None:
+    """As web servers do with a generator; its ``with`` holds in the first of these contexts alone."""
+    model = several()
+
+    def stream() -> Iterator[Tensor]:
+        with adapter_names(model, ["b"] * 3):
+            for _ in range(2):
+                yield model(X)
+
+    items = stream()
+    for _ in range(2):
+        contextvars.copy_context().run(next, items)
+    with pytest.raises(PEFTError, match="left in another context than it was entered in"):
+        contextvars.copy_context().run(next, items)
+    # Nobody is within it any more.
+    merge(model)
 
 
 def serve(model: nn.Module, requests: int, workers: int = 4) -> int:

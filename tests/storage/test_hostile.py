@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from lightning_peft import PEFTError, load_adapter
 from lightning_peft.core.method import method_from_config
 from lightning_peft.core.schema import fits
+from lightning_peft.files.contents import write_tensors
+from lightning_peft.storage.checkpoint_directory import refuse_remote
 
 MANY = {f"re:a{i}.*": 1 for i in range(20_000)}
 SLOW = [f"re:(.*a?){{{i}}}x" for i in range(9, 30)]
@@ -89,6 +91,13 @@ def test_tensors_of_other_kinds_are_refused(kind: torch.dtype, tmp_path: Path) -
         load_adapter(model, tmp_path / "it")
 
 
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch does not have them")
+def test_two_values_in_one_element_are_refused(tmp_path: Path) -> None:
+    packed = with_tensor("lora", lambda t: torch.zeros(t.shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2))
+    with pytest.raises(PEFTError, match="has the dtype"):
+        load_adapter(build("llama")[0], written(tmp_path / "it", packed))
+
+
 def test_values_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     files = with_tensor("lora", lambda tensor: tensor.double().fill_(1e300))
     model, _ = build("llama")
@@ -115,6 +124,29 @@ def test_links_that_leave_the_directory_are_refused(file: str, tmp_path: Path) -
     model, _ = build("llama")
     with pytest.raises(PEFTError, match="outside of its directory"):
         load_adapter(model, tmp_path / "it")
+
+
+def test_a_link_in_the_older_format_is_refused_too(tmp_path: Path) -> None:
+    directory = written(tmp_path / "it", seed("lora"))
+    torch.save(load_file(directory / TENSORS), tmp_path / "elsewhere.bin")
+    (directory / TENSORS).unlink()
+    os.symlink(tmp_path / "elsewhere.bin", (directory / TENSORS).with_suffix(".bin"))
+    with pytest.raises(PEFTError, match="outside of its directory"):
+        load_adapter(build("llama")[0], directory)
+
+
+def test_a_folder_that_safetensors_could_not_read_is_refused(tmp_path: Path) -> None:
+    """It writes there, though, so that a run would end in checkpoints that nothing reads."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/n\xff"))
+    folder.mkdir()
+    written(folder / "it", seed("lora"))
+    for act in (
+        lambda: load_adapter(build("llama")[0], folder / "it"),
+        lambda: write_tensors(folder / "new.safetensors", {"a": torch.ones(1)}),
+        lambda: refuse_remote(folder),
+    ):
+        with pytest.raises(PEFTError, match="is not UTF-8"):
+            act()
 
 
 def test_the_hub_s_cache_and_links_to_directories_are_read(tmp_path: Path) -> None:

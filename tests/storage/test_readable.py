@@ -5,6 +5,7 @@ import enum
 import functools
 import os
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from strangers import unsealed
 
 from lightning_peft import LoRA, PEFTError
 from lightning_peft.core.method import registered_methods
+from lightning_peft.files.contents import read_torch
 from lightning_peft.storage.checkpoint_directory import AdapterDirectory
+from lightning_peft.storage.readable import is_whole
 
 
 class Colour(enum.Enum):
@@ -132,3 +135,74 @@ def test_a_damaged_file_is_called_so(tmp_path: Path, damage: Callable[[Path], No
     damage(unsealed(tmp_path / "saved") / "trainer_state.ckpt" if directory else tmp_path / "saved")
     with pytest.raises(PEFTError, match=r"saved.* is damaged or truncated"):
         trainer(tmp_path, max_epochs=2).fit(Regression(), loader(), ckpt_path=tmp_path / "saved")
+
+
+def with_pickle(file: Path, instructions: bytes) -> None:
+    """Put a pickle into a file of ``torch.save``, with the right checksum."""
+    with zipfile.ZipFile(file) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(name, instructions if name.endswith("data.pkl") else content)
+
+
+@pytest.mark.parametrize(
+    "instructions",
+    [b"\x80\x02hc.", b"\x80\x02R.", b"\x80\x02}]]s.", b"\x80\x02X\x01\x00\x00\x00\xff.", b"\x80\x02"],
+    ids=["no such memo", "empty stack", "unhashable key", "not UTF-8", "no end"],
+)
+def test_a_pickle_that_makes_no_sense_is_damage(tmp_path: Path, instructions: bytes) -> None:
+    save(Regression(), tmp_path / "saved.ckpt", directory=False)
+    with_pickle(tmp_path / "saved.ckpt", instructions)
+    with pytest.raises(PEFTError, match=r"saved.* is damaged or truncated"):
+        trainer(tmp_path, max_epochs=2).fit(Regression(), loader(), ckpt_path=tmp_path / "saved.ckpt")
+    with pytest.raises(PEFTError, match=r"saved.* is damaged or truncated"):
+        Regression.load_from_checkpoint(tmp_path / "saved.ckpt")
+    with pytest.raises(PEFTError, match="cannot be read as tensors"):
+        read_torch(tmp_path / "saved.ckpt")
+
+
+@pytest.mark.parametrize("length", [9, 100])
+def test_a_module_is_not_made_of_a_file_that_is_cut_off(tmp_path: Path, length: int) -> None:
+    save(Regression(), tmp_path / "saved.ckpt", directory=False)
+    (tmp_path / "saved.ckpt").write_bytes((tmp_path / "saved.ckpt").read_bytes()[:-length])
+    with pytest.raises(PEFTError, match=r"saved.* is damaged or truncated"):
+        Regression.load_from_checkpoint(tmp_path / "saved.ckpt")
+
+
+SIZES, COMPRESSION = slice(20, 28), slice(10, 12)
+"""Of an entry of a zip file's directory: how many bytes a record has, and how it is packed."""
+
+
+@pytest.mark.parametrize(("field", "value"), [(SIZES, b"\xff\xff\xff\x00" * 2), (COMPRESSION, b"\x0c\x00")])
+def test_a_directory_of_records_that_is_wrong_is_damage(tmp_path: Path, field: slice, value: bytes) -> None:
+    file = tmp_path / "saved.ckpt"
+    save(Regression(), file, directory=False)
+    content = bytearray(file.read_bytes())
+    entry = content.rindex(b"PK\x01\x02")
+    content[entry + field.start : entry + field.stop] = value
+    file.write_bytes(content)
+    assert not is_whole(file)
+    with pytest.raises(PEFTError, match=r"saved.* is damaged"):
+        Regression.load_from_checkpoint(file)
+
+
+@pytest.mark.parametrize("change", ["state", "tensor", "base", "sample"])
+def test_entries_of_other_kinds_are_damage(tmp_path: Path, change: str) -> None:
+    save(Regression(), tmp_path / "saved.ckpt", directory=False)
+    content = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    (injection,) = content["lightning_peft"]["injections"].values()
+    if change == "state":
+        content["state_dict"] = 5
+    elif change == "tensor":
+        content["state_dict"][next(iter(content["state_dict"]))] = 5
+    elif change == "base":
+        injection["base"] = [1]
+    else:
+        samples = injection["base"]["samples"]
+        samples[next(iter(samples))] = [None]
+    torch.save(content, tmp_path / "saved.ckpt")
+    with pytest.raises(PEFTError, match=r"damaged|was expected"):
+        Regression.load_from_checkpoint(tmp_path / "saved.ckpt")
+    with pytest.raises(PEFTError, match=r"damaged|was expected"):
+        trainer(tmp_path, max_epochs=2).fit(Regression(), loader(), ckpt_path=tmp_path / "saved.ckpt")

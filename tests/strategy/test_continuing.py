@@ -12,7 +12,7 @@ from launch import run_script
 from lightning.pytorch.callbacks import ModelCheckpoint
 from modules import BATCH, Regression, Stop, adapter_state, assert_same, trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from lightning_peft import AdaLoRA, LoRA, PEFTError, PEFTStrategy
 from lightning_peft.callbacks import AdapterCheckpoint
@@ -126,6 +126,38 @@ def test_where_an_epoch_ends(tmp_path: Path, validates: bool, kept_by_step: bool
     fit_epochs("halves", 2 * EPOCH, 1)
     resumed = fit_epochs("resumed", 4 * EPOCH, 2, ckpt_path=tmp_path / "halves" / f"step={2 * EPOCH}")
     assert_same(adapter_state(resumed), adapter_state(straight))
+
+
+def with_generator() -> DataLoader[Any]:
+    return DataLoader(DATA, batch_size=BATCH, shuffle=True, generator=torch.Generator().manual_seed(0))
+
+
+def with_sampler() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader(DATA, batch_size=BATCH, sampler=RandomSampler(DATA, generator=generator))
+
+
+@pytest.mark.parametrize("make", [with_generator, with_sampler])
+def test_loaders_with_generators_of_their_own(tmp_path: Path, make: Any) -> None:
+    straight_and_resumed(tmp_path, "torch", make, EPOCH)
+
+
+class Stream(IterableDataset[list[Tensor]]):
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return iter([list(DATA[index]) for index in torch.randperm(len(DATA)).tolist()])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DataLoader(Stream(), batch_size=BATCH), "An IterableDataset begins anew"),
+        (lambda: DataLoader(DATA, BATCH, num_workers=1, persistent_workers=True), "Workers that persist draw"),
+    ],
+)
+def test_data_whose_place_nobody_knows_are_told_of(tmp_path: Path, make: Any, message: str) -> None:
+    fit(tmp_path, "nothing", make, EPOCH, seed=1)
+    with pytest.warns(UserWarning, match=message):
+        fit(tmp_path / "resumed", "nothing", make, EPOCH + 1, seed=2, ckpt_path=next(tmp_path.glob(f"step={EPOCH}*")))
 
 
 def test_a_plain_loader_within_an_epoch_is_said_once_to_be_inexact(tmp_path: Path) -> None:

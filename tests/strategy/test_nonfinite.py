@@ -141,6 +141,41 @@ def test_a_run_goes_back_to_its_last_checkpoint(tmp_path: Path, kind: Any) -> No
         fit(tmp_path, Diverging([1]), "restore", ckpt_path=path, enable_checkpointing=False)
 
 
+def test_a_schedule_goes_on_from_the_step_at_which_a_run_goes_back(tmp_path: Path) -> None:
+    rates: list[list[float]] = []
+
+    class Decaying(Diverging):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.1)
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)  # which goes by the rate that it finds
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            rates[-1].append(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+            return super().training_step(batch, batch_idx)
+
+    for when in ([], [4]):
+        rates.append([])
+        saver = AdapterCheckpoint(tmp_path / str(len(rates)), every_n_train_steps=3, filename="{step}", save_top_k=-1)
+        fit(tmp_path, Decaying(when), "restore", [saver])
+    assert rates[0] == rates[1]
+    assert len(rates[0]) == 8
+
+
+@pytest.mark.parametrize(("gone", "back"), [(1, "step=4"), (9, None)])
+def test_a_run_goes_back_to_a_checkpoint_that_is_whole(tmp_path: Path, gone: int, back: str | None) -> None:
+    class Vandal(Callback):
+        def on_train_batch_start(self, run: Any, *_: Any) -> None:
+            for path in sorted(tmp_path.glob("step=*"))[-gone:] if run.global_step == 6 else ():
+                path.write_bytes(path.read_bytes()[:-9])
+
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=2, filename="{step}", save_top_k=-1)
+    match = rf"At step 6 .*state are those of .*{back}" if back else r"At step 6 .*The run stops"
+    with pytest.warns(UserWarning, match=match) as said:
+        fit(tmp_path, Diverging([6]), "restore", [saver, Vandal()])
+    assert any("step=6.ckpt is gone or damaged" in str(warning.message) for warning in said)
+
+
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"At step 2 .*The run stops.*no checkpoint yet"):
         assert fit(tmp_path, Diverging([2]), "restore", enable_checkpointing=False).state.finished

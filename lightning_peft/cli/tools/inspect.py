@@ -68,9 +68,14 @@ def refuse_place(source: Path, out: Path) -> None:
 
 
 def _show(title: str, rows: Iterable[_Row]) -> None:
-    print(title)
+    print(_printable(title))
     for key, value in rows:
-        print(f"  {key:<12} {value}")
+        print(f"  {key:<12} {_printable(str(value))}")
+
+
+def _printable(text: str) -> str:
+    """Return ``text``, which a stranger may have written, without what a terminal would obey or not take."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _show_json(title: str, rows: Iterable[_Row]) -> None:

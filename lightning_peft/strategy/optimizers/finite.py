@@ -113,11 +113,10 @@ class FiniteSteps(Strategy):
             whole: Whether nothing of the step was done; some optimizers evaluate the loss several times in one.
         """
         self._not_taken += 1
-        saved = self._saved[-1] if self._saved else None
-        if self._on_nonfinite == RESTORE and saved is not None and self._not_taken < _IN_A_ROW:
-            checkpoint = self.load_checkpoint(saved)
-            self.load_model_state_dict(checkpoint)
-            self.load_optimizer_state_dict(checkpoint)
+        goes_back = self._on_nonfinite == RESTORE and self._not_taken < _IN_A_ROW
+        saved = self._last_readable() if goes_back else next(reversed(self._saved), None)
+        if goes_back and saved is not None:
+            self._go_back_to(saved)
             rank_zero_warn(f"{fault} The adapters and the optimizer's state are those of {saved} again.")
         elif self._on_nonfinite == SKIP and whole and self._not_taken < _IN_A_ROW:
             rank_zero_warn(f"{fault} The step was left out.")
@@ -129,6 +128,30 @@ class FiniteSteps(Strategy):
                 + (f"The last checkpoint is {saved}." if saved else "There is no checkpoint yet.")
                 + self._instead
             )
+
+    def _last_readable(self) -> str | None:
+        """Return the newest checkpoint that is still there, and whole, on all processes."""
+        for saved in reversed(self._saved):
+            lost = torch.tensor(float(not self._is_readable(saved)), device=self.root_device)
+            if not self.reduce(lost, reduce_op="sum"):
+                return saved
+            rank_zero_warn(f"{saved} is gone or damaged: the run cannot go back to it.")
+        return None
+
+    def _go_back_to(self, saved: str) -> None:
+        """Load adapters and optimizers' states; learning rates stay, since schedules go on from this step."""
+        checkpoint = self.load_checkpoint(saved)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        now = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        self.load_model_state_dict(checkpoint)
+        self.load_optimizer_state_dict(checkpoint)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, values in zip(groups, now, strict=True):
+            group.update(values)
+
+    @abstractmethod
+    def _is_readable(self, saved: str) -> bool:
+        """Whether a checkpoint of this run is still there, and whole."""
 
     @abstractmethod
     def _is_real_run(self) -> bool:
