@@ -17,7 +17,7 @@ from lightning_peft.tensors.packed import is_packed
 from lightning_peft.tensors.sharding import whole
 from lightning_peft.tensors.weights import as_matrix, is_transposed, read_matrix, weight_of, widened
 
-_ELEMENTS = 2**16
+_ELEMENTS = 2**20
 """Of a weight whose norms are taken so many are widened at once."""
 
 
@@ -98,6 +98,8 @@ def _start_norms(host: nn.Module) -> Tensor:
         # In the layout of what a step takes norms of: other orders of a sum round otherwise.
         return _row_norms(read_matrix(host).contiguous())
     weight = whole(weight_of(host))
+    if weight.is_meta:  # Nothing is read, and each part would cost time all the same.
+        return _row_norms(widened(weight).flatten(1))
     rows = max(1, _ELEMENTS // max(1, weight[:1].numel()))
     return torch.cat([_row_norms(widened(some).flatten(1)) for some in weight.split(rows)])
 
