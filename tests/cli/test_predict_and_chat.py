@@ -182,7 +182,8 @@ class Doubles(L.LightningModule):
 trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
                     enable_progress_bar=False, callbacks=[PredictionWriter(sys.argv[1])])
 trainer.predict(Doubles(), DataLoader(torch.arange(7.0), batch_size=2))
-torch.distributed.destroy_process_group()
+from distributed_script import finish
+finish()
 """
 
 

@@ -130,7 +130,8 @@ strategy = PEFTStrategy(LoRA(r=2), base=base, base_weights=sys.argv[1])
 trainer = L.Trainer(strategy=strategy, max_steps=1, accelerator="cpu", devices=2, logger=False)
 trainer.fit(Runs(), torch.utils.data.DataLoader(torch.randint(0, 50, (2, 8))))
 assert trainer.global_step == 1
-torch.distributed.destroy_process_group()
+from distributed_script import finish
+finish()
 """
 
 

@@ -185,7 +185,8 @@ def fit(*methods, steps):
 fit(FullFinetuning(), steps=1)
 print("LORA", flush=True)
 trainer = fit(LoRA(r=1), steps=1)
-torch.distributed.destroy_process_group()
+from distributed_script import finish
+finish()
 """
 
 

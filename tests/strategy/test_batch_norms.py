@@ -37,7 +37,8 @@ strategy = PEFTStrategy(LoRA(r=1), base=base, train_also="net.1", merge_on_train
 trainer = L.Trainer(strategy=strategy, accelerator="cpu", devices=2, max_steps=1, logger=False,
                     enable_checkpointing=False, enable_progress_bar=False)
 trainer.fit(Net(), torch.utils.data.DataLoader(torch.randn(8, 4), batch_size=2))
-torch.distributed.destroy_process_group()
+from distributed_script import finish
+finish()
 """
 
 
