@@ -91,7 +91,12 @@ class Continuing(Leaving):
 
     def _set_generators_of_loaders(self, states: Any) -> None:
         generators = _generators_of(self._module.trainer)
-        if len(generators) != len(states):  # written by an older release, or with other loaders
+        if len(generators) != len(states):
+            if states:  # which an older release has not written
+                rank_zero_warn(
+                    f"The checkpoint has states of {len(states)} generators of loaders, and the loaders of this run "
+                    f"have {len(generators)}: they draw from their beginning."
+                )
             return
         for generator, state in zip(generators, states, strict=True):
             try:
@@ -103,7 +108,15 @@ class Continuing(Leaving):
 
     def _tell_what_is_inexact(self) -> None:
         """Say which loaders of the resumed run may not hand out what would have come next."""
-        loader = self._module.trainer.fit_loop._combined_loader
+        trainer = self._module.trainer
+        if (every := trainer.reload_dataloaders_every_n_epochs) and _generators_of(trainer):
+            # Lightning asks a loader for its batches twice where it makes it anew, and once in a run that is resumed.
+            rank_zero_warn(
+                f"Loaders are made anew every {every} epochs (reload_dataloaders_every_n_epochs): a generator that "
+                "train_dataloader makes with its loader may draw other numbers than in the run without a break. One "
+                "that the module keeps goes on where it was."
+            )
+        loader = trainer.fit_loop._combined_loader
         plain = [] if loader is None else [each for each in loader.flattened if not hasattr(each, "load_state_dict")]
         found = {
             "An IterableDataset begins anew, and may draw": any(

@@ -184,9 +184,9 @@ class Lifecycle(Checkpoints):
             self._prepare(trainer)
             return converted
 
-        # Where a checkpoint is loaded, it has the weights, or is refused because the base differs.
         if self._has_whole_weights:
             refusals.refuse_without_values(self._without_values(), self._base_name)
+        # Where a checkpoint is loaded, it has the weights, or is refused because the base differs.
         empty = set() if self._base_weights or trainer.ckpt_path else self._without_values()
         plugin.convert_module = convert_and_inject  # type: ignore[method-assign]
         try:

@@ -160,6 +160,21 @@ def test_data_whose_place_nobody_knows_are_told_of(tmp_path: Path, make: Any, me
         fit(tmp_path / "resumed", "nothing", make, EPOCH + 1, seed=2, ckpt_path=next(tmp_path.glob(f"step={EPOCH}*")))
 
 
+def with_two_generators() -> DataLoader[Any]:
+    first, second = torch.Generator(), torch.Generator()
+    return DataLoader(DATA, batch_size=BATCH, sampler=RandomSampler(DATA, generator=first), generator=second)
+
+
+def test_generators_that_may_be_others_are_told_of(tmp_path: Path) -> None:
+    fit(tmp_path, "nothing", with_generator, EPOCH, seed=1)
+    path = tmp_path / f"step={EPOCH}"
+    with pytest.warns(UserWarning, match="states of 1 generators of loaders, and the loaders of this run have 2"):
+        fit(tmp_path / "more", "nothing", with_two_generators, EPOCH + 1, seed=2, ckpt_path=path)
+    anew = {"ckpt_path": path, "reload_dataloaders_every_n_epochs": 1}
+    with pytest.warns(UserWarning, match="Loaders are made anew every 1 epochs"):
+        fit(tmp_path / "anew", "nothing", with_generator, EPOCH + 1, seed=2, **anew)
+
+
 def test_a_plain_loader_within_an_epoch_is_said_once_to_be_inexact(tmp_path: Path) -> None:
     make = lambda: DataLoader(DATA, batch_size=BATCH)  # noqa: E731
     fit(tmp_path, "nothing", make, 3, seed=1)
