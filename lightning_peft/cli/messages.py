@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import textwrap
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_peft import tasks
 from lightning_peft.core.method import registered_methods
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, near
 from lightning_peft.strategy import PEFTStrategy
 from lightning_peft.strategy.bases.names import base_names
 
@@ -43,8 +42,7 @@ def _no_class(message: str, name: str) -> str | None:
     kinds = [kind for kind in vars(tasks).values() if isinstance(kind, type)]
     base = LightningModule if key[1] == "model" else LightningDataModule
     names = [kind.__name__ for kind in kinds if issubclass(kind, base)]
-    close = difflib.get_close_matches(name, names, n=1)
-    said = f"--{key[1]} {name}: there is no such class.{f' Did you mean {close[0]!r}?' if close else ''} "
+    said = f"--{key[1]} {name}: there is no such class. {near(name, names)}"
     said += f"Ready ones are {', '.join(sorted(names))}; one of your own is written as module.Class."
     if "/" in name:
         option = "--model CausalLM --model.model" if key[1] == "model" else "--data InstructionData --data.train_file"
@@ -65,9 +63,8 @@ def named_strategy(name: str) -> str | Namespace:
     known = ["auto", *StrategyRegistry.available_strategies()]
     if name.lower() in known:
         return name
-    near = difflib.get_close_matches(name, known, n=1)
     raise PEFTError(
-        f"There is no strategy {name!r}.{f' Did you mean {near[0]!r}?' if near else ''}\n"
+        f"{f'There is no strategy {name!r}. {near(name, known)}'.rstrip()}\n"
         "Names are: peft, peft_METHOD, peft_METHOD_BASE and, without adapters, any BASE.\n"
         f"{_wrapped('METHOD', registered_methods())}\n{_wrapped('BASE', base_names())}"
     )

@@ -109,7 +109,7 @@ class Continuing(Leaving):
     def _tell_what_is_inexact(self) -> None:
         """Say which loaders of the resumed run may not hand out what would have come next."""
         trainer = self._module.trainer
-        if (every := trainer.reload_dataloaders_every_n_epochs) and _generators_of(trainer):
+        if (every := trainer.reload_dataloaders_every_n_epochs) and _generators_of(trainer):  # type: ignore[attr-defined]
             # Lightning asks a loader for its batches twice where it makes it anew, and once in a run that is resumed.
             rank_zero_warn(
                 f"Loaders are made anew every {every} epochs (reload_dataloaders_every_n_epochs): a generator that "
