@@ -69,8 +69,8 @@ def unloaded(model: ModelView, empty: Set[str]) -> str | None:
         return None
     return (
         f"{listed(map(repr, drawn))} had no values (the module was built on the meta device), and none were loaded: "
-        "they are random now, and frozen. Name the directory that has them: PEFTStrategy(..., base_weights=DIRECTORY), "
-        "or load them in on_fit_start."
+        "they are random now, and frozen. Name the directory that has them: PEFTStrategy(..., base_weights=DIRECTORY); "
+        "or load them in configure_model, before inject()."
     )
 
 
