@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
+from lightning_peft.adapters.virtual_tokens.initial_tokens import evaluating
 from lightning_peft.core.disable import disable
 from lightning_peft.core.registry import registries
 from lightning_peft.core.view import ModelView
@@ -82,15 +83,13 @@ class Forgetting(Callback):
     @torch.no_grad()
     def _loss(self, trainer: Trainer, module: CausalLM) -> float:
         """Return the mean loss per token of the text, of the model as it stands, in evaluation mode."""
-        training = module.training
-        module.eval()
         total, count = 0.0, 0
-        for start in range(0, len(self._rows), self.batch_size):
-            batch = collate(self._rows[start : start + self.batch_size], module.tokenizer.pad_token_id)
-            tensors = {k: v.to(module.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
-            with trainer.precision_plugin.forward_context():
-                logits, targets = module.answer_logits(tensors)
-            total += nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
-            count += targets.numel()
-        module.train(training)
+        with evaluating(module.model):
+            for start in range(0, len(self._rows), self.batch_size):
+                batch = collate(self._rows[start : start + self.batch_size], module.tokenizer.pad_token_id)
+                tensors = {k: v.to(module.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+                with trainer.precision_plugin.forward_context():
+                    logits, targets = module.answer_logits(tensors)
+                total += nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
+                count += targets.numel()
         return total / count

@@ -78,6 +78,28 @@ def test_the_loss_on_other_text_is_that_of_transformers(model: str, method: Any)
     assert again["val_forgetting"] == pytest.approx(after - before, rel=1e-4)
 
 
+class Modes(L.Callback):
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        self.seen = {module.training for module in pl_module.model.modules()}
+
+
+def test_modes_stay_as_they_were(model: str) -> None:
+    """A model that is trained in evaluation mode, without its dropout, goes on so."""
+    module, modes = CausalLM(model), Modes()
+    task = write(Path(model) / "task.jsonl", [{"prompt": "a b", "answer": "a"}])
+    other = write(Path(model) / "other.jsonl", [{"text": text} for text in OTHER])
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        max_steps=1,
+        enable_checkpointing=False,
+        strategy=PEFTStrategy(LoRA(r=2), train_mode=False),
+        callbacks=[Forgetting(other), modes],
+    )
+    trainer.fit(module, InstructionData(task, task, chat_template=False))
+    assert modes.seen == {False}
+
+
 def test_a_resumed_run_knows_the_loss_from_before(model: str) -> None:
     whole, _, _ = fit(model, LoRA())
     fit(model, LoRA(), max_epochs=2)
