@@ -53,6 +53,15 @@ def fits(value: Any, hint: Any) -> bool:
     return _is(value, hint)
 
 
+def is_plain(value: Any, depth: int = 20) -> bool:
+    """Whether ``value`` is made of text, numbers, lists and dictionaries alone, as JSON is, and no deeper."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        return depth > 0 and all(is_plain(entry, depth - 1) for entry in value)
+    return value is None or isinstance(value, str | Real)
+
+
 def _is(value: Any, kind: Any) -> bool:
     if kind in (None, type(None)):
         return value is None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.core.schema import check_values
+from lightning_peft.core.schema import check_values, is_plain
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import MARKER, read_json
@@ -52,6 +52,11 @@ _OF_BASE: Mapping[str, Any] = {
     "class": str,
     "name_or_path": str | None,
     **dict.fromkeys(("samples", "frozen", "others"), dict[str, list[float]]),
+}
+_OF_INJECTION: Mapping[str, Any] = {
+    "adapters": dict[str, list[dict[str, Any]]],
+    "active": str | None,
+    **dict.fromkeys(("train_also", "moved", "frozen"), list[str]),
 }
 
 _SNAPSHOT = re.compile(r"models--[^/]+/snapshots/([0-9a-f]{40})/?$")
@@ -104,6 +109,18 @@ def check_base(base: Any, what: str) -> None:
     if not isinstance(base, Mapping):
         raise PEFTError(f"{what} is damaged: a mapping was expected. Take another copy.")
     check_values(base, _OF_BASE, what)
+
+
+def check_injection(injection: Mapping[str, Any], what: str) -> None:
+    """Check what a checkpoint says of the adapters of one part of a model.
+
+    Raises:
+        PEFTError: It is damaged.
+    """
+    check_values(injection, _OF_INJECTION, what)
+    if not is_plain(injection["adapters"]):
+        raise PEFTError(f"{what} is damaged: configurations of adapters are text and numbers. Take another copy.")
+    check_base(injection["base"], f"{what}: the base")
 
 
 def refuse_many_patterns(patterns: Mapping[str, Any], names: Mapping[str, Any], source: str) -> None:

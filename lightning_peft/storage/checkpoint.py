@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import CHILD, clean_name
 from lightning_peft.core.method import method_from_config
 from lightning_peft.core.registry import changed, differs, note_moved, required, restore_changed, trains_everything
+from lightning_peft.core.schema import fits
 from lightning_peft.core.view import ModelView, own_state
 from lightning_peft.errors import PEFTError, StateError
-from lightning_peft.formats.configuration import check_base
+from lightning_peft.formats.configuration import check_injection
 from lightning_peft.operations.inject import activate as activate_in
 from lightning_peft.operations.inject import inject
 from lightning_peft.operations.rest import freeze_rest
@@ -271,13 +272,17 @@ def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
             "that wrote it."
         )
     injections, extra = saved.get("injections", ()), saved.get(EXTRA, {})
-    if not (_is_nested(injections) and _is_nested(extra)) or not all(
+    if not (_is_nested(injections) and _is_nested(extra) and _is_versioned(saved)) or not all(
         injection.keys() >= _INJECTION_KEYS for injection in injections.values()
     ):
         raise PEFTError(f"The checkpoint's {KEY!r} entry is damaged. Take another checkpoint.")
     for prefix, injection in injections.items():
-        check_base(injection["base"], f"The checkpoint: the base of {prefix!r}")
+        check_injection(injection, f"The checkpoint's entry of {f'the part {prefix!r}' if prefix else 'the model'}")
     return saved
+
+
+def _is_versioned(saved: Mapping[str, Any]) -> bool:
+    return fits(saved.get("version"), int | None) and fits(saved.get("full", False), bool)
 
 
 def _is_nested(value: Any) -> bool:

@@ -137,6 +137,7 @@ class Checkpoints(WritesDirectories, Continuing):
         self._note_saved(checkpoint_path, checkpoint)
         if files.KEY in checkpoint:
             files.check_entries(checkpoint)
+            self._refuse_damaged(checkpoint)
         ours = checkpoint.get(files.KEY, {})
         self._continue_from(ours.get(_GENERATORS))
         self._go_on_with(ours.get(_GRADIENTS, {}))

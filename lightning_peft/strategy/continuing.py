@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -15,6 +16,7 @@ from torch.distributed import all_gather_object
 from torch.utils.data import IterableDataset
 
 from lightning_peft.errors import PEFTError
+from lightning_peft.storage.likeness import refuse_unlike
 from lightning_peft.strategy.leaving import Leaving
 from lightning_peft.tensors.randomness import generator_states, set_generator_states
 
@@ -48,8 +50,13 @@ class Continuing(Leaving):
         if saved is None or trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return
         states = saved.get(_STATES) if isinstance(saved, Mapping) else None
-        if not isinstance(states, list):
+        if not isinstance(states, list) or not all(isinstance(each, Mapping) for each in states):
             raise PEFTError("The checkpoint's states of random generators are damaged. Take another checkpoint.")
+        refuse_unlike(
+            [saved.get(_EPOCH_ENDED, False), *(each.get(_OF_LOADERS, []) for each in states)],
+            [False, *([[]] * len(states))],
+            "random generators",
+        )
         if (written := len(states)) == trainer.world_size:
             self._generators = saved
         else:
@@ -57,6 +64,28 @@ class Continuing(Leaving):
                 f"The checkpoint was written by {written} processes, and this run has {trainer.world_size}: random "
                 "numbers (dropout, shuffling) are not those that would have come next."
             )
+
+    def _refuse_damaged(self, checkpoint: Mapping[str, Any]) -> None:
+        """Check what Lightning will take of a checkpoint for its loops and callbacks, if training is about to begin.
+
+        Raises:
+            PEFTError: It is not what loops and callbacks have here.
+        """
+        trainer = self._attached_to
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        version = checkpoint.get("pytorch-lightning_version")
+        if not isinstance(version, str) or not re.match(r"\d+(\.\d+)*\w*", version):
+            raise PEFTError(f"The checkpoint was written by Lightning {version!r}, which is no release. Take another.")
+        loops = {"fit_loop": trainer.fit_loop.state_dict()}
+        # Of another release's loops Lightning sees to itself.
+        refuse_unlike(checkpoint.get("loops", {}), loops, "the loops", whole=version == pl.__version__)
+        saved, callbacks = checkpoint.get("callbacks", {}), trainer.callbacks  # type: ignore[attr-defined]
+        refuse_unlike(saved, {}, "the callbacks")
+        for callback in [each for each in callbacks if each.state_key in saved]:
+            # Of somebody else's nobody knows what may be missing.
+            known = version == pl.__version__ and type(callback).__module__.startswith("lightning.")
+            refuse_unlike(saved[callback.state_key], callback.state_dict(), type(callback).__name__, whole=known)
 
     @property
     def _attached_to(self) -> pl.Trainer | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from traceback import walk_tb
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,8 +17,9 @@ from lightning_peft.callbacks.summary import PEFTSummary
 from lightning_peft.core.adapter import Slot, clean_name
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, listed
 from lightning_peft.operations.shards import resharded
+from lightning_peft.storage.likeness import refuse_unlike
 from lightning_peft.strategy import refusals
 from lightning_peft.strategy.optimizers.accumulated import Accumulated
 from lightning_peft.strategy.optimizers.averages import refuse_diverging, refuse_unaveraged
@@ -47,6 +49,8 @@ class Training(Accumulated):
     """The optimizers that have stepped in this run, by id."""
     _slots: Sequence[Slot]
     """Those of the modules that were adapted when the run began."""
+    _read_states: Set[int] = frozenset()
+    """The optimizers whose state was read, and that have not stepped since, by id."""
     _ran: set[str]
     """The names of the adapters that were active in the last step."""
 
@@ -77,13 +81,25 @@ class Training(Accumulated):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load optimizer states, which are saved by parameter name."""
         saved = checkpoint["optimizer_states"]
+        if not isinstance(saved, list) or not all(isinstance(each, Mapping) for each in saved):
+            raise PEFTError("The checkpoint's states of optimizers are damaged. Take another checkpoint.")
         if len(saved) != len(self.optimizers):
             raise PEFTError(
                 f"The checkpoint has the states of {len(saved)} optimizers, configure_optimizers made "
                 f"{len(self.optimizers)}. Make those that it was saved with."
             )
         states = [state_by_position(o, s, self._module) for o, s in zip(self.optimizers, saved, strict=True)]
-        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            if "param_groups" in state:
+                present = optimizer.state_dict()["param_groups"]
+                refuse_unlike(state["param_groups"], present, f"the param groups of {type(optimizer).__name__}")
+        schedules = [config.scheduler.state_dict() for config in self.lr_scheduler_configs]
+        refuse_unlike(checkpoint.get("lr_schedulers", []), schedules, "learning-rate schedulers")
+        try:
+            super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+            raise _damaged(self.optimizers, error) from error
+        self._read_states = {id(optimizer) for optimizer in self.optimizers}
 
     def pre_backward(self, closure_loss: Tensor) -> None:
         """Check that there is something to differentiate, where the module leaves that to Lightning.
@@ -127,7 +143,13 @@ class Training(Accumulated):
                 before_step(self._module, 1.0 if scaler is None else scaler.get_scale())
             return result
 
-        output = super().optimizer_step(optimizer, closure_and_more, model, **kwargs)
+        try:
+            output = super().optimizer_step(optimizer, closure_and_more, model, **kwargs)
+        except Exception as error:
+            if id(optimizer) in self._read_states and _is_raised_by(optimizer, error):
+                raise _damaged([optimizer], error) from error
+            raise
+        self._read_states -= {id(optimizer)}
         self._check_running()
         if not self._ratios_told and has_lost_ratios(optimizer):
             self._ratios_told = True
@@ -186,3 +208,17 @@ class Training(Accumulated):
     def _module(self) -> pl.LightningModule:
         assert self.lightning_module is not None
         return self.lightning_module
+
+
+def _damaged(optimizers: Sequence[Optimizer], error: Exception) -> PEFTError:
+    names = listed(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers))
+    return PEFTError(
+        f"{names} cannot go on from the state that the checkpoint has: {type(error).__name__}: {error}. Take another "
+        "checkpoint, or begin anew from its adapter, with init_adapter."
+    )
+
+
+def _is_raised_by(optimizer: Optimizer, error: Exception) -> bool:
+    """Whether an error comes from the code of an optimizer, and not from a closure or hook that it has called."""
+    innermost = str([frame for frame, _ in walk_tb(error.__traceback__)][-1].f_globals.get("__name__"))
+    return innermost == type(optimizer).__module__ or innermost.startswith("torch.optim.")

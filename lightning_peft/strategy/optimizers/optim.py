@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.core.adapter import CHILD, clean_name
 from lightning_peft.core.registry import registries, trains_everything
+from lightning_peft.core.schema import fits
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.storage.state import adapter_parameters_and_whole
@@ -120,6 +121,7 @@ def state_by_position(optimizer: Optimizer, saved: Mapping[str, Any], model: nn.
     """
     if "param_groups" not in saved:
         return dict(saved)
+    _check_form(saved, type(optimizer).__name__)
     names = parameter_names(optimizer, model)
     groups, start = [], 0
     if len(saved["param_groups"]) != len(optimizer.param_groups):
@@ -155,6 +157,21 @@ def state_by_position(optimizer: Optimizer, saved: Mapping[str, Any], model: nn.
         if saved["state"][name]
     }
     return {**saved, "state": state, "param_groups": groups}
+
+
+def _check_form(saved: Mapping[str, Any], name: str) -> None:
+    """Check that ``saved`` has the form of an optimizer's state.
+
+    Raises:
+        PEFTError: It has not.
+    """
+    groups, state = saved["param_groups"], saved.get("state")
+    if (
+        not (isinstance(groups, list) and isinstance(state, Mapping))
+        or not all(isinstance(group, Mapping) and fits(group.get("params"), list[str]) for group in groups)
+        or not all(isinstance(entry, Mapping) for key, entry in state.items() if isinstance(key, str))
+    ):
+        raise PEFTError(f"The checkpoint's state of {name} is damaged. Take another checkpoint.")
 
 
 def _placed_like(parameter: nn.Parameter, value: Any) -> Any:
