@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import zipfile
 from collections import Counter
@@ -196,7 +198,25 @@ def inside(directory: Path, name: str) -> Path:
     return directory / name
 
 
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """Return ``path``, which need not exist, as one that the system can look for.
+
+    Raises:
+        PEFTError: It cannot: a name is too long, or has characters that no name has.
+    """
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            shown = repr(os.fspath(path))
+            shown = shown if len(shown) <= 100 else f"{shown[:100]}…"
+            reason = getattr(error, "strerror", None) or error
+            raise PEFTError(f"There can be nothing at {shown}: {reason}. Give another path.") from error
+    return Path(path)
+
+
 def _require_file(path: Path) -> None:
+    as_path(path)
     if not path.is_file():
         raise PEFTError(
             f"{path} does not exist. An adapter is a directory with adapter_config.json and adapter_model.safetensors."

@@ -25,6 +25,7 @@ except ImportError:  # Windows, where nothing that was left is taken for abandon
 
 STAGING, ASIDE = ".tmp", ".old"
 _CLAIM = ".lightning_peft.lock"
+_TRIES = 100
 _LEFT = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}(?P<suffix>\.tmp|\.old)")
 _LEFT_BY_0_1 = re.compile(r"\.(?P<name>.+)(?P<suffix>\.old)")
 
@@ -76,8 +77,13 @@ class Claim:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / _CLAIM
-        self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
-        self._is_ours = lock(self._descriptor) is not False
+        for _ in range(_TRIES):
+            self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
+            self._is_ours = lock(self._descriptor) is not False
+            if not self._is_ours or self._is_there():
+                break
+            # The run that had the folder has removed the file before this one locked it.
+            os.close(self._descriptor)
         if self._is_ours:
             os.truncate(self._descriptor, 0)
             since = datetime.now().astimezone().isoformat(" ", "seconds")
@@ -85,11 +91,18 @@ class Claim:
         else:
             self.other = os.read(self._descriptor, 200).decode(errors="replace")
 
+    def _is_there(self) -> bool:
+        """Whether what was locked is what others would lock."""
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self._file))
+        return False
+
     def release(self) -> None:
         """Let other runs have the folder."""
-        os.close(self._descriptor)
+        # Removed before it is unlocked: what another run locks afterwards is there, and stays.
         if self._is_ours:
             discard(self._file)
+        os.close(self._descriptor)
 
 
 def discard(path: Path) -> None:

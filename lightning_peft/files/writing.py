@@ -17,7 +17,7 @@ from typing import IO
 from safetensors import SafetensorError
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.files.contents import MARKER
+from lightning_peft.files.contents import MARKER, as_path
 from lightning_peft.files.leftovers import (
     ASIDE,
     STAGING,
@@ -141,7 +141,7 @@ def _reason(error: BaseException | None) -> str | None:
 @contextmanager
 def _place(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield the absolute path, in a folder that exists."""
-    target = Path(os.path.abspath(path))
+    target = Path(os.path.abspath(as_path(path)))
     with os_errors("write", target):
         target.parent.mkdir(parents=True, exist_ok=True)
         yield target

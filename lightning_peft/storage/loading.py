@@ -18,7 +18,7 @@ from lightning_peft.core.refusals import refuse_merged
 from lightning_peft.core.registry import adapted, note_moved, own_registry, registries
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError, listed
-from lightning_peft.files.contents import inside, read_tensors
+from lightning_peft.files.contents import as_path, inside, read_tensors
 from lightning_peft.files.leftovers import restore_interrupted
 from lightning_peft.files.manifest import check_manifest
 from lightning_peft.files.others import refuse_other_tools
@@ -64,7 +64,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str = 
     """
     view = resharded(model)
     refuse_merged(view, "load an adapter")
-    directory = Path(path)
+    directory = as_path(path)
     restore_interrupted(directory)
     check_manifest(directory, FILES)
     marker = read_marker(directory)

@@ -512,6 +512,20 @@ def test_inspect_refuses_what_is_no_adapter(tmp_path: Path) -> None:
     assert "holds more than tensors and plain values: pathlib" in refused(["inspect", str(tmp_path / "object.ckpt")])
     torch.save([1], tmp_path / "list.ckpt")
     assert "no Lightning checkpoint" in refused(["inspect", str(tmp_path / "list.ckpt")])
+    assert "is neither a file nor a directory" in refused(["inspect", os.devnull])
+    assert "There can be nothing at" in refused(["inspect", "x" * 300])
+    torch.save({"state_dict": {}, "lightning_peft": {"injections": "x"}}, tmp_path / "strange.ckpt")
+    assert "'lightning_peft' entry is damaged" in refused(["inspect", str(tmp_path / "strange.ckpt")])
+
+
+def test_inspect_leaves_out_scores_that_are_no_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    strange = {"monitor": "loss", "current_score": torch.zeros(3), "best_model_score": "x"}
+    for callbacks in ({"one": strange}, "x", [strange]):
+        torch.save({"state_dict": {}, "global_step": 3, "callbacks": callbacks}, tmp_path / "it.ckpt")
+        with pytest.raises(SystemExit) as stop:
+            main(["inspect", str(tmp_path / "it.ckpt")])
+        assert stop.value.code == 0
+    assert "monitored" not in capsys.readouterr().out
 
 
 def test_merge_writes_a_plain_model(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from lightning_peft import PEFTError
+from lightning_peft import PEFTError, load_adapter
+from lightning_peft.files import leftovers
 from lightning_peft.files.contents import MARKER, write_tensors
 from lightning_peft.files.leftovers import Claim, clean, restore_interrupted
 from lightning_peft.files.writing import atomic_directory, atomic_file, remove, replace_link
@@ -271,3 +273,30 @@ def test_another_run_in_a_folder_is_seen(tmp_path: Path) -> None:
     first.release()
     assert left(tmp_path / "folder") == set()
     assert Claim(tmp_path / "folder").other is None
+
+
+def test_a_folder_that_is_released_meanwhile_is_not_claimed_by_a_file_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, real = Claim(tmp_path / "folder"), leftovers.lock
+
+    def lock(descriptor: int) -> bool | None:
+        monkeypatch.setattr(leftovers, "lock", real)
+        first.release()
+        return real(descriptor)
+
+    monkeypatch.setattr(leftovers, "lock", lock)
+    second = Claim(tmp_path / "folder")
+    assert second.other is None
+    assert f"process {os.getpid()} on " in str(Claim(tmp_path / "folder").other)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_name_that_no_file_can_have_is_said(name: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(PEFTError, match=r"There can be nothing at .* Give another"),
+        atomic_file(tmp_path / name),
+    ):
+        raise AssertionError
+    with pytest.raises(PEFTError, match="There can be nothing at"):
+        load_adapter(nn.Linear(2, 2), tmp_path / name)

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 import transformers
 
+from lightning_peft.core.schema import fits
 from lightning_peft.errors import PEFTError
-from lightning_peft.files.contents import (
-    read_shapes,
-)
+from lightning_peft.files.contents import as_path, read_shapes
 from lightning_peft.files.others import refuse_other_tools
 from lightning_peft.formats import own
 from lightning_peft.formats.configuration import read_config, read_marker
 from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
-from lightning_peft.storage.checkpoint import KEY
+from lightning_peft.storage.checkpoint import KEY, checkpoint_metadata
 from lightning_peft.storage.readable import TRAINER_STATE, check_sums, reading
 from lightning_peft.storage.saving import BESIDE_FILE
 
@@ -47,9 +46,10 @@ def inspect(path: str, json: bool = False) -> None:
         PEFTError: It is neither, or damaged.
     """
     show = _show_json if json else _show
-    place = Path(path)
-    if not place.exists():
-        raise PEFTError(f"{path} does not exist: expected an adapter directory or a .ckpt file.")
+    place = as_path(path)
+    if not (place.is_dir() or place.is_file()):
+        reason = "is neither a file nor a directory" if place.exists() else "does not exist"
+        raise PEFTError(f"{path} {reason}: expected an adapter directory or a .ckpt file.")
     refuse_other_tools(place)
     if place.is_dir():
         directories = sorted(file.parent for file in place.rglob(CONFIG_FILE))
@@ -132,14 +132,14 @@ def _describe_checkpoint(file: Path) -> list[_Row]:
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
         raise PEFTError(f"{file} is no Lightning checkpoint: it has no state_dict.")
-    saved = checkpoint.get(KEY)
+    saved = checkpoint_metadata(checkpoint) if KEY in checkpoint else None
     rows = [("kind", f"Lightning checkpoint, {_content(saved)}")]
-    for prefix, injection in saved["injections"].items() if isinstance(saved, dict) else ():
+    for prefix, injection in saved["injections"].items() if saved else ():
         rows += _base_row(injection["base"])
         for name, method in [(name, method) for name, all_ in injection["adapters"].items() for method in all_]:
             settings = {key: value for key, value in method.items() if key != "method"}
             label = name if not prefix else f"{name} in {prefix}"
-            rows.append(("method", " ".join([f"{method['method']} ({label})", *_settings(settings)])))
+            rows.append(("method", " ".join([f"{method.get('method')} ({label})", *_settings(settings)])))
         if injection["train_also"]:
             rows.append(("trained whole", _listed(injection["train_also"])))
     rows.append(("tensors", _size((tensor.shape for tensor in state.values()), file.stat().st_size)))
@@ -150,11 +150,20 @@ def _progress(checkpoint: Mapping[str, Any]) -> Iterator[_Row]:
     """Yield how far the run had come, and what its checkpoints are chosen by."""
     if "global_step" in checkpoint:
         yield "progress", f"epoch {checkpoint.get('epoch')}, step {checkpoint['global_step']}"
-    for state in (checkpoint.get("callbacks") or {}).values():
-        if isinstance(state, dict) and state.get("monitor") and state.get("current_score") is not None:
-            best = state.get("best_model_score")
-            so_far = "" if best is None else f", the best {float(best):.6g}"
-            yield "monitored", f"{state['monitor']} {float(state['current_score']):.6g}{so_far}"
+    callbacks = checkpoint.get("callbacks")
+    for state in callbacks.values() if isinstance(callbacks, dict) else ():
+        if isinstance(state, dict) and state.get("monitor"):
+            current, best = _number(state.get("current_score")), _number(state.get("best_model_score"))
+            if current is not None:
+                so_far = "" if best is None else f", the best {best:.6g}"
+                yield "monitored", f"{state['monitor']} {current:.6g}{so_far}"
+
+
+def _number(value: Any) -> float | None:
+    """Return a score that is a number, or a tensor of one."""
+    if isinstance(value, torch.Tensor):
+        return float(value) if value.numel() == 1 else None
+    return float(value) if fits(value, float) else None
 
 
 def _progress_of_directory(directory: Path) -> list[_Row]:
@@ -165,8 +174,8 @@ def _progress_of_directory(directory: Path) -> list[_Row]:
         return list(_progress(torch.load(file, map_location="cpu", weights_only=True, mmap=True)))
 
 
-def _content(saved: Any) -> str:
-    if not isinstance(saved, dict):
+def _content(saved: Mapping[str, Any] | None) -> str:
+    if saved is None:
         return "not written by PEFTStrategy: it holds no adapters"
     return "adapters and the frozen weights" if saved.get("full") else "adapters only"
 
