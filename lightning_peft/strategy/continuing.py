@@ -16,7 +16,7 @@ from torch.distributed import all_gather_object
 from torch.utils.data import IterableDataset
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.storage.likeness import refuse_unlike
+from lightning_peft.files.likeness import refuse_unlike
 from lightning_peft.strategy.leaving import Leaving
 from lightning_peft.tensors.randomness import generator_states, set_generator_states
 

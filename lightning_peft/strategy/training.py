@@ -18,8 +18,8 @@ from lightning_peft.core.adapter import Slot, clean_name
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError, listed
+from lightning_peft.files.likeness import refuse_unlike
 from lightning_peft.operations.shards import resharded
-from lightning_peft.storage.likeness import refuse_unlike
 from lightning_peft.strategy import refusals
 from lightning_peft.strategy.optimizers.accumulated import Accumulated
 from lightning_peft.strategy.optimizers.averages import refuse_diverging, refuse_unaveraged
