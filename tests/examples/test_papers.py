@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from lightning_peft import LoRA, inject, merge, save_adapter
 from lightning_peft.cli import command_line, main
 from lightning_peft.cli.compare import check
 from lightning_peft.comparison.cells import Cell, cells
@@ -26,6 +28,7 @@ sys.path.insert(0, str(PAPERS))
 
 import base_model  # noqa: E402
 import make_data  # noqa: E402
+import subspaces  # noqa: E402
 from entailment import ACTS  # noqa: E402
 
 TASKS = ("sql", "entailment", "entailment_pairs", "dialogues", "arithmetic")
@@ -174,3 +177,33 @@ def test_a_grid_can_be_run(path: Path, parse: Any) -> None:
     check(parse, grid, covering(found))
     assert str(grid.out) == f"runs/papers/{path.stem}"
     assert f"lightning-peft compare examples/papers/grids/{path.name}" in (PAPERS / "README.md").read_text()
+
+
+def test_subspaces_are_those_of_the_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+    base.save_pretrained(tmp_path / "base")
+    query, found = "model.layers.0.self_attn.q_proj.weight", {}
+    for rank, seed in ((4, 0), (8, 0), (8, 1), (64, 0), (64, 1)):
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        inject(model, LoRA(r=rank, target_modules=["q_proj", "v_proj"]))
+        torch.manual_seed(100 * rank + seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_()
+        save_adapter(model, tmp_path / "runs" / f"q_v_rank={rank}_lr=0.01_seed={seed}-x" / "trained")
+        merge(model, unload=True)
+        found[rank, seed] = (model.get_parameter(query) - base.get_parameter(query)).detach().double()
+    monkeypatch.setattr(sys, "argv", ["subspaces.py", str(tmp_path), "--base", str(tmp_path / "base")])
+    subspaces.main()
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    of_random = next(line for line in lines if line[0] == "random")
+    assert [float(cell) for cell in of_random[-4:]] == [pytest.approx(i / 64, abs=0.006) for i in (1, 8, 4, 8)]
+    left, _, right = torch.linalg.svd(found[4, 0])
+    inside = left[:, :4].T @ base.get_parameter(query).detach().double() @ right[:4].T
+    table = next(line for line in lines if line[:2] == ["q_proj", "4"])
+    assert float(table[-1]) == pytest.approx(float(found[4, 0].norm() / inside.norm()), abs=0.02)
+    (first, second) = (torch.linalg.svd(found[8, seed])[2] for seed in (0, 1))
+    pair = next(line for line in lines if line[:3] == ["q_proj", "8, 0", "8, 1"])
+    assert float(pair[3]) == pytest.approx(float(first[0] @ second[0]) ** 2, abs=0.006)
+    assert float(pair[-1]) == pytest.approx(float((first[:8] @ second[:8].T).norm() ** 2 / 8), abs=0.006)
