@@ -129,6 +129,7 @@ class DoRA(LoRA):
         init: How A is drawn, as for :class:`LoRA`. B is zero.
         lora_bias: Only :class:`LoRA` has one.
         fused_parts: Only :class:`LoRA` adapts parts of a layer.
+        alora_invocation_tokens: Only :class:`LoRA` is activated by tokens.
     """
 
     name: ClassVar[str] = "dora"

@@ -3,6 +3,7 @@
 rsLoRA's scale: A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA (Kalajdzievski, 2023),
 arXiv:2312.03732, section 3. Another learning rate for B: LoRA+ (Hayou et al., 2024), arXiv:2402.12354, section 4.
 A frozen A: LoRA-FA (Zhang et al., 2023), arXiv:2308.03303, section 3.1. Starts in the weight: `low_rank/principal.py`.
+Active from some tokens on: aLoRA, `virtual_tokens/invocation.py`.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank.conv import ConvLoRAAdapter
 from lightning_peft.adapters.low_rank.embedding import EmbeddingLoRAAdapter
-from lightning_peft.adapters.low_rank.linear import BiasedLoRAAdapter, LoRAAdapter
+from lightning_peft.adapters.low_rank.linear import ActivatedLoRAAdapter, BiasedLoRAAdapter, LoRAAdapter
 from lightning_peft.adapters.low_rank.making import Maker, ranks_and_scales, share_inputs
 from lightning_peft.adapters.low_rank.own_weights import attention_weights, own_weights
 from lightning_peft.adapters.low_rank.principal import PrincipalAdapter, is_principal
+from lightning_peft.adapters.virtual_tokens.invocation import Invocation
+from lightning_peft.adapters.virtual_tokens.virtual_tokens import find_decoder
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
@@ -29,6 +32,9 @@ from lightning_peft.structure.fused_parts import is_fused, part_rows
 from lightning_peft.targets.naming import exceptions, only_here
 from lightning_peft.targets.patterns import first_match, found_by_preset, matches, require_matches
 from lightning_peft.targets.select import select
+from lightning_peft.tensors.weights import is_linear
+
+_ACTIVATED = "LoRA with alora_invocation_tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,9 @@ class LoRA(PEFTMethod):
         lora_bias: Give B a bias: W0 x + s · (B A x + b). Linear layers alone are adapted then.
         fused_parts: Of layers that compute query, key and value in one, adapt these parts alone, each with an A of its
             own: some of ``q``, ``k``, ``v``, as the paper's GPT-2 code does.
+        alora_invocation_tokens: Ids of tokens that activate the adapters (aLoRA): they change linear layers of a
+            decoder from the last place on where a row has these in a sequence, and nothing in rows that have it not. So
+            what a cache holds of the text before is the base's. They are never merged.
     """
 
     name: ClassVar[str] = "lora"
@@ -84,6 +93,7 @@ class LoRA(PEFTMethod):
     init: str = "kaiming"
     lora_bias: bool = False
     fused_parts: list[str] | None = None
+    alora_invocation_tokens: list[int] | None = None
 
     def __post_init__(self) -> None:
         me = type(self).__name__
@@ -111,6 +121,7 @@ class LoRA(PEFTMethod):
                 f"{me}: lora_bias=True was given; that goes with LoRA on whole layers, which starts at zero. Leave it "
                 "out, or train the layers' own biases beside it: [..., BitFit()]."
             )
+        self._check_invocation()
 
     def _check_parts(self) -> None:
         if self.fused_parts is None:
@@ -124,15 +135,36 @@ class LoRA(PEFTMethod):
             raise PEFTError(f"{me}: init={self.init!r} starts from whole layers; it does not go with fused_parts.")
         object.__setattr__(self, "fused_parts", parts)
 
+    def _check_invocation(self) -> None:
+        if (tokens := self.alora_invocation_tokens) is None:
+            return
+        me, values = type(self).__name__, list(tokens) if isinstance(tokens, list | tuple) else []
+        if not values or any(not isinstance(token, int) or isinstance(token, bool) or token < 0 for token in values):
+            raise PEFTError(
+                f"{me}: alora_invocation_tokens={tokens!r} was given; a list of ids of tokens was expected, at least "
+                "one, as a tokenizer gives them without special tokens: tokenizer.encode(text, "
+                "add_special_tokens=False)."
+            )
+        others = {"lora_bias": self.lora_bias, "fused_parts": self.fused_parts}
+        given = [f"{key}={value!r}" for key, value in others.items() if value]
+        given += [f"init={self.init!r}"] if is_principal(self.init) else []
+        if self.kinds is not LoRA.kinds or given:
+            raise PEFTError(
+                f"{me}: alora_invocation_tokens goes with LoRA on whole layers that starts at zero, and not with "
+                f"{given[0] if given else me}. Leave one of them out."
+            )
+        object.__setattr__(self, "alora_invocation_tokens", values)
+
     @property
     def reads_weights(self) -> bool:
         """Whether A and B start in the weight."""
         return is_principal(self.init)
 
     def select(self, model: ModelView) -> dict[str, nn.Module]:
-        """Return the modules that ``target_modules`` names, and those whose weights it names."""
+        """Return the modules that ``target_modules`` names, those whose weights it names, and what is given texts."""
         modules = model.modules
-        return {host: modules[host] for host in self.targets(model)}
+        around = [] if self.alora_invocation_tokens is None else [_decoder(model)]
+        return {host: modules[host] for host in [*around, *self.targets(model)]}
 
     def targets(self, model: ModelView) -> dict[str, dict[str, str]]:
         """Return the adapted modules by name, each with the weights that are changed where they are read.
@@ -170,6 +202,8 @@ class LoRA(PEFTMethod):
 
     def targets_of(self, model: ModelView, hosts: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
         """Return those of :meth:`targets` that are ``hosts``; patterns are left alone where all terms stand beside."""
+        if self.alora_invocation_tokens is not None:
+            hosts = {host: module for host, module in hosts.items() if is_linear(module)}
         if all(any(kind.serves(module) for kind in self.adapter_kinds) for module in hosts.values()):
             return {host: {} for host in hosts}
         targets = self.targets(model)
@@ -177,7 +211,7 @@ class LoRA(PEFTMethod):
 
     def within(self, adapters: Mapping[str, Adapter]) -> LoRA:
         """Return the method with the ranks, the alphas and the names of its modules instead of patterns."""
-        pairs = [pair for host, adapter in adapters.items() for pair in ranks_and_scales(host, adapter)]
+        pairs = [pair for host, adapter in _changing(adapters).items() for pair in ranks_and_scales(host, adapter)]
         ranks = {name: r for name, r, _ in pairs}
         alphas = {name: self._alpha_of(r, scale) for name, r, scale in pairs}
         return replace(
@@ -206,6 +240,8 @@ class LoRA(PEFTMethod):
         targets, fused, maker = self.targets_of(model, hosts), self.parts(model, hosts), self._maker(seed)
         made: dict[str, Adapter] = {}
         for host, module in hosts.items():
+            if host not in targets:
+                continue
             if targets[host]:
                 made[host] = maker.of_weights(host, module, targets[host])
             elif host in fused:
@@ -215,7 +251,20 @@ class LoRA(PEFTMethod):
         share_inputs(shared_inputs(model), made)
         for remark in maker.remarks(made):
             model.remark(remark)
-        return made
+        return made if self.alora_invocation_tokens is None else self._activated(model, hosts, made)
+
+    def _activated(
+        self, model: ModelView, hosts: Mapping[str, nn.Module], made: Mapping[str, Adapter]
+    ) -> dict[str, Adapter]:
+        """Return the adapters, which are told by another on the decoder where they are active."""
+        decoder = _decoder(model)
+        if decoder not in hosts:
+            raise PEFTError(f"{_ACTIVATED}: train_also trains {decoder!r} whole, in which it adapts layers.")
+        invocation = Invocation(tuple(self.alora_invocation_tokens or ()))
+        for adapter in made.values():
+            assert isinstance(adapter, ActivatedLoRAAdapter)
+            adapter.active = invocation.active
+        return {decoder: invocation, **made}
 
     def parts(self, model: ModelView, hosts: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         """Return the hosts of which parts are adapted, each with the rows of its ``fused_parts``.
@@ -265,10 +314,25 @@ class LoRA(PEFTMethod):
     @property
     def adapter_kinds(self) -> tuple[type[LoRAAdapter], ...]:
         """Those of :attr:`kinds` that are made, or what takes their place."""
+        if self.alora_invocation_tokens is not None:
+            return (ActivatedLoRAAdapter,)
         if self.lora_bias:
             return (BiasedLoRAAdapter,)
         return (PrincipalAdapter,) if is_principal(self.init) else self.kinds
 
     @property
     def _changes_weights(self) -> bool:
-        return self.changes_weights and not is_principal(self.init) and not self.lora_bias
+        return self.changes_weights and self.adapter_kinds is self.kinds
+
+
+def _changing(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    return {host: adapter for host, adapter in adapters.items() if not isinstance(adapter, Invocation)}
+
+
+def _decoder(model: ModelView) -> str:
+    """Return the name of the decoder of a language model, as whose texts HF PEFT too looks for a sequence."""
+    decoder = find_decoder(model, _ACTIVATED)
+    around: Any = model.modules[decoder.around]
+    if around is decoder.module or around.get_output_embeddings() is None:
+        raise PEFTError(f"{_ACTIVATED} works on causal language models; a {type(around).__name__} was given. Use LoRA.")
+    return decoder.name

@@ -56,6 +56,11 @@ class Places(Adapter):
         self.of_call.value = self._places(named, labels) if begins else None
         return args, kwargs
 
+    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Have them known again when layers of this call are computed again."""
+        self.of_call.follow(output[0])
+        return output
+
     def _places(self, named: Mapping[str, Any], labels: Tensor | None) -> Tensor:
         """Return which tokens they are, bool ``[batch, tokens, 1]``."""
         text = named["inputs_embeds"] if named.get("input_ids") is None else named["input_ids"]

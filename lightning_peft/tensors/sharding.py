@@ -174,6 +174,11 @@ def shard(value: Tensor, mesh: Any, placements: Any) -> Tensor:
     return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
+def alongside(x: Tensor, value: Tensor) -> Tensor:
+    """Return ``value``, which every process has, as what can be computed with ``x``, an activation maybe in pieces."""
+    return DTensor.from_local(value, x.device_mesh, run_check=False) if isinstance(x, DTensor) else value
+
+
 def in_one_piece(x: Tensor) -> Tensor:
     """Return an activation whole that layers split by tensor parallelism may hand on in pieces, within its graph."""
     return x.redistribute(placements=[Replicate()] * x.device_mesh.ndim) if isinstance(x, DTensor) else x

@@ -12,7 +12,7 @@ from families import build
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from strangers import unsealed
 
-from lightning_peft import AdaLoRA, LoHa, LoRA, PEFTError, PEFTMethod, VeRA, inject, load_adapter, save_adapter
+from lightning_peft import AdaLoRA, DoRA, LoHa, LoRA, PEFTError, PEFTMethod, VeRA, inject, load_adapter, save_adapter
 from lightning_peft.core.view import ModelView
 from lightning_peft.formats import counterpart
 from lightning_peft.formats.counterpart import UNSAID, Counterpart
@@ -42,7 +42,7 @@ def written(path: Path, method: PEFTMethod, **keys: Any) -> Path:
 
 
 REFUSED: dict[str, tuple[PEFTMethod, dict[str, Any]]] = {
-    "aLoRA": (LoRA(r=2), {"alora_invocation_tokens": [3]}),
+    "DoRA": (DoRA(r=2), {"alora_invocation_tokens": [3]}),
     "QALoRA": (LoRA(r=2), {"use_qalora": True}),
     "layers twice": (LoRA(r=2), {"layer_replication": [[0, 2], [1, 2]]}),
     "AdaLoRA": (AdaLoRA(init_r=2, target_r=1), {"use_rslora": True}),

@@ -130,7 +130,10 @@ def test_starts() -> None:
         (peft.LoraConfig(target_modules=QV, init_lora_weights=False), "init_lora_weights=False"),
         (peft.LoraConfig(target_modules=QV, layer_replication=[(0, 1)]), "layer_replication="),
         (peft.LoraConfig(target_modules=QV, layers_to_transform=[0], layers_pattern="h"), "layers_pattern='h'"),
-        (peft.LoraConfig(target_modules=QV, alora_invocation_tokens=[1, 2]), r"alora_invocation_tokens=\[1, 2\]"),
+        (
+            peft.LoraConfig(target_modules=QV, alora_invocation_tokens=[1, 2], use_dora=True),
+            r"alora_invocation_tokens=\[1, 2\]",
+        ),
         (peft.LoraConfig(target_modules=QV, inference_mode=True), "inference_mode=True.*init_adapter"),
         (peft.LoraConfig(target_modules=[]), r"target_modules=\[\]"),
         (peft.LoraConfig(target_modules=QV, layers_to_transform=[1], bias="lora_only"), "bias='lora_only'"),

@@ -25,6 +25,7 @@ CONFIGS: dict[str, peft.PeftConfig] = {
     "keys": peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj"]),
     "embedding": peft.LoraConfig(r=4, target_modules=["embed_tokens"]),
     "tall": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "lm_head"]),
+    "alora": peft.LoraConfig(**LORA, task_type="CAUSAL_LM", alora_invocation_tokens=[3, 3]),
     "head": peft.LoraConfig(**LORA, modules_to_save=["lm_head"]),
     "large": peft.LoraConfig(r=600, target_modules=["q_proj", "v_proj"]),
 }
@@ -34,6 +35,8 @@ REFUSED = {
     **dict.fromkeys([(name, "loha") for name in SERVERS], r"LOHA.*plain LoRA alone.*lightning-peft convert"),
     **dict.fromkeys([(name, "prompt") for name in SERVERS], r"PROMPT_TUNING.*plain LoRA alone"),
     **dict.fromkeys([(name, "head") for name in SERVERS], r"modules_to_save=\['lm_head'\].*lightning-peft merge"),
+    **dict.fromkeys([(name, "alora") for name in SERVERS], r"aLoRA \(alora_invocation_tokens=\[3, 3\]\): .*--for peft"),
+    ("transformers", "alora"): "is of type aLoRA, which transformers does not read",
     ("transformers", "dora"): "does not read. HF PEFT does: export it --for peft",
     ("transformers", "prompt"): "does not read. HF PEFT does: export it --for peft",
     ("sglang", "keys"): r"q_proj' without 'v_proj' beside it; sglang reads them together",

@@ -8,8 +8,10 @@ import pytest
 import torch
 from families import build
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from lightning_peft import LoReFT, PEFTError, inject, merge
+from lightning_peft import LoRA, LoReFT, PEFTError, PEFTMethod, PromptTuning, inject, merge
 from lightning_peft.adapters.virtual_tokens.infix import answers
 from lightning_peft.core.view import ModelView
 
@@ -126,6 +128,38 @@ def test_activations_that_are_computed_again(reentrant: bool) -> None:
     for plain, again in zip(*found, strict=True):
         assert plain.abs().max() > 0
         assert (plain - again).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoReFT(r=3, prefix_positions=2),
+        PromptTuning(num_virtual_tokens=3, num_infix_tokens=2, every_layer=True),
+        LoRA(r=3, alora_invocation_tokens=[5]),
+    ],
+    ids=["loreft", "prompt_tuning", "alora"],
+)
+def test_two_calls_before_layers_are_computed_again(method: PEFTMethod) -> None:
+    """In wrappers around layers and what hangs on them: each call's are computed with what is known of that call."""
+    found = []
+    for wrap in (False, True):
+        model = build("llama")[0].double().train()
+        inject(model, method, seed=0)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in ModelView(model).adapter_parameters.values():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        if wrap:
+            apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
+        total = 0
+        for sign, padding in ((1, "left"), (-2, "right")):
+            inputs, labels = batch("llama", padding)
+            inputs["input_ids"] = inputs["input_ids"].scatter(1, torch.tensor([[2 + sign], [3]]), 5)
+            total = total + sign * model(**inputs, labels=labels, use_cache=False).loss
+        total.backward()
+        found.append([p.grad for p in ModelView(model).adapter_parameters.values()])
+    assert max(plain.abs().max() for plain in found[0]) > 1e-3
+    assert max((plain - again).abs().max() for plain, again in zip(*found, strict=True)) <= 1e-12
 
 
 def test_without_labels_the_end_of_a_prompt_is_not_known() -> None:

@@ -206,6 +206,7 @@ CELLS: dict[str, tuple[Build, PEFTMethod | list[PEFTMethod], list[str] | None]] 
     "LoRA beside a head trained whole": (lambda: Net(nn.Identity), LoRA(r=2, target_modules=["up"]), ["down"]),
     "NewTokens on tied weights": (Words, NewTokens(token_indices=[1, 2, 9], target_modules=["words"]), None),
     "LoRA beside extra state": (lambda: Net(Counting), LoRA(r=2), None),
+    "LoRA that tokens activate": (Text, LoRA(r=2, alora_invocation_tokens=[3]), None),
 }
 BASES: dict[str, Callable[[], Strategy | str]] = {
     "ddp": lambda: "ddp",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from lightning_peft.adapters.low_rank.shared_input import Member, SharedInput
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of, with_input
 from lightning_peft.tensors.seeding import fill
+from lightning_peft.tensors.sharding import alongside
 from lightning_peft.tensors.weights import features, is_linear, tensor_options
 
 
@@ -158,3 +160,24 @@ class BiasedLoRAAdapter(LoRAAdapter):
         weight, bias = super().fold(weight, bias)
         own = self.scale * self.lora_B_bias.detach().to(weight.dtype)
         return weight, own if bias is None else bias + own
+
+
+class ActivatedLoRAAdapter(LoRAAdapter):
+    """h = W0 x + scale · B A x for some tokens, and W0 x for all others (aLoRA, arXiv:2504.12397, section 3)."""
+
+    mergeable = False
+    by_row = False
+    folds_by_row: ClassVar[bool] = False
+    # The layer runs as it is: what is saved by having it share products is little beside what it leaves out.
+    before = Adapter.before
+    active: Callable[[Tensor], Tensor]
+    """Says for which tokens, bool ``[..., 1]``, by the layer's input ``[..., in]``; set by what makes the adapter."""
+
+    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Add the low-rank term to ``output`` ``[..., out]`` where the token is active."""
+        x = input_of(args, kwargs)
+        dropped = functional.dropout(x, self.dropout, self.training)
+        hidden = functional.linear(dropped, self.lora_A.to(x.dtype))  # [..., r]
+        hidden = torch.where(alongside(hidden, self.active(x)), hidden, 0)
+        delta = functional.linear(hidden, self.lora_B.to(hidden.dtype))  # [..., out]
+        return torch.add(output, delta, alpha=self.scale).to(output.dtype)

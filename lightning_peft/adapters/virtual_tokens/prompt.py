@@ -99,6 +99,7 @@ class Prompt(Adapter):
         layout = self.layout
         if layout is None:
             return output
+        self._of_call.follow(output[0])
         length = kwargs["inputs_embeds"].shape[1]
 
         def cut(value: Any) -> Any:

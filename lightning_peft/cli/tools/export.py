@@ -118,7 +118,8 @@ def _refuse_unread(reader: Reader, name: str, config: Mapping[str, Any], adapter
 
 
 def _kind(config: Mapping[str, Any]) -> Any:
-    return "DoRA" if config.get("use_dora") else config.get("peft_type")
+    kinds = {"use_dora": "DoRA", "alora_invocation_tokens": "aLoRA"}
+    return next((kind for key, kind in kinds.items() if config.get(key)), config.get("peft_type"))
 
 
 def _plain(
@@ -130,7 +131,13 @@ def _plain(
     dtype: Dtype | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return configuration and tensors of the copy for a server."""
-    if (kind := _kind(config)) != "LORA":
+    if (kind := _kind(config)) == "aLoRA":
+        raise PEFTError(
+            f"{adapter} is of type aLoRA (alora_invocation_tokens={config['alora_invocation_tokens']!r}): it changes "
+            f"layers for some tokens alone; {name or 'servers'} read{'s' if name else ''} LoRA for all of them, and no "
+            "merged weights do the same. HF PEFT reads it: export it --for peft."
+        )
+    if kind != "LORA":
         raise PEFTError(
             f"{adapter} is of type {kind}; {name or 'servers'} read{'s' if name else ''} plain LoRA alone. "
             f"`lightning-peft convert {adapter} --out lora --energy 0.99` makes the nearest one of what changes "

@@ -93,7 +93,7 @@ def _show_json(title: str, rows: Iterable[_Row]) -> None:
 def _describe_directory(directory: Path) -> list[_Row]:
     config, tensors = read_config(directory), directory / TENSOR_FILE
     shapes = read_shapes(tensors)
-    keys = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
+    keys = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "alora_invocation_tokens")
     if config.get("peft_type") == own.PEFT_TYPE:
         kind = "adapter in lightning_peft's own format"
         methods = [("method", " ".join([name, *_settings(settings)])) for name, settings in _own_methods(config)]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_peft.formats.counterparts.lora import LoRAInHF
+from lightning_peft.formats.counterparts.lora import KEYS, PLAIN, LoRAInHF
 from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.lora import LoRA
 
@@ -19,6 +19,8 @@ class DoRAInHF(LoRAInHF):
 
     method: ClassVar[type[LoRA]] = DoRA
     use_dora: ClassVar[bool] = True
+    keys = KEYS
+    plain: ClassVar[Mapping[str, tuple[Any, ...]]] = PLAIN
     parameters: ClassVar[Mapping[str, str]] = {**LoRAInHF.parameters, **_MAGNITUDE}
 
     def parameters_of(self, module: nn.Module, method: Any) -> Mapping[str, str]:

@@ -39,6 +39,7 @@ KEYS = frozenset(
         "merge_weights",
     }
 )
+_INVOCATION = "alora_invocation_tokens"
 PLAIN: dict[str, tuple[Any, ...]] = {
     # The base is as it was under all of these.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
@@ -46,7 +47,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         (
             *("layer_replication", "use_qalora"),
-            *("use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config"),
+            *("use_bdlora", _INVOCATION, "arrow_config", "kasa_config", "velora_config"),
             *("monteclora_config", "megatron_config"),
         ),
         (False, None, {}, []),
@@ -87,8 +88,8 @@ class LoRAInHF(Counterpart):
 
     method: ClassVar[type[LoRA]] = LoRA
     peft_type = "LORA"
-    keys = KEYS
-    plain: ClassVar[Mapping[str, tuple[Any, ...]]] = PLAIN
+    keys = KEYS | {_INVOCATION}
+    plain: ClassVar[Mapping[str, tuple[Any, ...]]] = {key: PLAIN[key] for key in PLAIN if key != _INVOCATION}
     parameters: ClassVar[Mapping[str, str]] = {**ENDINGS, **_EMBEDDING, **_BIAS}
 
     def writes(self, method: PEFTMethod) -> bool:
@@ -118,10 +119,10 @@ class LoRAInHF(Counterpart):
 
     def config(self, root: ModelView, method: LoRA, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
         """Return the most common rank and alpha, and the others as patterns."""
-        modules, hosts = root.modules, list(hosts)
+        modules = root.modules
         targets = method.targets_of(root, {host: modules[host] for host in hosts})
-        names = dict.fromkeys(name for host in hosts for name in targets[host].values() or [host])
-        fused = method.parts(root, hosts)
+        names = dict.fromkeys(name for host in targets for name in targets[host].values() or [host])
+        fused = method.parts(root, targets)
         pairs = {name: method.rank_and_alpha(name) for name in names}
         for host in fused:  # to other readers one LoRA with the ranks of its parts together
             (r, alpha), count = pairs[host], len(fused[host])
@@ -144,12 +145,16 @@ class LoRAInHF(Counterpart):
             "lora_bias": method.lora_bias,
             "fan_in_fan_out": bool(whole) and all(is_conv1d(modules[host]) for host in whole),
             "init_lora_weights": "gaussian" if method.init == "gaussian" else True,
+            # Only of its causal language models does HF PEFT look at the text.
+            **({_INVOCATION: tokens, "task_type": "CAUSAL_LM"} if (tokens := method.alora_invocation_tokens) else {}),
         }
 
     def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the LoRA; refuse what is not plain."""
         require_numbers(config, ("r", "lora_alpha"), source)
-        said = self.method(lora_bias=bool(config.get("lora_bias", False)))
+        said = self.method(
+            lora_bias=bool(config.get("lora_bias", False)), alora_invocation_tokens=config.get(_INVOCATION) or None
+        )
         targets = self._targets(root, said, config, shapes, source)
         modules, ranks, alphas = root.modules, {}, {}
         named = {name: None for host, weights in targets.items() for name in weights.values() or [host]}

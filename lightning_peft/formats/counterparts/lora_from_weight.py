@@ -28,6 +28,8 @@ class LoRAFromWeightInHF(LoRAInHF):
     """``LORA`` of twice the rank."""
 
     method = LoRA
+    keys = KEYS
+    plain: ClassVar[Mapping[str, tuple[Any, ...]]] = PLAIN
 
     def writes(self, method: PEFTMethod) -> bool:
         """Whether ``method`` starts from the weight."""

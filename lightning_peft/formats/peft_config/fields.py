@@ -62,7 +62,7 @@ _LORA = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
 _LORA_SAME = ("r", "use_rslora")
 
 FIELDS: Mapping[str, Fields] = {
-    "LORA": Fields(LoRA, (*_LORA_SAME, "lora_bias"), _LORA),
+    "LORA": Fields(LoRA, (*_LORA_SAME, "lora_bias", "alora_invocation_tokens"), _LORA),
     "DORA": Fields(DoRA, _LORA_SAME, _LORA),
     "ADALORA": Fields(
         AdaLoRA,

@@ -71,9 +71,10 @@ READERS = {
     ),
     "transformers": Reader(
         source="transformers 5.24, transformers/integrations/peft.py, run by the tests: it calls HF PEFT; it looks for "
-        "DoRA's norms under another name than files have, and draws them anew",
+        "DoRA's norms under another name than files have, and draws them anew; it looks at no text, so that nothing "
+        "activates aLoRA",
         lora_alone=False,
-        unread=("DoRA", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"),
+        unread=("DoRA", "aLoRA", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"),
         note="Load it with model.load_adapter(PATH).",
     ),
     "peft": Reader(
