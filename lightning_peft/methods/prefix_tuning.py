@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -40,13 +41,13 @@ from lightning_peft.tensors.weights import tensor_options
 
 
 class PrefixRoom(Adapter):
-    """On the decoder: makes room for the prefix in masks and positions."""
+    """On the decoder: makes room for the prefix in masks, and in positions unless the text is to keep its own."""
 
     by_row = False
 
-    def __init__(self, prefixes: Prefixes) -> None:
+    def __init__(self, prefixes: Prefixes, keep_positions: bool) -> None:
         super().__init__()
-        self.prefixes = prefixes
+        self.prefixes, self._keep_positions = prefixes, keep_positions
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -66,7 +67,8 @@ class PrefixRoom(Adapter):
         tokens = len(self.prefixes.prompt_embeddings)
         wanted = named.get("use_cache")
         wanted = getattr(base.config, "use_cache", False) if wanted is None else wanted
-        refuse_call("PrefixTuning", base, named, cache, tokens, cached=False)
+        shift = 0 if self._keep_positions else tokens
+        refuse_call("PrefixTuning", base, named, cache, shift, cached=False)
         if cache is None and wanted:
             cache = DynamicCache(config=base.config)
         mask = named.get("attention_mask")
@@ -77,7 +79,9 @@ class PrefixRoom(Adapter):
             )
         named["attention_mask"] = widened(mask, tokens)
         if named.get("position_ids") is not None:
-            named["position_ids"] = named["position_ids"] + tokens
+            named["position_ids"] = named["position_ids"] + shift
+        elif self._keep_positions:
+            named["position_ids"] = _own_positions(named, cache)
         return (), {**named, str(cache_parameter(base)): ShiftedCache(cache, tokens, base.config)}
 
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -120,6 +124,8 @@ class PrefixTuning(PEFTMethod):
         num_virtual_tokens: Length of the prefix.
         prefix_projection: Train the prefix as the output of an MLP, which is folded away when an adapter is saved.
         encoder_hidden_size: Width of that MLP; that of the keys (heads · head_dim), if not given.
+        keep_positions: The text keeps its positions, as in AdapterHub's package, instead of standing behind the prefix,
+            as in the paper and HF PEFT. Files are in this package's own format then.
         init_ids: Token ids of a text from whose keys and values the prefix starts, as if the text stood before every
             text; it is repeated or cut to the length. By default the prefix is drawn from N(0, 1).
         init_text: That text itself.
@@ -134,6 +140,7 @@ class PrefixTuning(PEFTMethod):
     num_virtual_tokens: int = 10
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
+    keep_positions: bool = False
     init_ids: list[int] | None = None
     init_text: str | None = None
     tokenizer_name_or_path: str | None = None
@@ -146,6 +153,11 @@ class PrefixTuning(PEFTMethod):
                 f"{self.prefix_projection}; it is the width, at least 1, of the MLP of prefix_projection=True."
             )
         require_one_start("PrefixTuning", self.init_ids, self.init_text, self.tokenizer_name_or_path)
+        if self.keep_positions and (self.init_ids or self.init_text):
+            raise PEFTError(
+                "PrefixTuning: a text to start from was given with keep_positions=True; its keys and values are those "
+                "of a text that stands before others, in positions of its own. Drop one of the two."
+            )
         if self.prefix_projection and (self.init_ids or self.init_text):
             raise PEFTError(
                 "PrefixTuning: a text to start from was given with prefix_projection=True; the MLP that gives the keys "
@@ -164,7 +176,13 @@ class PrefixTuning(PEFTMethod):
     def select(self, model: ModelView) -> dict[str, nn.Module]:
         """Return the decoder and its attention blocks."""
         decoder = find_decoder(model, "PrefixTuning")
-        require_room("PrefixTuning", self.num_virtual_tokens, decoder)
+        if not self.keep_positions:
+            require_room("PrefixTuning", self.num_virtual_tokens, decoder)
+        elif "position_ids" not in signature(type(decoder.module).forward).parameters:
+            raise PEFTError(
+                f"PrefixTuning: keep_positions=True was given, but a {type(decoder.module).__name__} takes no "
+                "position_ids: it works positions out for itself. Leave it out."
+            )
         return {decoder.name: decoder.module, **decoder.attention}
 
     def adapters(self, model: ModelView, hosts: Mapping[str, nn.Module], seed: int) -> dict[str, Adapter]:
@@ -178,7 +196,7 @@ class PrefixTuning(PEFTMethod):
             if self.prefix_projection
             else Prefixes(*given, self._start(model, decoder, sizes))
         )
-        made: dict[str, Adapter] = {decoder.name: PrefixRoom(prefixes)}
+        made: dict[str, Adapter] = {decoder.name: PrefixRoom(prefixes, self.keep_positions)}
         made.update({name: Prefix(prefixes, layer, heads) for layer, name in enumerate(decoder.attention)})
         if missing := made.keys() - hosts.keys():
             raise PEFTError(f"PrefixTuning: train_also trains {sorted(missing)[0]!r} whole, which a prefix adapts.")
@@ -203,6 +221,13 @@ class PrefixTuning(PEFTMethod):
                 "at random."
             )
         return torch.stack(held).squeeze(1).permute(2, 0, 1, 3).reshape(tokens, -1)
+
+
+def _own_positions(named: Mapping[str, Any], cache: Any) -> Tensor:
+    """Return the positions of a text without a prefix, ``[1, tokens]``, behind what ``cache`` holds."""
+    text = named["inputs_embeds"] if named.get("input_ids") is None else named["input_ids"]
+    held = 0 if cache is None else cache.get_seq_length()
+    return torch.arange(text.shape[1], device=text.device)[None] + held
 
 
 def key_value_heads(decoder: Decoder) -> tuple[int, int]:

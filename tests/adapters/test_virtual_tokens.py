@@ -222,6 +222,25 @@ def test_the_decoder_sees_a_prefix_as_taken_positions() -> None:
     assert cache.get_seq_length() == 8
 
 
+def test_a_text_that_keeps_its_positions() -> None:
+    """It may be as long as the table of positions, and padding before it changes nothing."""
+    model = t.GPT2LMHeadModel(t.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8)).double().eval()
+    inject(model, PrefixTuning(num_virtual_tokens=8, keep_positions=True), seed=0)
+    text = torch.tensor([[3, 4, 5]])
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "output_logits": True}
+    options |= {"return_dict_in_generate": True, "min_new_tokens": 3, "max_new_tokens": 3}
+    found = model.generate(text, **options)
+    padded = torch.cat([torch.zeros(1, 2, dtype=torch.long), text], dim=1)
+    again = model.generate(padded, attention_mask=(padded != 0).long(), **options)
+    assert torch.equal(again.sequences[:, 2:], found.sequences)
+    for one, other in zip(found.logits, again.logits, strict=True):
+        assert (one - other).abs().max() <= 1e-12
+    assert model(found.sequences[:, :1].expand(1, 8)).logits.shape[1] == 8
+    bloom = t.BloomForCausalLM(t.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=11))
+    with pytest.raises(PEFTError, match="a BloomModel takes no position_ids"):
+        inject(bloom, PrefixTuning(keep_positions=True))
+
+
 def test_a_prompt_refuses_caches_that_it_is_not_in() -> None:
     model, inputs = injected("llama", "prompt")
     with pytest.raises(PEFTError, match="static cache"):
@@ -346,6 +365,7 @@ def test_parameter_counts() -> None:
         (lambda: PrefixTuning(num_virtual_tokens=0), "at least 1"),
         (lambda: PromptTuning(num_virtual_tokens=-3), "at least 1"),
         (lambda: PrefixTuning(encoder_hidden_size=8), "prefix_projection=True"),
+        (lambda: PrefixTuning(init_ids=[1], keep_positions=True), "keep_positions=True; its keys and values"),
         (lambda: PromptTuning(init="text"), "'vocabulary' or 'random'"),
         (lambda: PromptTuning(init_ids=[]), "at least one token id"),
         (lambda: inject(build("llama")[0], PromptTuning(init_ids=[50])), "the model has 50 tokens"),

@@ -37,6 +37,7 @@ LORA: dict[str, Callable[[list[str], str, str], dict[str, Any]]] = {
     "expression": lambda targets, embedding, head: {"target_modules": f".*({'|'.join(targets)})"},
     "pissa": lambda targets, embedding, head: {"init_lora_weights": "pissa"},
     "olora": lambda targets, embedding, head: {"init_lora_weights": "olora"},
+    "alora": lambda targets, embedding, head: {"alora_invocation_tokens": [22], "task_type": "CAUSAL_LM"},
     "dora": lambda targets, embedding, head: {"use_dora": True},
     "patterns": lambda targets, embedding, head: {
         "use_rslora": True, "rank_pattern": {targets[0]: 3}, "alpha_pattern": {targets[1]: 5},
@@ -67,7 +68,12 @@ PROMPTS: dict[str, Callable[[str | None], peft.PeftConfig]] = {
     "prefix": lambda task: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type=task),
     "p-tuning": lambda task: peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type=task),
 }
-CASES = [(family, name) for family in NAMES for name in (*LORA, *OTHERS, *PROMPTS)]
+CASES = [
+    (family, name)
+    for family in NAMES
+    for name in (*LORA, *OTHERS, *PROMPTS)
+    if name != "alora" or family in ("llama", "gemma3", "qwen2", "mixtral")
+]
 
 
 def adapted(model: nn.Module, family: str, name: str) -> peft.PeftModel:

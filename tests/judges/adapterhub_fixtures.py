@@ -1,6 +1,8 @@
 """Writes ``data/adapterhub.safetensors``: what AdapterHub's package computes, for adapterhub.py.
 
 Beside it, in ``data/adapterhub_files.json``, is what stands in the directories that it saves: configurations and names.
+Of prefix tuning the same is in ``data/adapterhub_prefixes.safetensors``, with attn_implementation="eager": with "sdpa",
+its default, the package masks the prefix, or the text, wrongly.
 With directories for arguments, which `lightning-peft export --for adapterhub` has written for the models of the first
 file (named FAMILY-CASE), it loads these, and prints how far what they compute is from the first file.
 
@@ -20,12 +22,20 @@ from unittest import mock
 import adapters
 import torch
 import transformers as t
-from adapters import CompacterConfig, CompacterPlusPlusConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
+from adapters import (
+    CompacterConfig,
+    CompacterPlusPlusConfig,
+    DoubleSeqBnConfig,
+    ParBnConfig,
+    PrefixTuningConfig,
+    SeqBnConfig,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 FILE = Path(__file__).parent / "data" / "adapterhub.safetensors"
 SAVED = FILE.with_name("adapterhub_files.json")
+PREFIXES = FILE.with_name("adapterhub_prefixes.safetensors")
 SMALL = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 11}
 # adapterhub.py builds the same models with the same arguments.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -52,6 +62,12 @@ def configs(family: str) -> dict[str, adapters.BnConfig]:
     return {**found, "parallel": ParBnConfig(reduction_factor=4)} if family == "bert" else found
 
 
+PREFIX_CASES = {
+    "prefix": PrefixTuningConfig(prefix_length=3, flat=True),
+    "prefix of an mlp": PrefixTuningConfig(prefix_length=3, bottleneck_size=5),
+}
+
+
 def draw(model: nn.Module, parameters: dict[str, Tensor]) -> None:
     """Give parameters values that float32 has, so that the file can be half as large."""
     with torch.no_grad():
@@ -59,8 +75,9 @@ def draw(model: nn.Module, parameters: dict[str, Tensor]) -> None:
             parameter.copy_(torch.randn(parameter.shape, dtype=torch.float32) * 0.3)
 
 
-def build(family: str) -> nn.Module:
+def build(family: str, **attention: str) -> nn.Module:
     name, config, options = MODELS[family]
+    options = {**options, **attention}
     model: nn.Module = getattr(t, name)(getattr(t, config)(**options)).double().eval()
     return model
 
@@ -106,15 +123,44 @@ def saved(family: str, case: str) -> dict[str, Any]:
     return {"config": config, "names": names}
 
 
+def prefixes() -> None:
+    """Write what the package computes and saves with prefixes, beside the models of the first file."""
+    bases, content, files = load_file(FILE), {}, json.loads(SAVED.read_text())
+    torch.manual_seed(0)
+    for family in ("gpt2", "llama"):
+        for case, config in PREFIX_CASES.items():
+            model = build(family, attn_implementation="eager")
+            start = f"{family}/base/"
+            model.load_state_dict(
+                {n.removeprefix(start): v for n, v in bases.items() if n.startswith(start)}, strict=False
+            )
+            model.tie_weights()
+            adapters.init(model)
+            model.add_adapter("a", config=config)
+            model.set_active_adapters("a")
+            model.double().eval()
+            draw(model, {n: p for n, p in model.named_parameters() if ".a." in n})
+            logits = model(input_ids=bases[f"{family}/input/input_ids"]).logits
+            with TemporaryDirectory() as directory:
+                model.float().save_adapter(directory, "a", with_head=False)
+                tensors = torch.load(Path(directory) / "pytorch_adapter.bin", weights_only=True)
+                said = json.loads((Path(directory) / "adapter_config.json").read_text())
+            files[f"{family}/{case}"] = {"config": said, "names": list(tensors)}
+            content[f"{family}/{case}/logits"] = logits.detach()
+            content |= {f"{family}/{case}/adapter/{name}": tensor.clone() for name, tensor in tensors.items()}
+    save_file(content, PREFIXES)
+    SAVED.write_text(json.dumps(files, indent=1, sort_keys=True) + "\n")
+
+
 def difference(directory: Path) -> float:
     """How far what an adapter that was written elsewhere computes is from what this package's computed."""
     family, case = directory.name.split("-", 1)
-    content = load_file(FILE)
+    content = load_file(FILE) | load_file(PREFIXES)
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): v for name, v in content.items() if name.startswith(prefix)}
 
-    model = build(family)
+    model = build(family, **({"attn_implementation": "eager"} if case in PREFIX_CASES else {}))
     model.load_state_dict(under(f"{family}/base/"), strict=False)
     model.tie_weights()
     adapters.init(model)
@@ -151,6 +197,7 @@ def main() -> None:
     versions = {"adapters": adapters.__version__, "transformers": t.__version__}
     save_file({n: v.contiguous() for n, v in content.items()}, FILE, metadata=versions)
     print(FILE, FILE.stat().st_size, "bytes")
+    prefixes()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from judges.adapterhub import CASES, base, stored, under
-from lightning_peft import LoRA, PEFTError, SeriesAdapter, inject, load_adapter, save_adapter
+from lightning_peft import LoRA, PEFTError, PrefixTuning, SeriesAdapter, inject, load_adapter, save_adapter
 from lightning_peft.cli import main
 from lightning_peft.cli.tools.export import export
 
@@ -89,8 +89,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "behind a norm": ("houlsby", {"original_ln_before": True}, "after attention: there is none here"),
     "plus plus": ("compacter++", {"original_ln_before": True}, "and a Compacter: there is none here"),
     "lora": ("houlsby", {"architecture": "lora"}, "'lora'; call model.merge_adapter"),
-    "prefix": ("houlsby", {"architecture": "prefix_tuning"}, "there the text keeps its positions"),
-    "union": ("houlsby", {"architecture": "union"}, "bottleneck and Compacter adapters are read"),
+    "prefix": (
+        "houlsby",
+        {"architecture": "prefix_tuning"},
+        "in models of type gpt2, llama, mistral; this one is 'bert'",
+    ),
+    "union": ("houlsby", {"architecture": "union"}, "bottleneck, Compacter and prefix adapters are read"),
     "type": ("houlsby", {"is_parallel": "yes"}, "is_parallel='yes'; bool was expected"),
 }
 
@@ -134,3 +138,87 @@ def test_what_it_does_not_have_is_not_written(method: Any, message: str, tmp_pat
     with pytest.raises(PEFTError, match=message):
         export(str(tmp_path / "ours"), str(tmp_path / "back"), "adapterhub", model=str(tmp_path / "base"))
     assert not (tmp_path / "back").exists()
+
+
+PREFIXES = load_file(Path(__file__).parent / "data" / "adapterhub_prefixes.safetensors")
+
+
+def write_prefix(name: str, folder: Path, **said: Any) -> dict[str, Tensor]:
+    """Write a base, and a prefix as the package saves it, of which it has computed outputs; return its tensors."""
+    base(name.partition("/")[0]).float().save_pretrained(folder / "base")
+    (folder / "adapter").mkdir()
+    config = SAVED[name]["config"]
+    config = {**config, "config": {**config["config"], **said}}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {n: PREFIXES[f"{name}/adapter/{n}"] for n in SAVED[name]["names"]}
+    torch.save(tensors, folder / "adapter" / "pytorch_adapter.bin")
+    return tensors
+
+
+@pytest.mark.parametrize("name", [name for name in SAVED if "/prefix" in name])
+def test_prefixes_are_read_with_their_outputs_and_written(name: str, tmp_path: Path) -> None:
+    tensors = write_prefix(name, tmp_path)
+    with pytest.warns(UserWarning, match=r"attn_implementation='eager' alone.*train it anew"):
+        convert(tmp_path)
+    family = name.partition("/")[0]
+    model, inputs = base(family), under(f"{family}/input/")
+    load_adapter(model, tmp_path / "ours")
+    logits = model.double()(**inputs).logits
+    # Eager attention has a softmax of float32.
+    assert (logits - PREFIXES[f"{name}/logits"]).abs().max() <= 1e-6
+    model.set_attn_implementation("eager")
+    eager = model(**inputs).logits
+    assert (eager - PREFIXES[f"{name}/logits"]).abs().max() <= (1e-6 if "mlp" in name else 1e-14)
+    model.set_attn_implementation("sdpa")
+    assert (logits - base(family)(**inputs).logits).abs().max() > 0.1
+    # Token by token too.
+    for rows in (slice(0, 1), slice(1, 2)):
+        ids = inputs["input_ids"][rows]
+        cache, steps = None, []
+        for column in range(ids.shape[1]):
+            step = model(input_ids=ids[:, column : column + 1], past_key_values=cache, use_cache=True)
+            cache = step.past_key_values
+            steps.append(step.logits)
+        assert (torch.cat(steps, dim=1) - logits[rows]).abs().max() <= 1e-12
+    export(str(tmp_path / "ours"), str(tmp_path / "back"), "adapterhub", model=str(tmp_path / "base"))
+    back = load_file(tmp_path / "back" / "adapter.safetensors")
+    config = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
+    flat = name.replace(" of an mlp", "")
+    assert {n.replace(".default.", ".a.") for n in back} == set(SAVED[flat]["names"])
+    assert config["config"] == SAVED[flat]["config"]["config"]
+    if flat == name:
+        assert all(torch.equal(back[n.replace(".a.", ".default.")], tensor) for n, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"use_gating": True}, "use_gating=True, which prefix tuning here does not have"),
+        ({"leave_out": [1]}, r"leave_out=\[1\], which prefix tuning here does not have: a prefix is in every layer"),
+        ({"prefix_length": 4}, r"4 tokens in this LlamaForCausalLM make 4 · 32 values. It is damaged"),
+        ({"flat": True}, "holds 'model.layers.0.*for which there is no place in a prefix"),
+        ({"non_linearity": "gelu_new"}, "non_linearity='gelu_new'; relu"),
+        ({"flat": "no"}, "flat='no'; bool was expected"),
+    ],
+)
+def test_a_prefix_that_is_not_here_is_refused(said: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_prefix("llama/prefix of an mlp", tmp_path, **said)
+    with pytest.raises(PEFTError, match=message):
+        convert(tmp_path)
+
+
+def test_a_prefix_with_two_values_is_damaged(tmp_path: Path) -> None:
+    tensors = write_prefix("gpt2/prefix", tmp_path)
+    first = next(iter(tensors))
+    torch.save({**tensors, first: tensors[first] + 1}, tmp_path / "adapter" / "pytorch_adapter.bin")
+    with pytest.raises(PEFTError, match="with two values"):
+        convert(tmp_path)
+
+
+def test_a_prefix_behind_which_the_text_stands_is_not_written(tmp_path: Path) -> None:
+    base("llama").float().save_pretrained(tmp_path / "base")
+    model = base("llama").float()
+    inject(model, PrefixTuning(num_virtual_tokens=3))
+    save_adapter(model, tmp_path / "ours")
+    with pytest.raises(PEFTError, match=r"PrefixTuning\(keep_positions=True\) are written"):
+        export(str(tmp_path / "ours"), str(tmp_path / "back"), "adapterhub", model=str(tmp_path / "base"))

@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "formats.counterparts": "tensors core targets adapters.low_rank adapters.virtual_tokens methods formats",
     "formats.additions": "core structure targets adapters.low_rank methods formats formats.counterparts",
     "formats.peft_config": "core targets methods formats",
-    "formats.foreign": "tensors core structure targets methods files formats formats.counterparts",
+    "formats.foreign": "tensors core structure targets adapters.virtual_tokens methods files formats "
+    "formats.counterparts",
     "formats.serving": "formats formats.counterparts",
     "storage": "tensors core structure targets operations files formats",
     "parsing": "core",

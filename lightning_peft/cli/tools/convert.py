@@ -32,7 +32,7 @@ def convert(
 
     Servers serve LoRA alone. Of the change of each weight its largest singular values are kept; how much of it is lost
     is printed. What other tools wrote is taken over as it is, without a rank: LoRA of mlx-lm, LitGPT, kohya's scripts
-    and diffusers, bottleneck and Compacter adapters of AdapterHub's package, and HF PEFT's in a Lightning checkpoint
+    and diffusers, bottlenecks, Compacters and prefixes of AdapterHub's package, and HF PEFT's in a Lightning checkpoint
     (.ckpt) of a module that called `get_peft_model` itself.
 
     Args:

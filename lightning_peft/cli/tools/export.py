@@ -41,8 +41,8 @@ def export(
 
     For servers (vllm, sglang, llama.cpp, tensorrt-llm; all of them, if none is named) the copy is a plain LoRA: the
     scale is folded into B and lora_alpha is the rank, so that one that knows neither rsLoRA nor patterns serves what
-    was trained. The base model is not needed, but for AdapterHub's package (adapterhub), which reads bottleneck and
-    Compacter adapters.
+    was trained. The base model is not needed, but for AdapterHub's package (adapterhub), which reads bottlenecks,
+    Compacters and prefixes.
 
     Args:
         adapter: The adapter directory, of this package or of Hugging Face PEFT.

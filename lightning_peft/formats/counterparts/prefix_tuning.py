@@ -22,6 +22,10 @@ class PrefixTuningInHF(Counterpart):
     keys = KEYS | {"encoder_hidden_size", "prefix_projection"}
     parameters: ClassVar[Mapping[str, str]] = {"prompt_embeddings": "prefixes.prompt_embeddings"}
 
+    def writes(self, method: PEFTMethod) -> bool:
+        """Whether texts stand behind the prefix."""
+        return isinstance(method, PrefixTuning) and not method.keep_positions
+
     def config(
         self, root: ModelView, method: PrefixTuning, hosts: Iterable[str], chosen: Iterable[str]
     ) -> dict[str, Any]:

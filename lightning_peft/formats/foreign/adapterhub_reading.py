@@ -1,4 +1,4 @@
-"""Bottleneck and Compacter adapters that AdapterHub's package has written.
+"""Bottleneck, Compacter and prefix adapters that AdapterHub's package has written.
 
 Its placements are not all there are here: what has another one, or a part of which there is none, is refused by name.
 """
@@ -33,6 +33,7 @@ from lightning_peft.formats.foreign.adapterhub_names import (
     Places,
     model_type,
 )
+from lightning_peft.formats.foreign.adapterhub_prefix import ARCHITECTURE, read_prefix
 from lightning_peft.methods.compacter import Compacter
 from lightning_peft.methods.parallel_adapter import ParallelAdapter
 from lightning_peft.methods.series_adapter import SeriesAdapter
@@ -73,11 +74,15 @@ def read_adapterhub(path: Path, root: ModelView) -> ForeignBottleneck:
     """Read what ``model.save_adapter`` of AdapterHub's package has written; ``.bin`` files as data alone.
 
     Raises:
-        PEFTError: It is no bottleneck or Compacter adapter that is here as well, damaged, or of another model.
+        PEFTError: It is no bottleneck, Compacter or prefix that is here as well, damaged, or of another model.
     """
     config = read_json(path / _CONFIG)
-    said = _settings(config, path)
-    stored = read_tensors(path / TENSORS) if (path / TENSORS).is_file() else read_torch(path / _PICKLED)
+    given = config.get("config")
+    if isinstance(given, dict) and given.get("architecture") == ARCHITECTURE:
+        prefix, values = read_prefix(given, _stored(path), root, path)
+        head = _head(path, root)
+        return ForeignBottleneck(prefix, {**values, **head}, tuple(sorted({n.rpartition(".")[0] for n in head})))
+    said, stored = _settings(config, path), _stored(path)
     layouts = PHM if said["phm_layer"] else LINEAR
     at_layer = bool(said["original_ln_before"])
     places = Places(root, path)
@@ -113,6 +118,10 @@ def read_adapterhub(path: Path, root: ModelView) -> ForeignBottleneck:
     return ForeignBottleneck(method, {**tensors, **head}, tuple(sorted({n.rpartition(".")[0] for n in head})))
 
 
+def _stored(path: Path) -> dict[str, Tensor]:
+    return read_tensors(path / TENSORS) if (path / TENSORS).is_file() else read_torch(path / _PICKLED)
+
+
 def _settings(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return the configuration of the bottleneck, with what is not said.
 
@@ -144,12 +153,10 @@ def _settings(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return said
 
 
-_NO_OTHER = "bottleneck and Compacter adapters are read. Its own package reads it."
+_NO_OTHER = "bottleneck, Compacter and prefix adapters are read. Its own package reads it."
 _ELSEWHERE = {
     "lora": "call model.merge_adapter(NAME) there and save the model; `lightning-peft convert MODEL --model BASE --out "
     "lora --energy 0.99` makes a LoRA of the difference.",
-    "prefix_tuning": "there the text keeps its positions, here (and in HF PEFT) it stands behind the prefix: with the "
-    "same keys and values outputs would differ. Train PrefixTuning here.",
 }
 
 

@@ -23,12 +23,14 @@ from lightning_peft.formats.foreign.adapterhub_names import (
     place_of,
     refuse_model,
 )
+from lightning_peft.formats.foreign.adapterhub_prefix import write_prefix
 from lightning_peft.methods.compacter import Compacter
 from lightning_peft.methods.parallel_adapter import ParallelAdapter
+from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.series_adapter import SeriesAdapter
 from lightning_peft.structure.blocks import Block, find_blocks
 
-_Method = SeriesAdapter | ParallelAdapter | Compacter
+_Method = SeriesAdapter | ParallelAdapter | Compacter | PrefixTuning
 _NAME = "default"
 """What the adapter is called there, until it is loaded as another."""
 
@@ -49,6 +51,10 @@ def files_for_adapterhub(
     """
     refuse_model(root, source)
     method = _method_of(config, tensors, root, source)
+    if isinstance(method, PrefixTuning):
+        said, prefix = write_prefix(method, tensors, root, _NAME, source)
+        model: Any = root.module
+        return {"config": said, **_about(root, model.config.hidden_size)}, prefix
     compact, parallel = isinstance(method, Compacter), isinstance(method, ParallelAdapter)
     behind_norm = not parallel and method.placement == ["residual"]
     blocks = find_blocks(root)
@@ -93,8 +99,12 @@ def files_for_adapterhub(
         "reduction_factor": _factor(blocks[0].width, method.bottleneck),
         "leave_out": [i for i, layer in enumerate(layers) if layer not in {b.layer for b in adapted.values()}],
     }
-    about = {"hidden_size": blocks[0].width, "model_class": root.kind, "model_name": "", "model_type": model_type(root)}
-    return {"config": said, **about, "name": _NAME, "version": "adapters.1.3.0"}, found
+    return {"config": said, **_about(root, blocks[0].width)}, found
+
+
+def _about(root: ModelView, width: int) -> dict[str, Any]:
+    about = {"hidden_size": width, "model_class": root.kind, "model_name": "", "model_type": model_type(root)}
+    return {**about, "name": _NAME, "version": "adapters.1.3.0"}
 
 
 def _lead(root: ModelView) -> str:
@@ -108,7 +118,8 @@ def refuse_other_types(config: Mapping[str, Any], source: str) -> None:
     if config.get("peft_type") != own.PEFT_TYPE:
         raise PEFTError(
             f"{source} is of HF PEFT's type {config.get('peft_type')!r}; for AdapterHub's package SeriesAdapter, "
-            "ParallelAdapter and Compacter are written. HF PEFT reads it, and so do servers."
+            "ParallelAdapter, Compacter and PrefixTuning(keep_positions=True) are written. HF PEFT reads it, and so do "
+            "servers."
         )
 
 
@@ -119,8 +130,10 @@ def _method_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], root: M
         beside = f" with {listed(content.train_also)} trained whole" if content.train_also else ""
         raise PEFTError(
             f"{source} is {' and '.join(type(m).__name__ for m in content.methods)}{beside}; for AdapterHub's package "
-            "one SeriesAdapter, ParallelAdapter or Compacter is written."
+            "one SeriesAdapter, ParallelAdapter, Compacter or PrefixTuning is written."
         )
+    if isinstance(method, PrefixTuning):
+        return method
     if not isinstance(method, ParallelAdapter) and method.train_norms:
         raise PEFTError(
             f"{source} trains LayerNorms, for which AdapterHub's files have no place. Train with train_norms=False."
