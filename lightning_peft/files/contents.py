@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from lightning_peft.errors import PEFTError
 MARKER = "lightning_peft.json"
 """The file that makes a directory ours to overwrite."""
 
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 BROKEN_PICKLE = (LookupError, TypeError, AttributeError, OverflowError, AssertionError)
 """What ``torch.load`` lets through where the instructions of a pickle make no sense."""
 
@@ -135,7 +137,11 @@ def read_torch(path: Path, key: str | None = None) -> dict[str, Tensor]:
         EOFError,
         *BROKEN_PICKLE,
     ) as error:
-        reason = str(error).partition("\n")[0]
+        # torch's own words tell the reader to run what is in the file.
+        unpickled = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds more than data" if unpickled else str(error).partition("\n")[0]
+        if named := _GLOBAL.search(str(error)):
+            reason = f"it holds {named[1]}, which is no tensor"
         raise PEFTError(f"{path} cannot be read as tensors: {reason}. Take a copy with safetensors.") from error
     content = content.get(key) if key is not None and isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):

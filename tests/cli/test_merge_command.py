@@ -88,6 +88,25 @@ def test_a_file_is_read_by_others(tmp_path: Path) -> None:
             assert ours.get_slice(name).get_shape() == theirs.get_slice(name).get_shape()
 
 
+def test_an_adapter_that_does_not_say_the_class_of_its_base(tmp_path: Path) -> None:
+    """As HF PEFT writes it without ``task_type``: the base says it, unless it does not either."""
+    build("llama")[0].save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    judge = peft.get_peft_model(build("llama")[0], config)
+    randomise(judge)
+    judge.save_pretrained(tmp_path / "adapter")
+    expected = judge.merge_and_unload()(input_ids=IDS).logits
+    command.merge(str(tmp_path / "adapter"), str(tmp_path / "base"), str(tmp_path / "out"))
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert (merged(input_ids=IDS).logits - expected).abs().max() <= 2e-5
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": None}))
+    with pytest.raises(PEFTError, match=r"task_type is None\), nor does the base"):
+        command.merge(str(tmp_path / "adapter"), str(tmp_path / "base"), str(tmp_path / "out2"))
+    with pytest.raises(PEFTError, match="model='someone/not-here' has no configuration that can be read"):
+        command.merge(str(tmp_path / "adapter"), "someone/not-here", str(tmp_path / "out2"))
+
+
 def test_another_base_is_refused(tmp_path: Path) -> None:
     model = build("llama")[0]
     model.save_pretrained(tmp_path / "base", max_shard_size="60KB")

@@ -97,6 +97,8 @@ DAMAGE = {
     "no configuration": (lambda d: (d / CONFIG).unlink(), "does not exist"),
     "broken JSON": (lambda d: (d / CONFIG).write_text("{"), "not valid JSON"),
     "wrong method": (changed_config(peft_type="BOFT"), "type 'BOFT'"),
+    "no method": (changed_config(peft_type="TELEPATHY"), "type 'TELEPATHY'; ADALORA, .* can be read"),
+    "a pattern that is none": (changed_config(target_modules="("), r"regular expression '\(' is malformed"),
     "not plain LoRA": (changed_config(use_qalora=True), "use_qalora=True"),
     "LoftQ": (changed_config(init_lora_weights="loftq"), "init_lora_weights='loftq'"),
     "other rank": (changed_config(r=4), "rank 4"),

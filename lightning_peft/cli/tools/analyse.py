@@ -88,7 +88,7 @@ def analyse(
 def _read(adapter: str, base: str | None) -> dict[str, WeightChange]:
     if base is None:
         return read_changes(adapter)
-    kind = model_class(Path(adapter))
+    kind = model_class(Path(adapter), base)
     model = mapped(base, kind) or load_model(base, kind)
     load_adapter(model, adapter)
     return dict(changes(model))

@@ -36,7 +36,8 @@ def verify(adapter: str, model: str | None = None) -> None:
     Raises:
         PEFTError: The first of these that does not hold.
     """
-    model, kind = model or base_name(Path(adapter)), model_class(Path(adapter))
+    model = model or base_name(Path(adapter))
+    kind = model_class(Path(adapter), model)
     base = mapped(model, kind) or load_model(model, kind)
     load_adapter(base, adapter)
     slots = ModelView(base).slots

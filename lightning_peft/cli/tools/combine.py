@@ -46,7 +46,7 @@ def combine(
     for adapter in adapters:
         refuse_place(Path(adapter), Path(out))
     model = model or base_name(Path(adapters[0]))
-    kind = model_class(Path(adapters[0]))
+    kind = model_class(Path(adapters[0]), model)
     base = mapped(model, kind) or load_model(model, kind)
     names = [f"given_{position}" for position in range(len(adapters))]
     for name, adapter in zip(names, adapters, strict=True):

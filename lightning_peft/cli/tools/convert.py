@@ -56,7 +56,8 @@ def convert(
         asked = rank is not None or energy is not None
         report = to_lora(base, rank=rank, energy=energy) if asked else f"what stood in {source}, as it is."
     elif (Path(source) / CONFIG_FILE).is_file():
-        base = load_model(model or base_name(Path(source)), model_class(Path(source)))
+        model = model or base_name(Path(source))
+        base = load_model(model, model_class(Path(source), model))
         load_adapter(base, source)
         report = to_lora(base, rank=rank, energy=energy)
     elif model is None:

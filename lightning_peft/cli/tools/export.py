@@ -70,7 +70,8 @@ def export(
     names = (CONFIG_FILE, TENSOR_FILE)
     if found is not None and found.of_layers:
         refuse_other_types(config, adapter)
-        base = ModelView(meta_model(model or base_name(source), model_class(source)))
+        model = model or base_name(source)
+        base = ModelView(meta_model(model, model_class(source, model)))
         copied = files_for_adapterhub(config, tensors, base, adapter)
         what, names = f"adapters of {len(copied[1])} tensors", (CONFIG_FILE, ADAPTERHUB_FILE)
     elif found is not None and not found.lora_alone:

@@ -21,6 +21,7 @@ from lightning_peft.formats.content import CONFIG_FILE, TENSOR_FILE
 from lightning_peft.storage.checkpoint import KEY, checkpoint_metadata
 from lightning_peft.storage.readable import TRAINER_STATE, check_sums, reading
 from lightning_peft.storage.saving import BESIDE_FILE
+from lightning_peft.tasks.pretrained.loading import own_class
 
 # HF PEFT's task types, for adapters that do not say what class their base is.
 _TASK_CLASSES = {
@@ -218,15 +219,17 @@ def _named(config: Mapping[str, Any]) -> str:
     return f"{name}@{revision}" if name and revision and not place.is_absolute() and not place.exists() else name
 
 
-def model_class(adapter: Path) -> Any:
-    """Return the transformers class of an adapter's base."""
+def model_class(adapter: Path, model: str | None = None) -> Any:
+    """Return the transformers class of an adapter's base, from what the adapter says or else the base ``model``."""
     recorded = getattr(transformers, str(_recorded_base(adapter).get("class")), None)
     if isinstance(recorded, type) and issubclass(recorded, transformers.PreTrainedModel):
         return recorded
     task = read_config(adapter).get("task_type")
     if task in _TASK_CLASSES:
         return _TASK_CLASSES[task]
+    if model is not None and (named := own_class(model)) is not None:
+        return named
     raise PEFTError(
-        f"{adapter} does not say which class its base model has (task_type is {task!r}). Load the base in Python, then "
-        "call load_adapter(model, path), merge(model, unload=True) and model.save_pretrained(...)."
+        f"{adapter} does not say which class its base model has (task_type is {task!r}), nor does the base. Load the "
+        "base in Python, then call load_adapter(model, path), merge(model, unload=True) and model.save_pretrained(...)."
     )

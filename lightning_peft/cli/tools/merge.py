@@ -49,7 +49,7 @@ def merge(adapter: str, model: str | None = None, out: str = "merged", dtype: Dt
         PEFTError: The adapter does not belong to the model, or the directory cannot be written.
     """
     model = model or base_name(Path(adapter))
-    kind = model_class(Path(adapter))
+    kind = model_class(Path(adapter), model)
     with atomic_directory(out) as directory:  # refused before the work, if it cannot be written
         base = mapped(model, kind)
         if base is not None:

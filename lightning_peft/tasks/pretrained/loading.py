@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -71,12 +72,8 @@ def meta_model(
         dtype: Of the weights.
         **config: Changes to the model's configuration.
     """
-    source = locate(model)
-    where = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     try:
-        settings = AutoConfig.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=False, **where, **config
-        )
+        settings = _settings(model, **config)
         with torch.device("meta"):
             # A model's own class is called; those that choose one are asked.
             make = getattr(auto_class, "from_config", auto_class)
@@ -84,6 +81,26 @@ def meta_model(
     except (OSError, ValueError) as error:
         raise PEFTError(f"model={model!r} does not load as {auto_class.__name__}: {error}; {EXPECTED}") from error
     return made
+
+
+def own_class(model: str) -> Any:
+    """Return the transformers class that the configuration of a pretrained model names, if it names one.
+
+    Raises:
+        PEFTError: There is no such model.
+    """
+    try:
+        settings = _settings(model)
+    except (OSError, ValueError) as error:
+        raise PEFTError(f"model={model!r} has no configuration that can be read: {error}; {EXPECTED}") from error
+    found = getattr(transformers, str((settings.architectures or [None])[0]), None)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+
+
+def _settings(model: str, **config: Any) -> Any:
+    source = locate(model)
+    where = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    return AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False, **where, **config)
 
 
 def _load(auto_class: Any, model: str, cache_dir: str | None, **kwargs: Any) -> Any:
