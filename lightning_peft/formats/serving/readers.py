@@ -74,7 +74,7 @@ READERS = {
         "DoRA's norms under another name than files have, and draws them anew; it looks at no text, so that nothing "
         "activates aLoRA",
         lora_alone=False,
-        unread=("DoRA", "aLoRA", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"),
+        unread=("DoRA", "aLoRA", "VERA", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"),
         note="Load it with model.load_adapter(PATH).",
     ),
     "peft": Reader(
