@@ -47,9 +47,11 @@ class Adapter(nn.Module):
     """Whether it can be merged and the host is called with something else for it: so nobody may come between them."""
     by_row: bool = True
     """Whether it acts on each row of a batch by itself, and of the arguments looks at the hidden state alone."""
-    folds_by_row: ClassVar[bool] = False
-    """Whether :meth:`fold` works on some rows of a linear layer's weight as on all, with what :attr:`axes` has along
-    ``"out"`` cut to them, and leaves the bias alone."""
+    folds_by_row: bool = False
+    """Whether :meth:`fold` works on some rows of a linear layer's weight as on all, and leaves the bias alone. What
+    :attr:`axes` has along ``"out"`` is cut to them, and :attr:`rows_from` says which they are."""
+    rows_from: int = 0
+    """Which row of the host's weight is the first that :meth:`fold` is given."""
     follows_ties: bool = False
     """Whether all modules with the host's weight have such an adapter, of the same effect: merging keeps the tie."""
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}

@@ -17,8 +17,11 @@ from lightning_peft.tensors.packed import is_packed
 from lightning_peft.tensors.sharding import whole
 from lightning_peft.tensors.weights import as_matrix, is_transposed, read_matrix, weight_of, widened
 
-_ELEMENTS = 2**20
-"""Of a weight whose norms are taken so many are widened at once."""
+_ELEMENTS = 2**16
+"""Of a weight whose norms are taken so many are widened at once.
+
+Each part is freed before what stays is allocated, which then lies in the hole: large ones would add up to the weights.
+"""
 
 
 class DoRAAdapter(LoRAAdapter):

@@ -32,6 +32,8 @@ class Rescale(Adapter):
     def __init__(self, size: tuple[int, int], host: nn.Module) -> None:
         super().__init__()
         self.ia3_l = nn.Parameter(torch.ones(size, **tensor_options(host)))
+        # A bias is rescaled too.
+        self.folds_by_row = host._parameters.get("bias") is None
 
     def reset_parameters(self) -> None:
         """Set the vector to one."""
@@ -52,6 +54,10 @@ class RescaleInput(Rescale):
 
     changes_input = True
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"ia3_l": (None, "in")}
+
+    def __init__(self, size: tuple[int, int], host: nn.Module) -> None:
+        super().__init__(size, host)
+        self.folds_by_row = True
 
     def before(
         self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

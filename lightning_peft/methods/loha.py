@@ -27,7 +27,7 @@ class LoHaAdapter(Adapter):
     """h = W0 x + scale · ((W1a W1b) ⊙ (W2a W2b)) x; Wa ``[out, r]``, Wb ``[r, in]``: of a rank up to r²."""
 
     mergeable = True
-    folds_by_row: ClassVar[bool] = True
+    folds_by_row = True
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
         **{"hada_w1_a": ("out", None), "hada_w1_b": (None, "in")},
         **{"hada_w2_a": ("out", None), "hada_w2_b": (None, "in")},

@@ -29,6 +29,7 @@ class LoKrAdapter(Adapter):
     """h = W0 x + scale · (W1 ⊗ W2) x; W1 ``[l, m]`` and W2 ``[out / l, in / m]``, each whole or a product of rank r."""
 
     mergeable = True
+    folds_by_row = True
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
         f"lokr_{factor}{half}": (None, None) for factor in ("w1", "w2") for half in ("", "_a", "_b")
     }
@@ -77,7 +78,9 @@ class LoKrAdapter(Adapter):
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return W0 + scale · (W1 ⊗ W2)."""
         left, right = (self._factor(factor, weight.dtype).detach() for factor in ("lokr_w1", "lokr_w2"))
-        return torch.add(weight, torch.kron(left, right), alpha=self.scale), bias
+        rows = torch.arange(self.rows_from, self.rows_from + len(weight), device=weight.device)
+        product = left[rows // len(right), :, None] * right[rows % len(right), None]  # those of W1 ⊗ W2
+        return torch.add(weight, product.flatten(1), alpha=self.scale), bias
 
 
 @dataclass(frozen=True, kw_only=True)

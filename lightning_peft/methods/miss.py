@@ -29,6 +29,7 @@ class MiSSAdapter(Adapter):
     """
 
     mergeable = True
+    folds_by_row = True
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"miss_block": (None, None)}
 
     def __init__(self, host: nn.Module, r: int, columns: int, dropout: float) -> None:
@@ -57,7 +58,8 @@ class MiSSAdapter(Adapter):
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return W0 with Sᵀ added to every r of its columns."""
         repeats = -(-self.d_in // len(self.miss_block))
-        return weight + self._shared(weight.dtype).detach().T.repeat(1, repeats)[:, : self.d_in], bias
+        rows = self._shared(weight.dtype).detach().T[self.rows_from : self.rows_from + len(weight)]
+        return weight + rows.repeat(1, repeats)[:, : self.d_in], bias
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ class OFTAdapter(Adapter):
     """
 
     mergeable = True
+    folds_by_row = True
     changes_input = True
 
     def __init__(self, host: nn.Module, size: int, shared: bool, terms: int | None) -> None:

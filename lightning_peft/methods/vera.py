@@ -47,6 +47,7 @@ class VeRAAdapter(Adapter):
     """h = W0 x + b ⊙ B (d ⊙ A x) (equation 2); d ``[r]``, b ``[out]``, and the corners of A and B that fit."""
 
     mergeable = True
+    folds_by_row = True
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
         **{"vera_lambda_d": (None,), "vera_lambda_b": ("out",)},
         **{"projections.vera_A": (None, None), "projections.vera_B": (None, None)},
@@ -81,6 +82,7 @@ class VeRAAdapter(Adapter):
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return W0 + diag(b) B diag(d) A."""
         a, b = (matrix.to(weight.dtype) for matrix in self._corners())
+        b = b[self.rows_from : self.rows_from + len(weight)]
         d, rows = (v.detach().to(weight.dtype)[:, None] for v in (self.vera_lambda_d, self.vera_lambda_b))
         return weight + (rows * b) @ (d * a), bias
 

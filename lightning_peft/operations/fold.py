@@ -147,6 +147,7 @@ def _of_rows(adapter: Adapter, start: int, length: int) -> Adapter:
             twin._parameters[name] = nn.Parameter(part, requires_grad=False)
         else:
             twin._buffers[name] = part
+    twin.rows_from = start
     return twin
 
 

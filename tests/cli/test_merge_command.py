@@ -22,6 +22,13 @@ CONFIGS: dict[str, Any] = {
     "lora": peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
     "dora": peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True, task_type="CAUSAL_LM"),
     "loha": peft.LoHaConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    "lokr": peft.LoKrConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    "vera": peft.VeraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "oft": peft.OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    "miss": peft.MissConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    "ia3": peft.IA3Config(
+        target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    ),
     "head": peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
     "pissa": peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM"),
     "bias": peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], bias="lora_only", task_type="CAUSAL_LM"),

@@ -9,9 +9,26 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from unchanged import assert_unchanged, snapshot
 
-from lightning_peft import IA3, BitFit, LoRA, PEFTError, inject, merge, unmerge
+from lightning_peft import (
+    IA3,
+    OFT,
+    BitFit,
+    DoRA,
+    LoHa,
+    LoKr,
+    LoRA,
+    MiSS,
+    PEFTError,
+    PEFTMethod,
+    VeRA,
+    inject,
+    merge,
+    unmerge,
+)
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
+from lightning_peft.core.view import ModelView
 from lightning_peft.errors import NotFiniteError
+from lightning_peft.operations import fold
 from lightning_peft.operations.merge import MergeReport, is_merged
 
 
@@ -247,3 +264,47 @@ def test_what_a_report_says() -> None:
     nothing = MergeReport.of(0, {})
     assert (nothing.mean_loss, nothing.largest_loss, nothing.worst) == (0.0, 0.0, "")
     assert str(nothing) == "Nothing to merge: what was trained is in the weights."
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoRA(r=2),
+        DoRA(r=2),
+        LoHa(r=2),
+        LoKr(r=1),
+        LoKr(r=1, decompose_both=True, decompose_factor=3),
+        VeRA(r=5, d_initial=1.0),
+        OFT(block_size=4),
+        MiSS(r=3),
+        MiSS(r=3, mini_r=4),
+        IA3(target_modules=["0", "2"], feedforward_modules=["2"]),
+    ],
+    ids=repr,
+)
+def test_some_rows_after_others(method: PEFTMethod, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is merged so is what is merged at once."""
+    monkeypatch.setattr(fold, "_ELEMENTS", 60)  # five rows, and four
+    model = nn.Sequential(nn.Linear(12, 24, bias=bias), nn.ReLU(), nn.Linear(24, 12, bias=bias)).double()
+    inject(model, method, seed=0)
+    x = torch.randn(3, 12, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in ModelView(model).adapter_parameters.values():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    expected, by_rows = model(x), 0
+    for name, host, slot in ModelView(model).slots:
+        adapter = slot.active_adapter
+        if not fold.can_fold_rows(host, adapter):
+            # IA3 rescales the bias of an output as well.
+            assert (type(method), bias, name) == (IA3, True, "0")
+            continue
+        by_rows += 1
+        whole, _ = fold.merged_values(host, adapter, {n: p.detach() for n, p in host.named_parameters(recurse=False)})
+        weight = host.weight.detach().clone()
+        fold.fold_rows(host, adapter, weight)
+        assert (weight - whole["weight"]).abs().max() <= 1e-14
+        assert (weight - host.weight).abs().max() > 1e-3
+    assert by_rows
+    merge(model)
+    assert (model(x) - expected).abs().max() <= 1e-12

@@ -24,7 +24,7 @@ class ConvLoRAAdapter(LoRAAdapter):
     merged. HF PEFT leaves out dilation and padding modes, and fails or deviates there.
     """
 
-    folds_by_row: ClassVar[bool] = False
+    folds_by_row = False
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
 
     def __init__(self, host: nn.Module, *args: Any) -> None:

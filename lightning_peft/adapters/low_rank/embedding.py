@@ -16,7 +16,7 @@ from lightning_peft.tensors.seeding import fill
 class EmbeddingLoRAAdapter(LoRAAdapter):
     """e = E[i] + scale · B A[:, i]; i ``[...]``, A ``[r, tokens]``, B ``[dim, r]``. There is no dropout."""
 
-    folds_by_row: ClassVar[bool] = False
+    folds_by_row = False
     # Split by its tokens, A would be looked up with a mask of its own, of which torch 2.13 keeps one for each input.
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {**LoRAAdapter.axes, "lora_A": (None, None)}
 

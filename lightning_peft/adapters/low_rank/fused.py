@@ -22,7 +22,7 @@ from lightning_peft.errors import PEFTError
 class FusedLoRAAdapter(LoRAAdapter):
     """h = W0 x, and in the rows of each of P parts scale · B_p A_p x; A ``[P · r, in]``, B ``[all these rows, r]``."""
 
-    folds_by_row: ClassVar[bool] = False
+    folds_by_row = False
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
     before = Adapter.before
 

@@ -23,7 +23,7 @@ class LoRAAdapter(Adapter):
     """h = W0 x + scale · B A x (equation 3); x ``[..., in]``, A ``[r, in]``, B ``[out, r]``."""
 
     mergeable = True
-    folds_by_row: ClassVar[bool] = True
+    folds_by_row = True
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"lora_A": (None, "in"), "lora_B": ("out", None)}
 
     def __init__(self, host: nn.Module, r: int, scale: float, dropout: float, init: str, seed: int, name: str):
@@ -130,7 +130,7 @@ class BiasedLoRAAdapter(LoRAAdapter):
     """h = W0 x + scale · (B A x + b); b ``[out]``, zero at the start."""
 
     adds_bias = True
-    folds_by_row: ClassVar[bool] = False
+    folds_by_row = False
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {**LoRAAdapter.axes, "lora_B_bias": ("out",)}
 
     def __init__(self, host: nn.Module, *args: Any) -> None:
@@ -167,7 +167,7 @@ class ActivatedLoRAAdapter(LoRAAdapter):
 
     mergeable = False
     by_row = False
-    folds_by_row: ClassVar[bool] = False
+    folds_by_row = False
     # The layer runs as it is: what is saved by having it share products is little beside what it leaves out.
     before = Adapter.before
     active: Callable[[Tensor], Tensor]
