@@ -38,6 +38,8 @@ class Counterpart(ABC):
     """HF PEFT's name of the method."""
     on_conv1d: ClassVar[bool] = True
     """Whether HF PEFT has the method for transformers' ``Conv1D``."""
+    of_convolutions: ClassVar[bool] = False
+    """Whether the method is here for convolutions."""
     parameters: ClassVar[Mapping[str, str]] = {}
     """What follows the module's name in the file, with the name of that parameter in the adapter."""
     keys: ClassVar[frozenset[str]] = frozenset()
@@ -124,6 +126,7 @@ class Counterpart(ABC):
         """
         found = self.grouped(shapes, source)
         modules = self.modules(root, found, source)
+        self.refuse_convolutions(modules, found, source)
         for host, endings in found.items():
             if endings != set(expected := self.parameters_of(modules[host], method)):
                 raise PEFTError(
@@ -146,6 +149,17 @@ class Counterpart(ABC):
                 "does not have. Load the base model that the adapter was trained on."
             )
         return modules
+
+    def refuse_convolutions(self, modules: Mapping[str, nn.Module], hosts: Iterable[str], source: str) -> None:
+        """Raise :class:`PEFTError` if one of ``hosts`` is a convolution, which the method is not here for."""
+        if self.of_convolutions:
+            return
+        if convolutions := [host for host in hosts if isinstance(modules[host], nn.Conv1d | nn.Conv2d | nn.Conv3d)]:
+            raise PEFTError(
+                f"{source} adapts {convolutions[0]!r}, a convolution, by {self.method.__name__}, which is here for "
+                "linear layers: of convolutions there is LoRA alone. HF PEFT makes a plain model of it: "
+                "PeftModel.from_pretrained(base, path).merge_and_unload()."
+            )
 
     def grouped(self, shapes: Shapes, source: str) -> dict[str, set[str]]:
         """Return the method's tensors, by what follows the module's name, by that name.

@@ -26,6 +26,7 @@ from lightning_peft import (
     combine,
     disable,
     eject,
+    from_peft_config,
     inject,
     load_adapter,
     merge,
@@ -187,6 +188,31 @@ def test_servers_take_no_convolutions(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     with pytest.raises(PEFTError, match="'0', a convolution: servers"):
         serving_copy(config, tensors, "It")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.OFTConfig(r=0, oft_block_size=4, target_modules=["0"]),
+        peft.IA3Config(target_modules=["0"], feedforward_modules=[]),
+        peft.LoHaConfig(r=2, target_modules=["0"]),
+        peft.LoKrConfig(r=2, target_modules=["0"]),
+        peft.LoraConfig(r=2, target_modules=["0"], use_dora=True),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_other_methods_of_convolutions_are_refused(config: peft.PeftConfig, tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(8, 12, 3), nn.Flatten(), nn.Linear(12, 2))
+
+    peft.get_peft_model(model(), config).save_pretrained(tmp_path)
+    with pytest.raises(
+        PEFTError, match=r"adapts '0', a convolution, by \w+, which is here for linear.*merge_and_unload"
+    ):
+        load_adapter(model(), tmp_path)
+    (method,), _ = from_peft_config(config)
+    with pytest.raises(PEFTError, match=r"\(Conv2d\)\. Of convolutions there is LoRA alone"):
+        inject(model(), method)
 
 
 def test_groups_that_cannot_share_the_rank() -> None:

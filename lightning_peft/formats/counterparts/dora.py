@@ -19,6 +19,7 @@ class DoRAInHF(LoRAInHF):
 
     method: ClassVar[type[LoRA]] = DoRA
     use_dora: ClassVar[bool] = True
+    of_convolutions: ClassVar[bool] = False
     keys = KEYS
     plain: ClassVar[Mapping[str, tuple[Any, ...]]] = PLAIN
     parameters: ClassVar[Mapping[str, str]] = {**LoRAInHF.parameters, **_MAGNITUDE}

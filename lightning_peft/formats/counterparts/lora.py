@@ -85,6 +85,7 @@ class LoRAInHF(Counterpart):
     """``LORA`` without DoRA, biases and the like."""
 
     use_dora: ClassVar[bool] = False
+    of_convolutions: ClassVar[bool] = True
 
     method: ClassVar[type[LoRA]] = LoRA
     peft_type = "LORA"
@@ -188,6 +189,7 @@ class LoRAInHF(Counterpart):
         """Return the adapted modules, each with those of its weights that are changed where they are read."""
         found = self.grouped(shapes, source)
         modules = self.modules(root, found, source)
+        self.refuse_convolutions(modules, found, source)
         listed = [str(name) for name in config.get("target_parameters") or ()]
         targets = {}
         for host, parts in found.items():
