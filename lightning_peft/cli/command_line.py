@@ -132,6 +132,8 @@ class PEFTCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "prog": PROG,
+                # The one that argparse would write names every command in a line too long for a screen.
+                "usage": f"{PROG} [--config FILE] COMMAND ...",
                 "version": version("lightning_peft"),
                 "description": DESCRIPTION,
                 "epilog": EPILOG,
@@ -143,7 +145,7 @@ class PEFTCLI(LightningCLI):
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         # Lightning cuts its help from the first lines of docstrings, in the middle of a sentence.
         self._subcommand_parsers = {}
-        commands = parser.add_subcommands(title="commands", description=f"Details: {PROG} COMMAND --help")
+        commands = parser.add_subcommands(prog=PROG, title="commands", description=f"Details: {PROG} COMMAND --help")
         for name, description in RUNS.items():
             # The usage that argparse would write fills a screen, also above every error message.
             usage = f"{PROG} {name} [--config FILE] [--trainer.KEY VALUE] --model CLASS [--data CLASS]"

@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "comparison": "core operations files storage analysis callbacks",
     "cli": "core operations files formats.serving storage planning parsing analysis callbacks strategy "
     "strategy.bases tasks tasks.pretrained comparison cli.tools",
+    "script": "cli",
     "cli.tools": "core operations files formats formats.foreign formats.serving storage analysis tasks.batches "
     "tasks.pretrained",
 }

@@ -76,11 +76,16 @@ def environments(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 def test_a_wheel_holds_the_files_of_the_tree(clean_tree: Path, wheels: dict[str, Path], route: str) -> None:
     expected = set()
     # The files of these folders are packaged from where they are.
-    elsewhere = {"lightning_peft/callbacks": "callbacks", "lightning_peft/configs": "examples/configs"}
+    elsewhere = {
+        "lightning_peft/callbacks": "callbacks",
+        "lightning_peft/configs": "examples/configs",
+        "lightning_peft_script": "lightning_peft/script",
+    }
     for package, folder in {"lightning_peft": "lightning_peft", **elsewhere}.items():
         files = run("git", "ls-files", "-coz", "--exclude-standard", folder, cwd=ROOT).split("\0")
         paths = [Path(name) for name in filter(None, files) if (clean_tree / name).is_file()]
         expected |= {f"{package}/{path.relative_to(folder).as_posix()}" for path in paths}
+    expected -= {name for name in expected if name.startswith("lightning_peft/script/")}
     with zipfile.ZipFile(wheels[route]) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert packed == expected
@@ -111,6 +116,25 @@ def test_the_command_is_installed(environments: dict[str, Path], route: str, tmp
     printed = run(environments[route].with_name("lightning-peft"), "--help", cwd=tmp_path)
     for command in ("fit", "validate", "test", "predict", "inspect"):
         assert command in printed
+
+
+@pytest.mark.parametrize("route", ["tree", "editable"])
+def test_the_commands_help_imports_neither_torch_nor_lightning(
+    environments: dict[str, Path], route: str, tmp_path: Path
+) -> None:
+    """By the modules that are there when it has printed: importing those takes seconds."""
+    code = """
+        import importlib.metadata, sys
+        (script,) = importlib.metadata.entry_points(group="console_scripts", name="lightning-peft")
+        main = script.load()
+        for option in ("--help", "-h", "--version"):
+            sys.argv = ["lightning-peft", option]
+            main()
+        print(sorted({"torch", "lightning", "lightning_peft", "jsonargparse"} & set(sys.modules)))
+    """
+    printed = run(environments[route], "-c", textwrap.dedent(code), cwd=tmp_path)
+    assert printed.count("Print version and exit.") == 2
+    assert printed.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("route", ["tree", "checkout"])
