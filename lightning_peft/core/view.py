@@ -163,8 +163,11 @@ def is_inside(name: str, modules: Collection[str]) -> bool:
 
 def own_state(module: nn.Module) -> dict[str, Any]:
     """Return the tensors in the state of ``module`` itself that are no parameters, and have a value by now."""
-    passing = module._non_persistent_buffers_set
-    own = {n: b for n, b in module._buffers.items() if n not in passing and not isinstance(b, UninitializedBuffer)}
+    own: dict[str, Any] = {}
+    # Most modules have none.
+    if module._buffers:
+        passing = module._non_persistent_buffers_set
+        own = {n: b for n, b in module._buffers.items() if n not in passing and not isinstance(b, UninitializedBuffer)}
     if type(module).state_dict is not nn.Module.state_dict and not any(True for _ in module.parameters()):
         # A metric keeps its state in plain attributes, and its state dict has copies of them.
         own.update({k: v for k in module.state_dict() if isinstance(v := module.__dict__.get(k), Tensor)})

@@ -39,7 +39,10 @@ def resharded(model: nn.Module) -> ModelView:
         # A training step runs within the forward pass of the outermost unit.
         if unit._handle is not None and unit.training_state.name == "IDLE":
             _reshard(unit, unit._handle, unit._handle.uses_sharded_strategy)
-    if held := [name for name, parameter in view.parameters.items() if hasattr(parameter, _GATHERED_BY_USER)]:
+    every = (parameter for _, module in view.walked for parameter in module._parameters.values())
+    # Names take longer than all else here, and are for the error alone.
+    if any(hasattr(parameter, _GATHERED_BY_USER) for parameter in every):
+        held = [name for name, parameter in view.parameters.items() if hasattr(parameter, _GATHERED_BY_USER)]
         raise PEFTError(
             f"{held[0]!r} is gathered by `with deepspeed.zero.GatheredParameters(…)`. Leave that context first: "
             "lightning_peft gathers what it needs itself, one module at a time."

@@ -48,7 +48,7 @@ def finish(checkpoint: dict[str, Any], model: ModelView, full: bool) -> None:
         PEFTError: An adapter tensor is missing: a hook changed ``checkpoint["state_dict"]``.
     """
     extra = extra_state(model)
-    checkpoint[KEY] = {**metadata(model), "full": full, EXTRA: extra}
+    checkpoint[KEY] = {**metadata(model), "full": full, EXTRA: {name: {**own} for name, own in extra.items()}}
     state = {clean_name(name): tensor for name, tensor in checkpoint.setdefault("state_dict", {}).items()}
     trained = adapter_parameters_and_whole(model).keys()
     if missing := sorted(trained - state.keys()):

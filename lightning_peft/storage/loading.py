@@ -210,17 +210,18 @@ def _read_beside(model: ModelView, directory: Path, marker: Mapping[str, Any], p
 
 
 def _load_beside(model: ModelView, beside: Mapping[str, Tensor]) -> None:
+    if not beside:
+        return
     targets = {**model.buffers, **model.parameters}
     for name, tensor in beside.items():
         assign(targets[name], tensor)
-    if beside:
-        adapted = ModelView(model.module)
-        inside = {
-            f"{prefix}.{name}".lstrip(".")
-            for prefix, _, _ in registries(adapted)
-            for name in adapted.part(prefix).parameters
-        }
-        note_moved(adapted, (beside.keys() & inside) - adapter_parameters_and_whole(adapted).keys())
+    adapted = ModelView(model.module)
+    inside = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, _, _ in registries(adapted)
+        for name in adapted.part(prefix).parameters
+    }
+    note_moved(adapted, (beside.keys() & inside) - adapter_parameters_and_whole(adapted).keys())
 
 
 def _refuse_changed_base(root: ModelView, copies: Mapping[str, Tensor], source: str) -> None:

@@ -54,7 +54,8 @@ def _sum(weight: Tensor) -> Tensor:
         flat = flat.clone()
     data = flat.view(torch.uint8)
     whole = data.numel() // 8 * 8
-    return data[:whole].view(torch.int64).sum() + data[whole:].sum()
+    found = data[:whole].view(torch.int64).sum()
+    return found if whole == data.numel() else found + data[whole:].sum()
 
 
 def _is_readable(weight: Tensor) -> bool:

@@ -93,24 +93,26 @@ class Inventory(Training):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Step, after a check if the optimizers hold other parameters than they did: before one is trained in vain."""
-        if len(held_parameters(self.optimizers)) != self._count:
+        if sum(len(group["params"]) for o in self.optimizers for group in o.param_groups) != self._count:
             self._refuse_unsaved()
         return super().optimizer_step(optimizer, closure, model, **kwargs)
 
-    def _refuse_unsaved(self) -> None:
+    def _refuse_unsaved(self, view: ModelView | None = None) -> None:
         """Check that checkpoints have everything that is trained.
+
+        Args:
+            view: The module, if it has been looked at.
 
         Raises:
             PEFTError: They have not.
         """
         self._count = len(held_parameters(self.optimizers))
         if not self._full_checkpoints:
-            refusals.refuse_unsaved(self.optimizers, resharded(self._module), self._held)
+            refusals.refuse_unsaved(self.optimizers, view or resharded(self._module), self._held)
 
-    def _take_stock(self) -> None:
+    def _take_stock(self, view: ModelView) -> None:
         """Check that what is trained will be saved, and note what else has changed."""
-        self._refuse_unsaved()
-        view = resharded(self._module)
+        self._refuse_unsaved(view)
         self._tell_idle(view)
         written = sorted(self._written(view) - moved(view))
         note_moved(view, written)
@@ -129,5 +131,5 @@ class Inventory(Training):
     def on_train_end(self) -> None:
         """Take stock a last time, before anything is merged."""
         super().on_train_end()
-        self._take_stock()
+        self._take_stock(resharded(self._module))
         self._frozen = None

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.registry import registries, several_adapters, was_unloaded
+from lightning_peft.core.registry import own_registry, registries, several_adapters, was_unloaded
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import NotFiniteError, PEFTError, listed
 from lightning_peft.operations.merge import is_merged, merge
@@ -38,6 +38,8 @@ class Leaving(Inventory):
     @property
     def _is_plain(self) -> bool:
         """Whether a run has left the module plain: an evaluation needs no adapters, and a checkpoint is Lightning's."""
+        if own_registry(self._module) is not None:
+            return False  # at once: nearly all runs have their adapters injected into the module as a whole
         view = ModelView(self._module)
         return not registries(view) and was_unloaded(view)
 

@@ -31,7 +31,7 @@ from lightning_peft.storage import plain
 from lightning_peft.storage.after_hooks import follow
 from lightning_peft.storage.base_weights import load_base_weights
 from lightning_peft.storage.saving import check_writable
-from lightning_peft.storage.state import adapter_state_dict
+from lightning_peft.storage.state import adapter_state
 from lightning_peft.strategy import refusals
 from lightning_peft.strategy.checkpoints import Checkpoints
 from lightning_peft.strategy.restore import load_start
@@ -278,12 +278,13 @@ class Lifecycle(Checkpoints):
             return super().lightning_module_state_dict()
         if not self._is_set_up:
             self.inject()  # a checkpoint is asked for before the run begins: it has what the run begins with
-        self._take_stock()
+        view = resharded(self._module)
+        self._take_stock(view)
         if not self._full_checkpoints:
-            return self._adapter_state()
+            return self._adapter_state(view)
         # Where the base strategy gathers a model, it does so for one process only.
-        state = {**super().lightning_module_state_dict(), **self._adapter_state()}
-        return plain.unmerged_state_dict(state, ModelView(self._module))
+        state = {**super().lightning_module_state_dict(), **self._adapter_state(view)}
+        return plain.unmerged_state_dict(state, view)
 
-    def _adapter_state(self) -> dict[str, Any]:
-        return adapter_state_dict(self._module)
+    def _adapter_state(self, view: ModelView) -> dict[str, Any]:
+        return adapter_state(view)

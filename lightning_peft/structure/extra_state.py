@@ -13,17 +13,23 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.core.adapter import clean_name
-from lightning_peft.core.view import ModelView, own_state
+from lightning_peft.core.view import ModelView, once, own_state
 from lightning_peft.errors import PEFTError
 from lightning_peft.tensors.packed import is_packed
 
 
-def extra_state(model: ModelView) -> dict[str, dict[str, Any]]:
+@once
+def extra_state(model: ModelView) -> Mapping[str, dict[str, Any]]:
     """Return by the name of a module, and by key, what it writes itself beside parameters and buffers.
 
     What quantised layers write so are their weights, which are not the run's.
     """
-    found = {name: _extra(module) for name, module in model.walked if _writes(module) and not is_packed(module)}
+    # Layers have few classes, which are looked at once.
+    kinds = {kind for kind in {type(module) for _, module in model.walked} if _writes(kind)}
+    writing = (
+        (n, m) for n, m in model.walked if type(m) in kinds or any(map(_is_foreign, m._state_dict_hooks.values()))
+    )
+    found = {name: _extra(module) for name, module in writing if not is_packed(module)}
     return {name: extra for name, extra in found.items() if extra}
 
 
@@ -49,10 +55,10 @@ def load_extra_state(model: ModelView, extra: Mapping[str, Mapping[str, Any]], s
             raise PEFTError(f"{source} does not fit the extra state of {name!r}: {wrong[0]}.")
 
 
-def _writes(module: nn.Module) -> bool:
-    """Whether ``module`` may write into its state what torch does not write for every module."""
-    methods = (getattr(type(module), name) for name in ("get_extra_state", "_save_to_state_dict", "state_dict"))
-    return any(map(_is_foreign, (*methods, *module._state_dict_hooks.values())))
+def _writes(kind: type[nn.Module]) -> bool:
+    """Whether modules of the class ``kind`` may write into their state what torch does not write for every module."""
+    methods = (getattr(kind, name) for name in ("get_extra_state", "_save_to_state_dict", "state_dict"))
+    return any(map(_is_foreign, methods))
 
 
 def _is_foreign(function: Any) -> bool:

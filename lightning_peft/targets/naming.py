@@ -20,7 +20,8 @@ def suffixes(hosts: Iterable[str], modules: Iterable[str]) -> list[str] | None:
     """
     hosts, modules = set(hosts), list(modules)
     for endings in ({host.rsplit(".", 1)[-1] for host in hosts}, hosts):
-        named = {name for name in modules if name in endings or _ends_in(name, endings)}
+        depths = {ending.count(".") + 1 for ending in endings}
+        named = {name for name in modules if any(_last(name, depth) in endings for depth in depths)}
         if named == hosts:
             return sorted(endings)
     return None
@@ -54,5 +55,6 @@ def _endings(name: str) -> Iterable[str]:
         yield name
 
 
-def _ends_in(name: str, endings: set[str]) -> bool:
-    return any(ending in endings for ending in _endings(name))
+def _last(name: str, depth: int) -> str:
+    """Return the last ``depth`` segments of ``name``, or all of it."""
+    return ".".join(name.rsplit(".", depth)[-depth:])

@@ -85,7 +85,8 @@ def select(
     weight_of = {name: f"{name}.weight".lstrip(".") for name in chosen - candidates.keys()}
     chosen = {weight if (weight := weight_of.get(name, name)) in parameters else name for name in chosen}
     reasons = _reasons(model, {n: modules[n] for n in modules if n in chosen}, candidates, parameters, obstacle)
-    frozen = left_frozen(model, chosen) - named
+    # It weighs every parameter of the model, and nothing that is named is left out.
+    frozen = left_frozen(model, chosen) - named if chosen - named else set()
     reasons |= {name: REASON for name in modules if name in frozen}
     if refused := [name for name in reasons if name in named]:
         raise PEFTError(f"{refused[0]!r} cannot be adapted: {reasons[refused[0]]}. Exclude it.")

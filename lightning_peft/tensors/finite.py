@@ -17,7 +17,8 @@ def is_suspect(tensors: Iterable[Tensor]) -> Tensor:
     It is the norm of all that is looked at, in a few kernels however many tensors there are. Values that are finite but
     too large to be squared are suspect too.
     """
-    return ~get_total_norm([_dense(tensor) for tensor in tensors], error_if_nonfinite=False).isfinite()
+    with torch.no_grad():
+        return ~get_total_norm([_dense(tensor) for tensor in tensors], error_if_nonfinite=False).isfinite()
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -29,6 +30,8 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _dense(tensor: Tensor) -> Tensor:
+    if type(tensor) is Tensor and tensor.dtype is torch.float32 and tensor.layout is torch.strided:
+        return tensor  # as nearly all gradients are, of which each step has hundreds
     local = local_part(tensor.detach())
     values = local.coalesce().values() if local.is_sparse else local
     return values if values.dtype in (torch.float32, torch.float64) else values.float()

@@ -269,7 +269,7 @@ class OnDeepSpeed(Lifecycle, PlainState, DeepSpeedStrategy):
     def _warn_without_gradient(self, optimizer: Optimizer) -> None:
         """Do nothing: DeepSpeed has moved all gradients into its buffers, and none is left to be missed."""
 
-    def _adapter_state(self) -> dict[str, Any]:
+    def _adapter_state(self, view: ModelView) -> dict[str, Any]:
         return self._values()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

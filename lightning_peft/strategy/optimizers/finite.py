@@ -79,10 +79,11 @@ class FiniteSteps(Strategy):
         if not self._is_real_run():
             return None
         tensors = {"the loss": loss} if isinstance(loss, Tensor) else {}
-        tensors |= {f"the gradient of {name!r}": gradient for name, gradient in self._gradients(optimizer).items()}
-        suspect = is_suspect(tensors.values()).to(self.root_device, torch.float32)
+        gradients = self._gradients(optimizer)
+        suspect = is_suspect([*tensors.values(), *gradients.values()]).to(self.root_device, torch.float32)
         if not self.reduce(suspect, reduce_op="sum"):
             return None
+        tensors |= {f"the gradient of {name!r}": gradient for name, gradient in gradients.items()}
         faults = [" and ".join(not_finite(tensors)[:2])]
         if self._trainer.world_size > 1:
             faults *= self._trainer.world_size
