@@ -10,6 +10,7 @@ from benchmarks.report import OUT
 
 QUESTIONS = (
     "launches",
+    "host_time",
     "kept_bytes",
     "peak_memory",
     "checkpoints",

@@ -19,6 +19,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def every_input_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_MANY_ON_CPU", 0)
     monkeypatch.setattr(products, "_MANY", 0)
 
 

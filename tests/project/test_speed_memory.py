@@ -5,11 +5,23 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import checkpoints, kept_bytes, launches, lifecycle, measure, peak_memory, subjects, traffic, variants
+from benchmarks import (
+    checkpoints,
+    host_time,
+    kept_bytes,
+    launches,
+    lifecycle,
+    measure,
+    peak_memory,
+    subjects,
+    traffic,
+    variants,
+)
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_peft import LoRA, inject
+from lightning_peft.adapters.low_rank import products
 
 CASES = launches.cases()
 OURS, PEFT, BOUND, FULL = (
@@ -55,6 +67,25 @@ def test_the_count_sees_what_is_known() -> None:
     plain = measure.operators(BOUND.build(CASES["a layer with its own input"][0]), CASES["with dropout 0.05"][1])
     assert [len(names[0]) - len(plain[0]), len(names[1]) - len(plain[1])] == [4 * 4, 4 * 6]
     assert sorted(plain[0]) == ["gelu"] * 4 + ["mm"] * 4
+
+
+def test_calls_of_python_beside_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a narrow model waits for: two hooks, the adapter, and of torch no function that would do nothing."""
+    monkeypatch.setattr(products, "_MANY_ON_CPU", 2**16)  # as it is, but in other tests
+    shape = subjects.Shape(LlamaConfig(**host_time.NARROW), 1, 8)
+    subject, hidden = shape.build(), shape.inputs()
+    ours, theirs = (host_time.calls_per_layer(name, subject, hidden) for name in (variants.OURS, variants.PEFT))
+    assert ours <= 22
+    assert ours < theirs
+
+
+def test_the_count_of_calls_sees_what_is_known() -> None:
+    def twice() -> None:
+        for _ in range(2):
+            int("1")  # written in C
+            (lambda: None)()
+
+    assert host_time.python_calls(twice) == 3
 
 
 @pytest.mark.parametrize("family", SHAPES)

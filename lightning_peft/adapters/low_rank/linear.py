@@ -89,11 +89,12 @@ class LoRAAdapter(Adapter):
             return args, kwargs
         shared = self.shared_input
         shared.begin()
+        # First what is quickest, and so in narrow models for all layers: their time is Python's.
+        x = input_of(args, kwargs)
+        if not is_large(x, self.dropout > 0 and self.training):
+            return args, kwargs
         # In training also without gradients: reentrant checkpointing runs once so, and has to see the same dropout.
         if not (torch.is_grad_enabled() or (self.training and not torch.is_inference_mode_enabled())):
-            return args, kwargs
-        x = input_of(args, kwargs)
-        if not is_large(x, self.training and self.dropout > 0):
             return args, kwargs
         dtype = product_dtype(base, x, self.lora_A, self.lora_B)
         if dtype is None:
@@ -110,11 +111,14 @@ class LoRAAdapter(Adapter):
         x, a, b = input_of(args, kwargs), self.lora_A, self.lora_B
         if not (self.training or torch.is_grad_enabled()) and product_dtype(base, x, a, b) is not None:
             return add_low_rank(output, x, a, b, self.scale)
-        x = functional.dropout(x, self.dropout, self.training)
+        # In a narrow model every call counts, also of what would do nothing.
+        if self.dropout and self.training:
+            x = functional.dropout(x, self.dropout, self.training)
         # The small matrices follow the activations: casting x instead would cost a float32 copy of it.
-        hidden = functional.linear(x, a.to(x.dtype))  # [..., r]
-        delta = functional.linear(hidden, b.to(hidden.dtype))  # [..., out]
-        return torch.add(output, delta, alpha=self.scale).to(output.dtype)
+        hidden = functional.linear(x, a if a.dtype == x.dtype else a.to(x.dtype))  # [..., r]
+        delta = functional.linear(hidden, b if b.dtype == hidden.dtype else b.to(hidden.dtype))  # [..., out]
+        changed = torch.add(output, delta, alpha=self.scale)
+        return changed if changed.dtype == output.dtype else changed.to(output.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return W0 + scale · B A (section 4.1, "No Additional Inference Latency")."""

@@ -39,7 +39,9 @@ def is_large(x: Tensor, drops: bool) -> bool:
     Where they do not, the plain expression is faster: autograd's own functions launch more kernels, but from C++. With
     dropout they keep a copy of ``x`` for each layer, and are left to what is small on any device.
     """
-    return x.numel() >= (_MANY_ON_CPU if drops or x.device.type == "cpu" else _MANY)
+    count = x.numel()
+    # What is small on every device is so without a look at the device, which takes as long as all else here.
+    return count >= _MANY_ON_CPU and (drops or count >= _MANY or x.device.type == "cpu")
 
 
 def product_dtype(base: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> torch.dtype | None:
