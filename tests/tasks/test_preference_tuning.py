@@ -84,8 +84,8 @@ def test_the_loss_is_that_of_trl(model: str, tmp_path: Path) -> None:
     data = PreferenceData(val_file=write(tmp_path / "pairs.jsonl", PAIRS))
     trainer = L.Trainer(**QUIET, strategy=PEFTStrategy(LoRA(r=4), merge_on_train_end=False))
     found = trainer.validate(module, data, verbose=False)[0]
-    assert found["val_loss"] == pytest.approx(TRL[0], abs=1e-6)
-    assert found["val_margin"] == pytest.approx(TRL[1], abs=1e-6)
+    assert found["val_loss"] == pytest.approx(TRL[0], abs=5e-6)
+    assert found["val_margin"] == pytest.approx(TRL[1], abs=5e-6)
 
 
 def log_probability(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
