@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_peft.errors import PEFTError
-from lightning_peft.tasks.answers.answer_loss import answer_logits, packing_error
+from lightning_peft.tasks.answers.answer_loss import answer_logits, answer_loss, packing_error
 from lightning_peft.tasks.language_model import LanguageModel
 
 
@@ -35,6 +35,13 @@ class CausalLM(LanguageModel):
         """Return the scores of the batch's answer tokens, (tokens, vocabulary), and the tokens, (tokens,)."""
         mask, positions = batch.get("attention_mask"), batch.get("position_ids")
         return answer_logits(self.model, batch["input_ids"], mask, batch["labels"], positions)
+
+    def answer_loss(self, batch: dict[str, Any]) -> Tensor:
+        """Return the mean loss of the batch's answer tokens, to be differentiated once, in the memory of the scores."""
+        if type(self).answer_logits is not CausalLM.answer_logits:
+            return super().answer_loss(batch)  # of the scores that a class of the user's has
+        mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+        return answer_loss(self.model, batch["input_ids"], mask, batch["labels"], positions)
 
     def _check_packing(self, batch: dict[str, Any]) -> None:
         error, rounding = packing_error(self.model, batch["input_ids"], batch["position_ids"], batch["labels"])

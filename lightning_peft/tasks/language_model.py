@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lightning_peft.errors import PEFTError
 from lightning_peft.tasks.answers.generation import StopAtText, complete
+from lightning_peft.tasks.answers.mean_loss import mean_loss
 from lightning_peft.tasks.answers.text_metrics import text_metrics
 from lightning_peft.tasks.batches.chat import ChatTemplate
 from lightning_peft.tasks.batches.layouts import Conversation, Message
@@ -100,10 +101,13 @@ class LanguageModel(Task):
     def answer_logits(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the scores of the batch's answer tokens, (tokens, vocabulary), and the tokens, (tokens,)."""
 
+    def answer_loss(self, batch: dict[str, Any]) -> Tensor:
+        """Return the mean loss of the batch's answer tokens, to be differentiated once."""
+        return mean_loss(*self.answer_logits(batch))
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the mean loss of the batch's answer tokens."""
-        logits, targets = self.answer_logits(batch)
-        loss = nn.functional.cross_entropy(logits, targets)
+        loss = self.answer_loss(batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 

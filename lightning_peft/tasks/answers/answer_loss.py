@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 
 import torch
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lightning_peft.adapters.virtual_tokens.infix import IGNORED, answers
 from lightning_peft.adapters.virtual_tokens.initial_tokens import evaluating
+from lightning_peft.tasks.answers.mean_loss import mean_loss
 
 
 def answer_logits(
@@ -35,6 +37,33 @@ def answer_logits(
     Returns:
         The logits, (answer tokens, vocabulary) in float32, and the tokens they should predict.
     """
+    logits, targets = _scores(model, input_ids, attention_mask, labels, position_ids)
+    chosen = targets != IGNORED
+    return logits[chosen].float(), targets[chosen]
+
+
+def answer_loss(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the mean of `cross_entropy` over what `answer_logits` returns for the same arguments.
+
+    It makes no copy of the scores, which are overwritten: whoever keeps what the model returned sees gradients there.
+    """
+    return mean_loss(*_scores(model, input_ids, attention_mask, labels, position_ids))
+
+
+def _scores(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scores, (batch, columns, vocabulary), and the tokens that they should predict, or `IGNORED`."""
     accepted = inspect.signature(model.forward).parameters
     time = labels.shape[1]
     # The token before the first answer token predicts it; the first token of all is predicted by none.
@@ -48,9 +77,12 @@ def answer_logits(
     if "logits_to_keep" in accepted:
         extra["logits_to_keep"] = keep
     with answers(labels):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, **extra).logits[:, -keep:]
-    chosen = is_answer[:, -(keep - 1) :]
-    return logits[:, :-1][chosen].float(), labels[:, -(keep - 1) :][chosen]
+        logits: torch.Tensor = model(input_ids=input_ids, attention_mask=attention_mask, **extra).logits
+    if logits.shape[1] > keep:
+        logits = logits[:, -keep:]
+    # The last token of all predicts none.
+    targets = functional.pad(labels[:, -(keep - 1) :], (0, 1), value=IGNORED)
+    return logits, targets
 
 
 @torch.no_grad()
