@@ -22,6 +22,9 @@ from lightning_peft.tensors.weights import as_matrix, as_stored, is_transposed, 
 
 _ELEMENTS = 2**18
 """Of a weight that is merged by rows so many are computed with at once: 1 MB in float32."""
+_NARROW = (torch.float16, torch.bfloat16)
+_PARTS = 16
+"""Into no more parts is a weight cut that a model holds: of small ones a GPU would wait for Python."""
 
 
 def weight_names(adapter: Adapter) -> tuple[str, ...]:
@@ -123,14 +126,24 @@ def fold_rows(host: nn.Module, adapter: Adapter, weight: Tensor, name: str = "")
     Raises:
         NotFiniteError: The new rows would hold NaN or infinity. Those before them are merged.
     """
+    return _fold_rows(adapter, weight, weight, name, _ELEMENTS)
+
+
+def _fold_rows(adapter: Adapter, weight: Tensor, out: Tensor, name: str, elements: int) -> float:
+    """Write the rows of ``weight``, merged, into ``out``, ``elements`` of them at once, and return what rounding took.
+
+    Raises:
+        NotFiniteError: As :func:`fold_rows`.
+    """
     rounding, start = _Rounding(), 0
-    for rows in weight.split(max(1, _ELEMENTS // weight.shape[1])):
+    step = max(1, elements // weight.shape[1])
+    for rows, merged in zip(weight.split(step), out.split(step), strict=True):
         before = widened(rows)
         after, _ = _of_rows(adapter, start, len(rows)).fold(before, None)
         stored = after.to(rows.dtype)
         _refuse_non_finite(name, after, stored)
         rounding.add(before, after, stored)
-        rows.copy_(stored)
+        merged.copy_(stored)
         start += len(rows)
     return rounding.loss
 
@@ -225,9 +238,14 @@ def _folded(
         for key in before:
             rounding.add(before[key], after[key], stored[key])
         return stored, bias, rounding.loss
-    matrix = as_matrix(host, weights["weight"])
+    weight = weights["weight"]
+    if can_fold_rows(host, adapter) and weight.dtype in _NARROW:
+        # As a whole it would be computed with, and its change, in float32: five times what it takes itself.
+        new = torch.empty_like(weight)
+        return {"weight": new}, bias, _fold_rows(adapter, weight, new, name, max(_ELEMENTS, weight.numel() // _PARTS))
+    matrix = as_matrix(host, weight)
     folded, bias = adapter.fold(matrix, bias)
-    new = as_stored(host, folded, weights["weight"].dtype)
+    new = as_stored(host, folded, weight.dtype)
     _refuse_non_finite(name, folded, new)
     if bias is not None:
         _refuse_non_finite(f"{name}.bias", bias, bias.to(new.dtype))

@@ -13,6 +13,7 @@ from transformers import LlamaModel
 from benchmarks import measure, subjects
 from benchmarks.report import MB, Options, Table, answer
 from lightning_peft import LoRA, inject
+from lightning_peft.tasks.answers.mean_loss import mean_loss
 
 LOOP, FLAT = "foreach=False", "one flat tensor, fused=True"
 
@@ -45,7 +46,8 @@ def losses(options: Options) -> Table:
         return functional.linear_cross_entropy(hidden, weight, targets, options=nn.LinearCrossEntropyOptions())
 
     kinds: dict[str, Callable[[], Tensor]] = {
-        "all logits": lambda: functional.cross_entropy(functional.linear(hidden, weight), targets)
+        "all logits": lambda: functional.cross_entropy(functional.linear(hidden, weight), targets),
+        "in the logits' memory, as ready tasks": lambda: mean_loss(functional.linear(hidden, weight), targets),
     }
     known = hasattr(functional, "linear_cross_entropy")
     kinds |= {"in chunks, by torch": chunked} if known else {}

@@ -143,7 +143,7 @@ def main(options: Options) -> list[Table]:
     for dtype in (torch.float32, torch.bfloat16):
         for depth in (2, 8):
             for keep in (False, True):
-                mine, theirs = merge_memory(512, depth, dtype, keep)
+                mine, theirs = merge_memory(512 if options.quick else 2048, depth, dtype, keep)
                 name = str(dtype).removeprefix("torch.")
                 memory.rows.append([name, depth, "to be undone" if keep else "for good", mine, theirs])
     return [times, memory]

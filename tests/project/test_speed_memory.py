@@ -131,11 +131,11 @@ def test_peak_memory_of_a_step() -> None:
     assert full["added"] > 0.9 * weights
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1), (torch.bfloat16, 2.5)])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1), (torch.bfloat16, 0.75)])
 def test_memory_of_a_merge_for_good(dtype: torch.dtype, most: float) -> None:
-    """A delta of one layer, whatever the number of layers; beside a bfloat16 weight, that weight in float32 too."""
+    """A delta of one layer, whatever their number; of bfloat16 weights the new one, and some rows in float32."""
     for layers in (2, 6):
-        ours, theirs = lifecycle.merge_memory(128, layers, dtype, keep=False)
+        ours, theirs = lifecycle.merge_memory(2048, layers, dtype, keep=False)
         assert ours <= most + 0.1
         assert ours < theirs
 
