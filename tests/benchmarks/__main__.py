@@ -10,7 +10,9 @@ from benchmarks.report import OUT
 
 QUESTIONS = (
     "launches",
+    "bounds",
     "host_time",
+    "compiled",
     "kept_bytes",
     "peak_memory",
     "checkpoints",
@@ -24,7 +26,7 @@ QUESTIONS = (
 )
 
 # What is counted is the same on every device.
-ON_GPU = ("peak_memory", "inference", "per_sample", "step_time")
+ON_GPU = ("peak_memory", "inference", "per_sample", "step_time", "compiled")
 
 
 def main() -> int:

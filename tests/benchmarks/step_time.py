@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from benchmarks import measure, subjects, variants
-from benchmarks.report import Options, Table, answer
+from benchmarks import bounds, measure, subjects, variants
+from benchmarks.report import Options, Table, answer, machine
 
 PARTS = ("forward", "backward", "step")
 
@@ -37,7 +37,7 @@ class Case:
 
 def main(options: Options) -> list[Table]:
     """Time training steps."""
-    columns = ["model", "dropout", "variant", *(f"{part} / bound" for part in PARTS), "step / HF peft"]
+    columns = ["model", "dropout", "variant", *(f"{part} / bound" for part in PARTS), "step / HF peft", "at least"]
     table = Table("step_time", "Training step: medians (and quartiles) of ratios within a round", columns)
     for name, shape in subjects.shapes(options.quick, options.device).items():
         subject, hidden = shape.build(options.device, options.dtype), shape.inputs(options.device, options.dtype)
@@ -50,14 +50,20 @@ def main(options: Options) -> list[Table]:
         }
         # A round of a large layer takes a minute, and its spread is small.
         rounds = measure.in_turns(cases, max(1, options.rounds // 2) if large else options.rounds)
+        line = bounds.at_least(shape, machine(options.device))
         for variant, dropout in cases:
             against = [measure.ratios(rounds, (variant, dropout), (variants.BOUND, 0.0), part) for part in PARTS]
             peer = (variants.PEFT, dropout)
             beside = measure.ratios(rounds, (variant, dropout), peer, "step") if peer in cases else "-"
-            table.rows.append([name, f"{dropout:g}", variant, *against, beside])
+            table.rows.append([name, f"{dropout:g}", variant, *against, beside, _line(variant, line)])
         del cases, subject
     table.notes += variants.notes(options.device)
     return [table]
+
+
+def _line(variant: str, line: str) -> str:
+    """Return what a row is measured by: no line but the bound holds for what has no adapters."""
+    return "-" if variant in (variants.BOUND, variants.FULL) else line
 
 
 if __name__ == "__main__":

@@ -102,6 +102,30 @@ def test_a_compiled_transformer_serves_every_adapter() -> None:
                 assert (outputs(compiled, inputs) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+def test_dropout_going_on_and_off_compiles_nothing_anew() -> None:
+    """One program for training and one for evaluation, whatever adapter runs, and however often they take turns."""
+    model = mlp()
+    names = with_adapters(model, LoRA(r=2, dropout=0.5, **TARGETS), 2)
+    expected = {name: None for name in names}
+    for name in names:
+        set_adapter(model, name)
+        expected[name] = model.eval()(X)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for mode in (True, False):
+        model.train(mode)
+        compiled(X).square().sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for turn in range(4):
+            set_adapter(model, names[turn % 2])
+            model.train()
+            dropped = compiled(X)
+            dropped.square().sum().backward()
+            model.eval()
+            kept = compiled(X)
+            assert not torch.equal(dropped, kept)
+            torch.testing.assert_close(kept, expected[names[turn % 2]])
+
+
 def calls_of_switching(count: int, width: int) -> int:
     model = nn.ModuleList([nn.Linear(width, width) for _ in range(3)])
     names = with_adapters(model, LoRA(r=2, target_modules=["0", "1", "2"]), count)

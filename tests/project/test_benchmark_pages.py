@@ -58,7 +58,7 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_replaces_its_own_tables(quick: bool, tmp_path: Path) -> None:
     (run := tmp_path / "run").mkdir()
     old = TABLES["step_time_cuda"]
-    rows = [[*row[:5], Spread(7.89, 7.0, 9.0), row[6]] for row in old.rows]
+    rows = [[*row[:5], Spread(7.89, 7.0, 9.0), *row[6:]] for row in old.rows]
     report.write(replace(old, rows=rows, machine="a new GPU, torch 3", quick=quick), run)
     before = {path: path.read_text() for path in readme.pages(TABLES)}
     readme.main(run)

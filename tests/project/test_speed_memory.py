@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import (
+    bounds,
     checkpoints,
     host_time,
     kept_bytes,
@@ -52,6 +53,31 @@ def test_operators_launched(name: str) -> None:
     assert MOST.keys() == CASES.keys()
     assert 0 < together(name, variants.OURS) <= MOST[name]
     assert together(name, variants.OURS) <= 0.65 * together(name, variants.PEFT)
+
+
+def test_the_arithmetic_bound_is_that_of_the_formula() -> None:
+    """LoRA adds 3 r (in + out) multiplications a token to the 2 in · out of a frozen layer and its dX."""
+    subject, hidden, _, _ = CASES["a layer with its own input"]
+    counted = [
+        bounds.flops(lambda model=model: measure.backward(model(hidden)))  # type: ignore[misc]
+        for model in (OURS.build(subject), BOUND.build(subject))
+    ]
+    assert counted[0] / counted[1] == 1 + 3 * 8 * (64 + 64) / (2 * 64 * 64)
+
+
+def test_the_elements_that_adapters_move() -> None:
+    """In a block of Llama: q, k and v share an input, and so do gate and up."""
+    shape = subjects.Shape(LlamaConfig(**{**launches.SMALL, "num_hidden_layers": 1}), 1, 4)
+    bound, hidden = BOUND.build(shape.build("meta")), shape.inputs("meta")
+    inputs, outputs = 64 + 64 + 64 + 96, 64 + 32 + 32 + 64 + 96 + 96 + 64
+    assert bounds.elements(bound, hidden, fused=False) == 4 * inputs + 4 * outputs
+    assert bounds.elements(bound, hidden, fused=True) == 2 * inputs + outputs
+
+
+def test_the_largest_line_decides() -> None:
+    shape = subjects.Shape(LlamaConfig(**launches.SMALL), 1, 4)
+    assert bounds.at_least(shape, "a server CPU").endswith("(arithmetic)")
+    assert bounds.at_least(shape, "NVIDIA H200, torch 3").endswith("(launches)")
 
 
 def test_a_cpu_copies_one_matrix_more() -> None:
