@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from all_methods import FAMILY, METHODS, OURS, REFUSED
-from families import ALL_FAMILIES, build, outputs, randomise
+from families import ALL_FAMILIES, FAMILIES, build, outputs, randomise
 from modules import assert_same
 from resuming import SteppedLlama, logits, straight_and_resumed
 from torch import Tensor, nn
@@ -53,6 +53,18 @@ START = {
     "prompt_tuning with infix tokens": 1.0,
     "prompt_tuning in every layer": 1.0,
 }
+
+# A method of each kind, which lives on every family in `make test` too.
+OF_EACH_KIND = ("lora", "dora", "series_adapter", "parallel_adapter", "prefix_tuning", "ia3", "bitfit")
+
+
+def lives() -> list[Any]:
+    """Every method on every family; those of other methods on families beside the main ones are slow."""
+    return [
+        pytest.param(name, family, marks=() if family in FAMILIES or name in OF_EACH_KIND else pytest.mark.slow)
+        for name in METHODS
+        for family in ALL_FAMILIES
+    ]
 
 
 def loss_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -106,8 +118,7 @@ def without_gradient(family: str) -> set[str]:
     return {name for name, p in model.named_parameters() if p.grad is None}
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "family"), lives())
 def test_life_cycle(name: str, family: str, tmp_path: Path) -> None:
     method, (model, inputs) = METHODS[name], partly_frozen(family)
     before, expected = snapshot(model), evaluate(model, inputs)
