@@ -38,8 +38,8 @@ class Counterpart(ABC):
     """HF PEFT's name of the method."""
     on_conv1d: ClassVar[bool] = True
     """Whether HF PEFT has the method for transformers' ``Conv1D``."""
-    of_convolutions: ClassVar[bool] = False
-    """Whether the method is here for convolutions."""
+    convolutions: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """The convolutions that the method is here for."""
     parameters: ClassVar[Mapping[str, str]] = {}
     """What follows the module's name in the file, with the name of that parameter in the adapter."""
     keys: ClassVar[frozenset[str]] = frozenset()
@@ -152,13 +152,12 @@ class Counterpart(ABC):
 
     def refuse_convolutions(self, modules: Mapping[str, nn.Module], hosts: Iterable[str], source: str) -> None:
         """Raise :class:`PEFTError` if one of ``hosts`` is a convolution, which the method is not here for."""
-        if self.of_convolutions:
-            return
-        if convolutions := [host for host in hosts if isinstance(modules[host], nn.Conv1d | nn.Conv2d | nn.Conv3d)]:
+        others = {nn.Conv1d, nn.Conv2d, nn.Conv3d} - {*self.convolutions}
+        if convolutions := [host for host in hosts if isinstance(modules[host], tuple(others))]:
+            name = type(modules[convolutions[0]]).__name__
             raise PEFTError(
-                f"{source} adapts {convolutions[0]!r}, a convolution, by {self.method.__name__}, which is here for "
-                "linear layers: of convolutions there is LoRA alone. HF PEFT makes a plain model of it: "
-                "PeftModel.from_pretrained(base, path).merge_and_unload()."
+                f"{source} adapts {convolutions[0]!r}, a {name}, of which there is no {self.method.__name__} here. HF "
+                "PEFT makes a plain model of it: PeftModel.from_pretrained(base, path).merge_and_unload()."
             )
 
     def grouped(self, shapes: Shapes, source: str) -> dict[str, set[str]]:
@@ -206,6 +205,15 @@ def require_numbers(config: Mapping[str, Any], keys: Iterable[str], source: str)
     for key in keys:
         if not isinstance(config.get(key), int | float):
             raise PEFTError(f"{source}: its configuration has {key}={config.get(key)!r}; a number was expected.")
+
+
+def refuse_effective(shapes: Shapes, ending: str, source: str) -> None:
+    """Raise :class:`PEFTError` if kernels have a factor of their own, in tensors whose names end in ``ending``."""
+    if found := [name for name in shapes if name.endswith(ending)]:
+        raise PEFTError(
+            f"{source} has {found[0]!r}, a factor for the kernels of convolutions alone (use_effective_conv2d), which "
+            "is not here. HF PEFT makes a plain model of it: PeftModel.from_pretrained(base, path).merge_and_unload()."
+        )
 
 
 def targets_for_hf(hosts: Iterable[str], root: ModelView) -> list[str] | str:

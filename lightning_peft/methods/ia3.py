@@ -22,6 +22,8 @@ from lightning_peft.targets.patterns import as_list, match_names, require_matche
 from lightning_peft.targets.select import select
 from lightning_peft.tensors.weights import features, is_linear, tensor_options
 
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+
 
 class Rescale(Adapter):
     """l ⊙ (W0 x + b); l ``[out, 1]``."""
@@ -29,7 +31,7 @@ class Rescale(Adapter):
     mergeable = True
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"ia3_l": ("out", None)}
 
-    def __init__(self, size: tuple[int, int], host: nn.Module) -> None:
+    def __init__(self, size: tuple[int, ...], host: nn.Module) -> None:
         super().__init__()
         self.ia3_l = nn.Parameter(torch.ones(size, **tensor_options(host)))
         # A bias is rescaled too.
@@ -55,7 +57,7 @@ class RescaleInput(Rescale):
     changes_input = True
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"ia3_l": (None, "in")}
 
-    def __init__(self, size: tuple[int, int], host: nn.Module) -> None:
+    def __init__(self, size: tuple[int, ...], host: nn.Module) -> None:
         super().__init__(size, host)
         self.folds_by_row = True
 
@@ -75,13 +77,53 @@ class RescaleInput(Rescale):
         return weight * self.ia3_l.detach().to(weight.dtype), bias
 
 
+class RescaleConv(Rescale):
+    """l ⊙ (W0 * x + b) for a convolution; l ``[1, out, 1, ...]``."""
+
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
+
+    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Rescale the channels of ``output`` ``[batch, out, ...]``."""
+        return (output * self.ia3_l[0]).to(output.dtype)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return rescaled rows of a weight ``[out, in · kernel]``."""
+        scale = self.ia3_l.detach().flatten()
+        return weight * scale[:, None].to(weight.dtype), None if bias is None else bias * scale.to(bias.dtype)
+
+
+class RescaleConvInput(RescaleInput):
+    """W0 * (l ⊙ x) + b for a convolution; l ``[1, in, 1, ...]``."""
+
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
+
+    def __init__(self, size: tuple[int, ...], host: nn.Module) -> None:
+        super().__init__(size, host)
+        assert isinstance(host, _CONVOLUTIONS)
+        self._groups = host.groups
+
+    def before(
+        self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Rescale the channels of the input ``[batch, in, ...]``."""
+        x = input_of(args, kwargs)
+        return with_input(args, kwargs, (x * self.ia3_l[0]).to(x.dtype))
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return a weight ``[out, in / groups · kernel]`` with rescaled columns, in each group its own channels'."""
+        of_groups = self.ia3_l.detach().to(weight.dtype).view(self._groups, -1)
+        rows = of_groups.repeat_interleave(len(weight) // self._groups, dim=0)
+        return weight * rows.repeat_interleave(weight.shape[1] // rows.shape[1], dim=1), bias
+
+
 @dataclass(frozen=True, kw_only=True)
 class IA3(PEFTMethod):
     """Rescale keys, values and the MLP's activations by learned vectors.
 
     Args:
-        target_modules: Linear layers to rescale, by pattern. By default the key and value projections (where they are
-            fused with the query's, that layer as a whole, as in HF PEFT) and the last linear layer of the MLP.
+        target_modules: Linear layers, or convolutions in two and three dimensions, to rescale, by pattern. By default
+            the key and value projections (where they are fused with the query's, that layer as a whole, as in HF PEFT)
+            and the last linear layer of the MLP.
         feedforward_modules: Those of ``target_modules`` whose input is rescaled instead of the output. By default the
             last linear layer of the MLP; with ``target_modules`` given, none.
         exclude_modules: Patterns of modules to leave out, with ``target_modules``.
@@ -89,7 +131,7 @@ class IA3(PEFTMethod):
     """
 
     name: ClassVar[str] = "ia3"
-    hosts: ClassVar[str] = "linear layers, Conv1D"
+    hosts: ClassVar[str] = "linear layers, Conv1D, convolutions"
     count: ClassVar[str] = "Σ out (or in)"
     # The shape of a vector shows which side it rescales.
     free: ClassVar[frozenset[str]] = PEFTMethod.free | {"feedforward_modules"}
@@ -107,12 +149,12 @@ class IA3(PEFTMethod):
             )
 
     def select(self, model: ModelView) -> dict[str, nn.Module]:
-        """Return the linear layers to rescale."""
+        """Return the layers to rescale."""
         if self.target_modules is None:
             outputs, inputs = self._found(model)
             return {name: model.modules[name] for name in [*outputs, *inputs]}
         hosts = select(
-            model, self.target_modules, adaptable=is_linear, exclude=self.exclude_modules, layers=self.layers
+            model, self.target_modules, adaptable=_is_rescaled, exclude=self.exclude_modules, layers=self.layers
         )
         require_matches(as_list(self.feedforward_modules or ()), hosts, "feedforward_modules")
         return hosts
@@ -122,6 +164,13 @@ class IA3(PEFTMethod):
         inputs = self.inputs(model, hosts)
         made: dict[str, Adapter] = {}
         for name, module in hosts.items():
+            if isinstance(module, _CONVOLUTIONS):
+                channels, ones = (
+                    (module.out_channels, module.in_channels)[name in inputs],
+                    (1,) * len(module.kernel_size),
+                )
+                made[name] = (RescaleConv, RescaleConvInput)[name in inputs]((1, channels, *ones), module)
+                continue
             d_in, d_out = features(module)
             made[name] = RescaleInput((1, d_in), module) if name in inputs else Rescale((d_out, 1), module)
         return made
@@ -154,3 +203,7 @@ class IA3(PEFTMethod):
                     "its own that are called. Name linear layers in target_modules."
                 )
         return outputs, inputs
+
+
+def _is_rescaled(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, _CONVOLUTIONS)

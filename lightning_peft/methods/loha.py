@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_peft.adapters.low_rank.conv import convolved
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of
 from lightning_peft.core.method import PEFTMethod
@@ -20,7 +21,8 @@ from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.targets.select import select
 from lightning_peft.tensors.seeding import fill
-from lightning_peft.tensors.weights import features, is_linear, tensor_options
+from lightning_peft.tensors.sharding import full_shape
+from lightning_peft.tensors.weights import features, is_conv, is_linear, tensor_options, weight_of
 
 
 class LoHaAdapter(Adapter):
@@ -65,9 +67,22 @@ class LoHaAdapter(Adapter):
         return weight + self._delta(weight.dtype).detach(), bias
 
 
+class ConvLoHaAdapter(LoHaAdapter):
+    """The same beside a convolution: a column for each channel and place of the kernel."""
+
+    folds_by_row = False
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
+
+    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Add what the change of the weight makes of the input to ``output`` ``[batch, out, ...]``."""
+        x = input_of(args, kwargs)
+        change = self._delta(x.dtype).view(full_shape(weight_of(base)))
+        return (output + convolved(base, x, change)).to(output.dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoHa(PEFTMethod):
-    """Updates of linear layers that are the Hadamard product of two of low rank.
+    """Updates of linear layers, and by name of convolutions, that are the Hadamard product of two of low rank.
 
     Args:
         r: Rank of each of the two.
@@ -80,7 +95,7 @@ class LoHa(PEFTMethod):
     """
 
     name: ClassVar[str] = "loha"
-    hosts: ClassVar[str] = "linear layers"
+    hosts: ClassVar[str] = "linear layers, convolutions"
     count: ClassVar[str] = "Σ 2r (in + out)"
 
     r: int = 8
@@ -96,12 +111,20 @@ class LoHa(PEFTMethod):
             raise PEFTError(f"LoHa: alpha={self.alpha!r} was given; alpha is a positive number.")
 
     def select(self, model: ModelView) -> dict[str, nn.Module]:
-        """Return the linear layers that ``target_modules`` names."""
-        return select(model, self.target_modules, adaptable=is_linear, exclude=self.exclude_modules, layers=self.layers)
+        """Return the layers that ``target_modules`` names."""
+        return select(
+            model, self.target_modules, adaptable=is_factored, exclude=self.exclude_modules, layers=self.layers
+        )
 
     def adapter(self, name: str, module: nn.Module, seed: int) -> LoHaAdapter:
-        """Make the adapter of the linear layer ``module``."""
-        return LoHaAdapter(module, self.r, self.alpha / self.r, seed, name)
+        """Make the adapter of the layer ``module``."""
+        kind = ConvLoHaAdapter if is_conv(module) else LoHaAdapter
+        return kind(module, self.r, self.alpha / self.r, seed, name)
+
+
+def is_factored(module: nn.Module) -> bool:
+    """Whether LoHa and LoKr are for ``module``: a linear layer, or a convolution in one or two dimensions."""
+    return is_linear(module) or isinstance(module, nn.Conv1d | nn.Conv2d)
 
 
 def _draw(values: Tensor, generator: torch.Generator) -> None:

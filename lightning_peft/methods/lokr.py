@@ -12,15 +12,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.adapters.low_rank.conv import convolved
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
+from lightning_peft.methods.loha import is_factored
 from lightning_peft.targets.select import select
 from lightning_peft.tensors.seeding import fill
-from lightning_peft.tensors.sharding import in_one_piece
-from lightning_peft.tensors.weights import features, is_linear, tensor_options
+from lightning_peft.tensors.sharding import full_shape, in_one_piece
+from lightning_peft.tensors.weights import features, is_conv, tensor_options, weight_of
 
 Shape = tuple[int, int]
 
@@ -37,8 +39,7 @@ class LoKrAdapter(Adapter):
     def __init__(
         self,
         host: nn.Module,
-        shapes: dict[str, Shape],
-        ranks: dict[str, int | None],
+        shapes: dict[str, tuple[int, ...]],
         scale: float,
         seed: int,
         name: str,
@@ -46,9 +47,8 @@ class LoKrAdapter(Adapter):
         """Make the factors of ``shapes``, by name; those with a rank as two halves, ``lokr_w2_a`` and ``lokr_w2_b``."""
         super().__init__()
         options = tensor_options(host)
-        for factor, (rows, columns) in shapes.items():
-            for key, shape in _pieces(factor, rows, columns, ranks[factor]).items():
-                self.register_parameter(key, nn.Parameter(torch.empty(shape, **options)))
+        for key, shape in shapes.items():
+            self.register_parameter(key, nn.Parameter(torch.empty(shape, **options)))
         self.scale, self._seed, self._name = scale, seed, name
         self.reset_parameters()
 
@@ -63,7 +63,7 @@ class LoKrAdapter(Adapter):
     def _factor(self, factor: str, dtype: torch.dtype) -> Tensor:
         whole = self._parameters.get(factor)
         if whole is not None:
-            return whole.to(dtype)
+            return whole.flatten(1).to(dtype)
         return (self.get_parameter(f"{factor}_a") @ self.get_parameter(f"{factor}_b")).to(dtype)
 
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -75,17 +75,40 @@ class LoKrAdapter(Adapter):
         delta = (left @ (columns @ right.T)).flatten(-2)  # [..., l, out / l], then [..., out]
         return torch.add(output, in_one_piece(delta), alpha=self.scale).to(output.dtype)
 
+    def _product(self, start: int, length: int, like: Tensor) -> Tensor:
+        """Return so many rows of W1 ⊗ W2, in the dtype of ``like``."""
+        left, right = (self._factor(factor, like.dtype) for factor in ("lokr_w1", "lokr_w2"))
+        rows = torch.arange(start, start + length, device=like.device)
+        return (left[rows // len(right), :, None] * right[rows % len(right), None]).flatten(1)
+
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return W0 + scale · (W1 ⊗ W2)."""
-        left, right = (self._factor(factor, weight.dtype).detach() for factor in ("lokr_w1", "lokr_w2"))
-        rows = torch.arange(self.rows_from, self.rows_from + len(weight), device=weight.device)
-        product = left[rows // len(right), :, None] * right[rows % len(right), None]  # those of W1 ⊗ W2
-        return torch.add(weight, product.flatten(1), alpha=self.scale), bias
+        product = self._product(self.rows_from, len(weight), weight).detach()
+        return torch.add(weight, product, alpha=self.scale), bias
+
+
+class ConvLoKrAdapter(LoKrAdapter):
+    """The same beside a convolution, whose kernel W2 has: ``[out / l, in / m, *kernel]``."""
+
+    folds_by_row = False
+
+    def _product(self, start: int, length: int, like: Tensor) -> Tensor:
+        whole = self._parameters.get("lokr_w2")
+        if whole is None or whole.dim() != 3:
+            return super()._product(start, length, like)
+        # HF PEFT's files of one dimension mean the product that torch has for tensors of two and of three.
+        return torch.kron(self._factor("lokr_w1", like.dtype), whole.to(like.dtype)).reshape(length, -1)
+
+    def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Add what the Kronecker product makes of the input to ``output`` ``[batch, out, ...]``."""
+        x, shape = input_of(args, kwargs), full_shape(weight_of(base))
+        delta = convolved(base, x, self._product(0, shape[0], x).view(shape))
+        return torch.add(output, delta, alpha=self.scale).to(output.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoKr(PEFTMethod):
-    """Updates of linear layers that are the Kronecker product of a small matrix and one of low rank.
+    """Updates of linear layers, and by name of convolutions: Kronecker products of a small matrix and a low-rank one.
 
     Args:
         r: Rank of the factors. One that it would not make smaller is trained whole: with ``r`` of half its longer side
@@ -102,7 +125,7 @@ class LoKr(PEFTMethod):
     """
 
     name: ClassVar[str] = "lokr"
-    hosts: ClassVar[str] = "linear layers"
+    hosts: ClassVar[str] = "linear layers, convolutions"
     count: ClassVar[str] = "Σ l m + r (out / l + in / m)"
 
     r: int = 8
@@ -126,12 +149,15 @@ class LoKr(PEFTMethod):
             )
 
     def select(self, model: ModelView) -> dict[str, nn.Module]:
-        """Return the linear layers that ``target_modules`` names."""
-        return select(model, self.target_modules, adaptable=is_linear, exclude=self.exclude_modules, layers=self.layers)
+        """Return the layers that ``target_modules`` names."""
+        return select(
+            model, self.target_modules, adaptable=is_factored, exclude=self.exclude_modules, layers=self.layers
+        )
 
     def shapes(self, module: nn.Module) -> dict[str, Shape]:
-        """Return the shapes of W1 and W2 for ``module``, by name."""
+        """Return the shapes of W1 and W2 for ``module``, by name; of a convolution at one place of its kernel."""
         d_in, d_out = features(module)
+        d_in //= math.prod(_kernel(module))
         (out_small, out_large), (in_small, in_large) = (_split(d, self.decompose_factor) for d in (d_out, d_in))
         return {"lokr_w1": (out_small, in_small), "lokr_w2": (out_large, in_large)}
 
@@ -143,18 +169,25 @@ class LoKr(PEFTMethod):
             "lokr_w2": self.r if low["lokr_w2"] else None,
         }
 
-    def parameters_of(self, module: nn.Module) -> list[str]:
-        """Return the names of the parameters of the adapter of ``module``."""
-        shapes, ranks = self.shapes(module), self.ranks(module)
-        return [key for factor, shape in shapes.items() for key in _pieces(factor, *shape, ranks[factor])]
+    def parameters_of(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the parameters of the adapter of ``module``, by name."""
+        found: dict[str, tuple[int, ...]] = {}
+        for (factor, (rows, columns)), r in zip(self.shapes(module).items(), self.ranks(module).values(), strict=True):
+            kernel = _kernel(module) if factor == "lokr_w2" else ()
+            if r is None:
+                found[factor] = rows, columns, *kernel
+            else:
+                found |= {f"{factor}_a": (rows, r), f"{factor}_b": (r, columns * math.prod(kernel))}
+        return found
 
     def adapter(self, name: str, module: nn.Module, seed: int) -> LoKrAdapter:
-        """Make the adapter of the linear layer ``module``."""
-        return LoKrAdapter(module, self.shapes(module), self.ranks(module), self.alpha / self.r, seed, name)
+        """Make the adapter of the layer ``module``."""
+        kind = ConvLoKrAdapter if is_conv(module) else LoKrAdapter
+        return kind(module, self.parameters_of(module), self.alpha / self.r, seed, name)
 
 
-def _pieces(factor: str, rows: int, columns: int, r: int | None) -> dict[str, Shape]:
-    return {factor: (rows, columns)} if r is None else {f"{factor}_a": (rows, r), f"{factor}_b": (r, columns)}
+def _kernel(module: nn.Module) -> tuple[int, ...]:
+    return module.kernel_size if isinstance(module, nn.Conv1d | nn.Conv2d) else ()
 
 
 def _split(size: int, factor: int) -> Shape:

@@ -171,7 +171,7 @@ def nothing_matched(
         inside = [name for name in candidates if any(name.startswith(f"{other}.") for other in others)]
         hint = f" Name the modules inside: {', '.join(inside[:5])}." if inside else ""
         if any(isinstance(modules[name], nn.Conv1d | nn.Conv2d | nn.Conv3d) for name in others):
-            hint += " Of convolutions there is LoRA alone, with a start at zero and without lora_bias."
+            hint += " LoRA adapts convolutions; LoHa and LoKr those in one and two dimensions, IA3 in two and three."
         return f"{what}: {pattern!r} matches only modules that cannot be adapted ({', '.join(kinds)}).{hint}"
     leaves = {name.rsplit(".", 1)[-1] for name in candidates} - {""}
     presets = difflib.get_close_matches(pattern.lower(), PRESETS, n=1, cutoff=0.8)

@@ -17,7 +17,10 @@ from unchanged import assert_unchanged, snapshot
 
 from lightning_peft import (
     IA3,
+    OFT,
     DoRA,
+    LoHa,
+    LoKr,
     LoRA,
     PEFTError,
     PEFTMethod,
@@ -26,7 +29,6 @@ from lightning_peft import (
     combine,
     disable,
     eject,
-    from_peft_config,
     inject,
     load_adapter,
     merge,
@@ -48,7 +50,7 @@ def seeded(make: Build) -> nn.Module:
         return make().double().eval()
 
 
-def assert_both_ways(make: Build, call: Callable[[nn.Module], Tensor], method: LoRA, folder: Path) -> None:
+def assert_both_ways(make: Build, call: Callable[[nn.Module], Tensor], method: PEFTMethod, folder: Path) -> None:
     """Same outputs and gradients as HF PEFT with the same weights: from our file and from the one it writes of it."""
     model = seeded(make)
     inject(model, method)
@@ -190,29 +192,76 @@ def test_servers_take_no_convolutions(tmp_path: Path) -> None:
         serving_copy(config, tensors, "It")
 
 
+OTHERS: dict[str, PEFTMethod] = {
+    "LoHa": LoHa(r=3, alpha=12, target_modules="1"),
+    "LoKr": LoKr(r=1, alpha=16, target_modules="1"),
+    "LoKr, W2 whole": LoKr(r=4, alpha=16, decompose_factor=3, target_modules="1"),
+    "LoKr, both": LoKr(r=1, alpha=64, decompose_both=True, target_modules="1"),
+    "IA3": IA3(target_modules=["1"]),
+    "IA3, inputs": IA3(target_modules=["1"], feedforward_modules=["1"]),
+}
+
+
+def is_for(method: PEFTMethod, make: Build) -> bool:
+    return isinstance(make(), (nn.Conv2d, nn.Conv3d) if isinstance(method, IA3) else (nn.Conv1d, nn.Conv2d))
+
+
+EVERY_CONVOLUTION = {**CONVOLUTIONS, **GROUPED, **OURS_ALONE}
+OTHER_CELLS = [
+    (name, kind) for name, made in EVERY_CONVOLUTION.items() for kind in OTHERS if is_for(OTHERS[kind], made)
+]
+
+
+# HF PEFT leaves out padding modes.
 @pytest.mark.parametrize(
-    "config",
-    [
-        peft.OFTConfig(r=0, oft_block_size=4, target_modules=["0"]),
-        peft.IA3Config(target_modules=["0"], feedforward_modules=[]),
-        peft.LoHaConfig(r=2, target_modules=["0"]),
-        peft.LoKrConfig(r=2, target_modules=["0"]),
-        peft.LoraConfig(r=2, target_modules=["0"], use_dora=True),
-    ],
-    ids=lambda config: type(config).__name__,
+    ("name", "kind"), [cell for cell in OTHER_CELLS if cell[0] not in ("reflected", "circular, same")]
 )
-def test_other_methods_of_convolutions_are_refused(config: peft.PeftConfig, tmp_path: Path) -> None:
+def test_other_methods_of_convolutions_as_in_peft(name: str, kind: str, tmp_path: Path) -> None:
+    make, call = convolution(EVERY_CONVOLUTION[name])
+    assert_both_ways(make, call, OTHERS[kind], tmp_path)
+
+
+@pytest.mark.parametrize(("name", "kind"), OTHER_CELLS)
+def test_other_methods_of_convolutions_merge(name: str, kind: str) -> None:
+    make, call = convolution(EVERY_CONVOLUTION[name])
+    assert_merges(make, call, OTHERS[kind])
+
+
+def test_a_vector_that_may_be_of_either_side(tmp_path: Path) -> None:
+    """As many channels come in as go out: HF PEFT's configuration alone says which are rescaled."""
+    for feedforward in ([], ["1"]):
+        make, call = convolution(lambda: nn.Conv2d(8, 8, 3))
+        judge = peft.get_peft_model(seeded(make), peft.IA3Config(target_modules=["1"], feedforward_modules=feedforward))
+        randomise(judge)
+        judge.save_pretrained(tmp_path)
+        model = seeded(make)
+        load_adapter(model, tmp_path)
+        assert (call(model) - call(judge.base_model.model)).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (peft.OFTConfig(r=0, oft_block_size=4, target_modules=["0"]), "a Conv2d, of which there is no OFT here"),
+        (peft.LoraConfig(r=2, target_modules=["0"], use_dora=True), "a Conv2d, of which there is no DoRA here"),
+        (peft.LoHaConfig(r=2, target_modules=["0"], use_effective_conv2d=True), "0.hada_t1', a factor for the kernels"),
+        (peft.LoKrConfig(r=1, target_modules=["0"], use_effective_conv2d=True), "0.lokr_t2', a factor for the kernels"),
+    ],
+    ids=["OFT", "DoRA", "LoHa", "LoKr"],
+)
+def test_other_files_of_convolutions_are_refused(config: peft.PeftConfig, message: str, tmp_path: Path) -> None:
     def model() -> nn.Module:
         return nn.Sequential(nn.Conv2d(8, 12, 3), nn.Flatten(), nn.Linear(12, 2))
 
     peft.get_peft_model(model(), config).save_pretrained(tmp_path)
-    with pytest.raises(
-        PEFTError, match=r"adapts '0', a convolution, by \w+, which is here for linear.*merge_and_unload"
-    ):
+    with pytest.raises(PEFTError, match=f"{message}.*merge_and_unload"):
         load_adapter(model(), tmp_path)
-    (method,), _ = from_peft_config(config)
-    with pytest.raises(PEFTError, match=r"\(Conv2d\)\. Of convolutions there is LoRA alone"):
-        inject(model(), method)
+
+
+@pytest.mark.parametrize("method", [OFT(target_modules=["0"]), DoRA(target_modules=["0"])], ids=["OFT", "DoRA"])
+def test_other_methods_say_what_convolutions_have(method: PEFTMethod) -> None:
+    with pytest.raises(PEFTError, match=r"\(Conv2d\)\. LoRA adapts convolutions; LoHa and LoKr those in one and two"):
+        inject(nn.Sequential(nn.Conv2d(8, 12, 3)), method)
 
 
 def test_groups_that_cannot_share_the_rank() -> None:

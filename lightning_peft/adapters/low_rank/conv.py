@@ -71,6 +71,15 @@ class ConvLoRAAdapter(LoRAAdapter):
         return torch.add(weight, product, alpha=self.scale), bias
 
 
+def convolved(base: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """Return what the convolution ``base`` would make of ``x`` with ``weight``, of its own one's shape, and no bias."""
+    assert isinstance(base, _Conv)
+    x, padding = _padded(base, x)
+    convolve: Any = _CONVOLUTIONS[len(base.kernel_size) - 1]
+    made: Tensor = convolve(x, weight, None, base.stride, padding, base.dilation, base.groups)
+    return made
+
+
 def _padded(base: _Conv, x: Tensor) -> tuple[Tensor, Any]:
     """Return ``x`` padded as ``base`` pads it, and the padding that is left to the convolution."""
     if base.padding_mode == "zeros":

@@ -19,7 +19,7 @@ class DoRAInHF(LoRAInHF):
 
     method: ClassVar[type[LoRA]] = DoRA
     use_dora: ClassVar[bool] = True
-    of_convolutions: ClassVar[bool] = False
+    convolutions: ClassVar[tuple[type[nn.Module], ...]] = ()
     keys = KEYS
     plain: ClassVar[Mapping[str, tuple[Any, ...]]] = PLAIN
     parameters: ClassVar[Mapping[str, str]] = {**LoRAInHF.parameters, **_MAGNITUDE}

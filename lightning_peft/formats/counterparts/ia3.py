@@ -1,16 +1,21 @@
-"""IA3 in HF PEFT's format. Which side a vector rescales is seen in its shape: ``[out, 1]`` or ``[1, in]``."""
+"""IA3 in HF PEFT's format. Which side a vector rescales is seen in its shape: ``[out, 1]`` or ``[1, in]``.
+
+Beside a convolution it is ``[1, channels, 1, ...]`` for both, and the configuration says which.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
+from torch import nn
+
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, targets_for_hf
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.targets.naming import suffixes, targets_from
-from lightning_peft.targets.patterns import matches
+from lightning_peft.targets.patterns import as_list, fullmatch, matches
 from lightning_peft.tensors.weights import is_conv1d
 
 
@@ -19,6 +24,7 @@ class IA3InHF(Counterpart):
 
     method = IA3
     peft_type = "IA3"
+    convolutions = (nn.Conv2d, nn.Conv3d)
     keys = frozenset({"feedforward_modules", "init_ia3_weights"})
     parameters: ClassVar[Mapping[str, str]] = {"ia3_l": "ia3_l"}
 
@@ -37,8 +43,19 @@ class IA3InHF(Counterpart):
     def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the IA3."""
         hosts = self.hosts(root, shapes, source)
-        inputs = [host for host in hosts if shapes[f"{PREFIX}{host}.ia3_l"][0] == 1]
+        said = config.get("feedforward_modules") or ()
+        inputs = [
+            host
+            for host in hosts
+            if shapes[f"{PREFIX}{host}.ia3_l"][0] == 1
+            and (not isinstance(root.modules[host], self.convolutions) or _is_named(said, host))
+        ]
         return IA3(
             target_modules=targets_from(hosts, root),
             feedforward_modules=targets_from(inputs, root) if inputs else None,
         )
+
+
+def _is_named(said: Any, host: str) -> bool:
+    """Whether HF PEFT takes ``feedforward_modules``, a regular expression or endings, for naming ``host``."""
+    return fullmatch(said, host) if isinstance(said, str) else any(host.endswith(str(end)) for end in as_list(said))

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
+from torch import nn
+
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
-from lightning_peft.formats.counterpart import Counterpart, Shapes, require_numbers, targets_for_hf
+from lightning_peft.formats.counterpart import (
+    Counterpart,
+    Shapes,
+    refuse_effective,
+    require_numbers,
+    targets_for_hf,
+)
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.targets.naming import targets_from
 
@@ -18,6 +26,7 @@ class LoHaInHF(Counterpart):
     method = LoHa
     peft_type = "LOHA"
     on_conv1d = False
+    convolutions = (nn.Conv1d, nn.Conv2d)
     keys = frozenset({"r", "alpha", "rank_dropout", "module_dropout", "use_effective_conv2d"})
     plain: ClassVar[Mapping[str, tuple[Any, ...]]] = {"rank_pattern": ({}, None), "alpha_pattern": ({}, None)}
     parameters: ClassVar[Mapping[str, str]] = {
@@ -31,6 +40,7 @@ class LoHaInHF(Counterpart):
     def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the LoHa; other ranks or alphas for some modules are refused."""
         require_numbers(config, ("r", "alpha"), source)
+        refuse_effective(shapes, ".hada_t1", source)
         return LoHa(
             r=config["r"],
             alpha=config["alpha"],

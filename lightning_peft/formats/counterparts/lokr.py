@@ -11,10 +11,16 @@ from torch import nn
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
-from lightning_peft.formats.counterpart import Counterpart, Shapes, require_numbers, targets_for_hf
+from lightning_peft.formats.counterpart import (
+    Counterpart,
+    Shapes,
+    refuse_effective,
+    require_numbers,
+    targets_for_hf,
+)
+from lightning_peft.methods.loha import is_factored
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.targets.naming import targets_from
-from lightning_peft.tensors.weights import is_linear
 
 
 class LoKrInHF(Counterpart):
@@ -23,6 +29,7 @@ class LoKrInHF(Counterpart):
     method = LoKr
     peft_type = "LOKR"
     on_conv1d = False
+    convolutions = (nn.Conv1d, nn.Conv2d)
     keys = frozenset(
         {
             "r",
@@ -42,7 +49,7 @@ class LoKrInHF(Counterpart):
 
     def parameters_of(self, module: nn.Module, method: LoKr) -> Mapping[str, str]:
         """Return the factors, or their halves."""
-        return {key: key for key in method.parameters_of(module)} if is_linear(module) else {}
+        return {key: key for key in method.parameters_of(module)} if is_factored(module) else {}
 
     def config(self, root: ModelView, method: LoKr, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
         """Return the hyper-parameters."""
@@ -57,6 +64,7 @@ class LoKrInHF(Counterpart):
     def read(self, root: ModelView, config: Mapping[str, Any], shapes: Shapes, source: str) -> PEFTMethod:
         """Return the LoKr; other ranks or alphas for some modules are refused."""
         require_numbers(config, ("r", "alpha"), source)
+        refuse_effective(shapes, ".lokr_t2", source)
         both = config.get("decompose_both", False)
         if not isinstance(both, bool):
             raise PEFTError(f"{source}: its configuration has decompose_both={both!r}; true or false was expected.")

@@ -85,7 +85,7 @@ class LoRAInHF(Counterpart):
     """``LORA`` without DoRA, biases and the like."""
 
     use_dora: ClassVar[bool] = False
-    of_convolutions: ClassVar[bool] = True
+    convolutions: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     method: ClassVar[type[LoRA]] = LoRA
     peft_type = "LORA"
