@@ -286,3 +286,19 @@ def test_weights_that_a_quantiser_has_made_of_its_codes(tmp_path: Path) -> None:
     save_adapter(rounded, tmp_path / "adapter")
     load_adapter(plain, tmp_path / "adapter")
     assert (plain(X) - rounded(X)).abs().max() < 0.3
+
+
+@pytest.mark.parametrize(("double", "most"), [(True, 0.27), (False, 0.29)])
+def test_four_bits_take_a_third_of_bfloat16(double: bool, most: float) -> None:
+    """Of what a layer holds, scales and tables of codes included; the adapters beside it stay whole."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(1024, 2048, bias=False, quant_type="nf4", compress_statistics=double).to("cpu")
+    model = nn.Sequential(layer)
+    inject(model, LoRA(r=8))
+    state = layer.weight.quant_state
+    held = [layer.weight, state.absmax, state.code]
+    if double:
+        held += [state.state2.absmax, state.state2.code, state.offset]
+    taken = sum(tensor.untyped_storage().nbytes() for tensor in held)
+    assert 0.25 < taken / (2 * 1024 * 2048) <= most <= 0.35
+    assert all(parameter.dtype == torch.float32 for parameter in layer.peft.parameters())
