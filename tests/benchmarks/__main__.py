@@ -1,4 +1,4 @@
-"""All questions, one after the other, each in a process of its own; then the picture."""
+"""All questions but ``compiled``, one after the other, each in a process of its own; then the picture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ QUESTIONS = (
     "launches",
     "bounds",
     "host_time",
-    "compiled",
     "kept_bytes",
     "peak_memory",
     "checkpoints",
@@ -26,7 +25,7 @@ QUESTIONS = (
 )
 
 # What is counted is the same on every device.
-ON_GPU = ("peak_memory", "inference", "per_sample", "step_time", "compiled")
+ON_GPU = ("peak_memory", "inference", "per_sample", "step_time")
 
 
 def main() -> int:
