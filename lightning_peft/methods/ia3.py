@@ -57,7 +57,7 @@ class RescaleInput(Rescale):
     changes_input = True
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"ia3_l": (None, "in")}
 
-    def __init__(self, size: tuple[int, ...], host: nn.Module) -> None:
+    def __init__(self, size: tuple[int, int], host: nn.Module) -> None:
         super().__init__(size, host)
         self.folds_by_row = True
 
@@ -92,26 +92,35 @@ class RescaleConv(Rescale):
         return weight * scale[:, None].to(weight.dtype), None if bias is None else bias * scale.to(bias.dtype)
 
 
-class RescaleConvInput(RescaleInput):
-    """W0 * (l ⊙ x) + b for a convolution; l ``[1, in, 1, ...]``."""
+class RescaleConvInput(Adapter):
+    """W0 * (l ⊙ x) + b for a convolution; l ``[1, in, 1, ...]``.
 
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
+    A vector of the output's side may have the same shape: so that neither is taken for the other they have two names.
+    """
+
+    mergeable = True
+    changes_input = True
 
     def __init__(self, size: tuple[int, ...], host: nn.Module) -> None:
-        super().__init__(size, host)
+        super().__init__()
         assert isinstance(host, _CONVOLUTIONS)
+        self.ia3_l_input = nn.Parameter(torch.ones(size, **tensor_options(host)))
         self._groups = host.groups
+
+    def reset_parameters(self) -> None:
+        """Set the vector to one."""
+        nn.init.ones_(self.ia3_l_input)
 
     def before(
         self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Rescale the channels of the input ``[batch, in, ...]``."""
         x = input_of(args, kwargs)
-        return with_input(args, kwargs, (x * self.ia3_l[0]).to(x.dtype))
+        return with_input(args, kwargs, (x * self.ia3_l_input[0]).to(x.dtype))
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return a weight ``[out, in / groups · kernel]`` with rescaled columns, in each group its own channels'."""
-        of_groups = self.ia3_l.detach().to(weight.dtype).view(self._groups, -1)
+        of_groups = self.ia3_l_input.detach().to(weight.dtype).view(self._groups, -1)
         rows = of_groups.repeat_interleave(len(weight) // self._groups, dim=0)
         return weight * rows.repeat_interleave(weight.shape[1] // rows.shape[1], dim=1), bias
 
@@ -133,7 +142,7 @@ class IA3(PEFTMethod):
     name: ClassVar[str] = "ia3"
     hosts: ClassVar[str] = "linear layers, Conv1D, convolutions"
     count: ClassVar[str] = "Σ out (or in)"
-    # The shape of a vector shows which side it rescales.
+    # The shape of a vector, or its name, shows which side it rescales.
     free: ClassVar[frozenset[str]] = PEFTMethod.free | {"feedforward_modules"}
 
     target_modules: list[str] | str | None = None
@@ -165,11 +174,11 @@ class IA3(PEFTMethod):
         made: dict[str, Adapter] = {}
         for name, module in hosts.items():
             if isinstance(module, _CONVOLUTIONS):
-                channels, ones = (
-                    (module.out_channels, module.in_channels)[name in inputs],
-                    (1,) * len(module.kernel_size),
-                )
-                made[name] = (RescaleConv, RescaleConvInput)[name in inputs]((1, channels, *ones), module)
+                ones = (1,) * len(module.kernel_size)
+                if name in inputs:
+                    made[name] = RescaleConvInput((1, module.in_channels, *ones), module)
+                else:
+                    made[name] = RescaleConv((1, module.out_channels, *ones), module)
                 continue
             d_in, d_out = features(module)
             made[name] = RescaleInput((1, d_in), module) if name in inputs else Rescale((d_out, 1), module)
@@ -177,7 +186,7 @@ class IA3(PEFTMethod):
 
     def within(self, adapters: Mapping[str, Adapter]) -> IA3:
         """Return the method with the names of its modules instead of patterns."""
-        inputs = [host for host, adapter in adapters.items() if isinstance(adapter, RescaleInput)]
+        inputs = [host for host, adapter in adapters.items() if isinstance(adapter, RescaleInput | RescaleConvInput)]
         modules = {"target_modules": list(adapters), "feedforward_modules": inputs}
         return replace(self, **modules, exclude_modules=None, layers=None)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
+import regex
 from torch import nn
 
+from lightning_peft.core.adapter import CHILD
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.formats.counterpart import PREFIX, Counterpart, Shapes, targets_for_hf
@@ -28,15 +30,28 @@ class IA3InHF(Counterpart):
     keys = frozenset({"feedforward_modules", "init_ia3_weights"})
     parameters: ClassVar[Mapping[str, str]] = {"ia3_l": "ia3_l"}
 
+    def names(self, root: ModelView, method: IA3, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, str]:
+        """Return the vectors; those of a convolution's input have another name here."""
+        modules = {host: root.modules[host] for host in hosts}
+        of_input = {host for host in method.inputs(root, modules) if isinstance(modules[host], self.convolutions)}
+        return {
+            f"{PREFIX}{host}.ia3_l": f"{host}.{CHILD}.{'ia3_l_input' if host in of_input else 'ia3_l'}"
+            for host in modules
+        }
+
     def config(self, root: ModelView, method: IA3, hosts: Iterable[str], chosen: Iterable[str]) -> dict[str, Any]:
         """Return the targets; HF PEFT wants those whose input is rescaled to be a subset, word for word."""
         modules = root.modules
         hosts = {host: modules[host] for host in hosts}
         inputs = method.inputs(root, hosts)
         targets = suffixes(hosts, modules) or sorted(hosts)
+        feedforward: list[str] | str = [t for t in targets if any(matches(t, host) for host in inputs)]
+        if {host for host in hosts if _is_named(feedforward, host)} != inputs:
+            # Another module's name ends so too. A regular expression is matched with the whole name.
+            feedforward = "|".join(map(regex.escape, sorted(inputs)))
         return {
             "target_modules": targets_for_hf(hosts, root) if targets is None else targets,
-            "feedforward_modules": [t for t in targets if any(matches(t, host) for host in inputs)],
+            "feedforward_modules": feedforward,
             "fan_in_fan_out": all(is_conv1d(module) for module in hosts.values()),
         }
 
