@@ -207,15 +207,6 @@ def require_numbers(config: Mapping[str, Any], keys: Iterable[str], source: str)
             raise PEFTError(f"{source}: its configuration has {key}={config.get(key)!r}; a number was expected.")
 
 
-def refuse_effective(shapes: Shapes, ending: str, source: str) -> None:
-    """Raise :class:`PEFTError` if kernels have a factor of their own, in tensors whose names end in ``ending``."""
-    if found := [name for name in shapes if name.endswith(ending)]:
-        raise PEFTError(
-            f"{source} has {found[0]!r}, a factor for the kernels of convolutions alone (use_effective_conv2d), which "
-            "is not here. HF PEFT makes a plain model of it: PeftModel.from_pretrained(base, path).merge_and_unload()."
-        )
-
-
 def targets_for_hf(hosts: Iterable[str], root: ModelView) -> list[str] | str:
     """Return ``target_modules`` as HF PEFT reads it."""
     hosts = list(hosts)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_peft.adapters.low_rank.conv import convolved
+from lightning_peft.adapters.low_rank.conv import convolved, kernel_of, with_core
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of
 from lightning_peft.core.method import PEFTMethod
@@ -35,26 +35,32 @@ class LoHaAdapter(Adapter):
         **{"hada_w2_a": ("out", None), "hada_w2_b": (None, "in")},
     }
 
-    def __init__(self, host: nn.Module, r: int, scale: float, seed: int, name: str) -> None:
+    hada_w1_a: nn.Parameter
+    hada_w1_b: nn.Parameter
+    hada_w2_a: nn.Parameter
+    hada_w2_b: nn.Parameter
+
+    def __init__(self, host: nn.Module, shapes: dict[str, tuple[int, ...]], scale: float, seed: int, name: str) -> None:
         super().__init__()
-        d_in, d_out = features(host)
-        options = tensor_options(host)
-        self.hada_w1_a = nn.Parameter(torch.empty(d_out, r, **options))
-        self.hada_w1_b = nn.Parameter(torch.empty(r, d_in, **options))
-        self.hada_w2_a = nn.Parameter(torch.empty(d_out, r, **options))
-        self.hada_w2_b = nn.Parameter(torch.empty(r, d_in, **options))
+        for key, shape in shapes.items():
+            self.register_parameter(key, nn.Parameter(torch.empty(shape, **tensor_options(host))))
         self.scale, self._seed, self._name = scale, seed, name
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all but the last matrix from U(-1/sqrt(columns), 1/sqrt(columns)), as HF PEFT; that one is zero."""
-        for key in ("hada_w1_a", "hada_w1_b", "hada_w2_a"):
-            fill(self.get_parameter(key), self._seed, f"{self._name}.{key}", _draw)
-        nn.init.zeros_(self.hada_w2_b)
+        """Set W2b to zero; draw the rest from U(-1/sqrt(columns), 1/sqrt(columns)), as HF PEFT."""
+        for key, parameter in self.named_parameters():
+            if key == "hada_w2_b":
+                nn.init.zeros_(parameter)
+            else:
+                fill(parameter, self._seed, f"{self._name}.{key}", _draw)
+
+    def _products(self) -> tuple[Tensor, Tensor]:
+        return self.hada_w1_a @ self.hada_w1_b, self.hada_w2_a @ self.hada_w2_b
 
     def _delta(self, dtype: torch.dtype) -> Tensor:
         """Return the change of the weight, ``[out, in]``."""
-        first, second = self.hada_w1_a @ self.hada_w1_b, self.hada_w2_a @ self.hada_w2_b
+        first, second = self._products()
         return (first * second * self.scale).to(dtype)
 
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -68,10 +74,19 @@ class LoHaAdapter(Adapter):
 
 
 class ConvLoHaAdapter(LoHaAdapter):
-    """The same beside a convolution: a column for each channel and place of the kernel."""
+    """The same beside a convolution: a column for each channel and place of the kernel.
+
+    Or either product is that of a core T ``[r, r, *kernel]`` with Wa ``[r, out]`` and Wb ``[r, in / groups]``.
+    """
 
     folds_by_row = False
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
+
+    def _products(self) -> tuple[Tensor, Tensor]:
+        if "hada_t1" not in self._parameters:
+            return super()._products()
+        first = with_core(self.get_parameter("hada_t1"), self.hada_w1_a, self.hada_w1_b)
+        return first, with_core(self.get_parameter("hada_t2"), self.hada_w2_a, self.hada_w2_b)
 
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Add what the change of the weight makes of the input to ``output`` ``[batch, out, ...]``."""
@@ -90,6 +105,7 @@ class LoHa(PEFTMethod):
         target_modules: What to adapt: ``all-linear`` (every linear layer but a language model's head), ``attention``,
             ``mlp``, or names, globs and regular expressions (``re:.*proj``). HF PEFT has no LoHa for ``Conv1D``:
             files of these are in a format of our own.
+        use_effective_conv2d: Factor a convolution's kernel apart from its channels, where it has more than one place.
         exclude_modules: Patterns of modules to leave out, with what is in them.
         layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.
     """
@@ -97,10 +113,13 @@ class LoHa(PEFTMethod):
     name: ClassVar[str] = "loha"
     hosts: ClassVar[str] = "linear layers, convolutions"
     count: ClassVar[str] = "Σ 2r (in + out)"
+    # The names of the tensors show it.
+    free: ClassVar[frozenset[str]] = PEFTMethod.free | {"use_effective_conv2d"}
 
     r: int = 8
     alpha: float = 8
     target_modules: list[str] | str = "all-linear"
+    use_effective_conv2d: bool = False
     exclude_modules: list[str] | str | None = None
     layers: list[int] | str | None = None
 
@@ -119,7 +138,18 @@ class LoHa(PEFTMethod):
     def adapter(self, name: str, module: nn.Module, seed: int) -> LoHaAdapter:
         """Make the adapter of the layer ``module``."""
         kind = ConvLoHaAdapter if is_conv(module) else LoHaAdapter
-        return kind(module, self.r, self.alpha / self.r, seed, name)
+        return kind(module, self.shapes(module), self.alpha / self.r, seed, name)
+
+    def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the parameters of the adapter of ``module``, by name."""
+        if self.use_effective_conv2d and isinstance(module, nn.Conv1d | nn.Conv2d) and (kernel := kernel_of(module)):
+            core = (self.r, self.r, *kernel)
+            left, right = (self.r, module.out_channels), (self.r, module.in_channels // module.groups)
+            cores: dict[str, tuple[int, ...]] = {"hada_t1": core, "hada_t2": core}
+        else:
+            d_in, d_out = features(module)
+            left, right, cores = (d_out, self.r), (self.r, d_in), {}
+        return {"hada_w1_a": left, "hada_w1_b": right, "hada_w2_a": left, "hada_w2_b": right, **cores}
 
 
 def is_factored(module: nn.Module) -> bool:

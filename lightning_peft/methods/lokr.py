@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapters.low_rank.conv import convolved
+from lightning_peft.adapters.low_rank.conv import convolved, kernel_of, with_core
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.calls import input_of
 from lightning_peft.core.method import PEFTMethod
@@ -88,9 +88,18 @@ class LoKrAdapter(Adapter):
 
 
 class ConvLoKrAdapter(LoKrAdapter):
-    """The same beside a convolution, whose kernel W2 has: ``[out / l, in / m, *kernel]``."""
+    """The same beside a convolution, whose kernel W2 has: ``[out / l, in / m, *kernel]``.
+
+    W2 may be that of a core T ``[r, r, *kernel]`` with halves ``[r, out / l]`` and ``[r, in / m]``.
+    """
 
     folds_by_row = False
+
+    def _factor(self, factor: str, dtype: torch.dtype) -> Tensor:
+        core = self._parameters.get("lokr_t2") if factor == "lokr_w2" else None
+        if core is None:
+            return super()._factor(factor, dtype)
+        return with_core(core, self.get_parameter("lokr_w2_a"), self.get_parameter("lokr_w2_b")).to(dtype)
 
     def _product(self, start: int, length: int, like: Tensor) -> Tensor:
         whole = self._parameters.get("lokr_w2")
@@ -120,6 +129,8 @@ class LoKr(PEFTMethod):
         target_modules: What to adapt: ``all-linear`` (every linear layer but a language model's head), ``attention``,
             ``mlp``, or names, globs and regular expressions (``re:.*proj``). HF PEFT has no LoKr for ``Conv1D``:
             files of these are in a format of our own.
+        use_effective_conv2d: Factor a convolution's kernel apart from its channels, where it has more than one place
+            and the second factor the rank ``r``.
         exclude_modules: Patterns of modules to leave out, with what is in them.
         layers: Blocks to adapt: indices, or a slice such as ``"8:16"`` or ``"-4:"``.
     """
@@ -127,12 +138,15 @@ class LoKr(PEFTMethod):
     name: ClassVar[str] = "lokr"
     hosts: ClassVar[str] = "linear layers, convolutions"
     count: ClassVar[str] = "Σ l m + r (out / l + in / m)"
+    # The names of the tensors show it.
+    free: ClassVar[frozenset[str]] = PEFTMethod.free | {"use_effective_conv2d"}
 
     r: int = 8
     alpha: float = 8
     decompose_both: bool = False
     decompose_factor: int = -1
     target_modules: list[str] | str = "all-linear"
+    use_effective_conv2d: bool = False
     exclude_modules: list[str] | str | None = None
     layers: list[int] | str | None = None
 
@@ -174,8 +188,11 @@ class LoKr(PEFTMethod):
         found: dict[str, tuple[int, ...]] = {}
         for (factor, (rows, columns)), r in zip(self.shapes(module).items(), self.ranks(module).values(), strict=True):
             kernel = _kernel(module) if factor == "lokr_w2" else ()
+            sides = kernel_of(module) if self.use_effective_conv2d and kernel else None
             if r is None:
                 found[factor] = rows, columns, *kernel
+            elif sides:
+                found |= {f"{factor}_a": (r, rows), f"{factor}_b": (r, columns), "lokr_t2": (r, r, *sides)}
             else:
                 found |= {f"{factor}_a": (rows, r), f"{factor}_b": (r, columns * math.prod(kernel))}
         return found

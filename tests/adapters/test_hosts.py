@@ -244,10 +244,8 @@ def test_a_vector_that_may_be_of_either_side(tmp_path: Path) -> None:
     [
         (peft.OFTConfig(r=0, oft_block_size=4, target_modules=["0"]), "a Conv2d, of which there is no OFT here"),
         (peft.LoraConfig(r=2, target_modules=["0"], use_dora=True), "a Conv2d, of which there is no DoRA here"),
-        (peft.LoHaConfig(r=2, target_modules=["0"], use_effective_conv2d=True), "0.hada_t1', a factor for the kernels"),
-        (peft.LoKrConfig(r=1, target_modules=["0"], use_effective_conv2d=True), "0.lokr_t2', a factor for the kernels"),
     ],
-    ids=["OFT", "DoRA", "LoHa", "LoKr"],
+    ids=["OFT", "DoRA"],
 )
 def test_other_files_of_convolutions_are_refused(config: peft.PeftConfig, message: str, tmp_path: Path) -> None:
     def model() -> nn.Module:

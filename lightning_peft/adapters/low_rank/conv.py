@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -69,6 +70,22 @@ class ConvLoRAAdapter(LoRAAdapter):
         """Return W0 + scale · B A for a weight ``[out, in · kernel]``."""
         product = self.lora_B.detach().flatten(1).to(weight.dtype) @ self.lora_A.detach().flatten(1).to(weight.dtype)
         return torch.add(weight, product, alpha=self.scale), bias
+
+
+def kernel_of(module: nn.Module) -> tuple[int, int] | None:
+    """Return the sides of a kernel that may be factored apart from the channels, the second 1 in one dimension.
+
+    There is none, ``None``, beside other modules than convolutions in one or two dimensions, and in a single place.
+    """
+    if not isinstance(module, nn.Conv1d | nn.Conv2d) or math.prod(module.kernel_size) == 1:
+        return None
+    height, width = (*module.kernel_size, 1)[:2]
+    return height, width
+
+
+def with_core(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return ``[out, in · kernel]`` of a core ``[r, r, height, width]``, ``[r, out]`` and ``[r, in]``."""
+    return torch.einsum("ijkl,io,jn->onkl", core, left, right).flatten(1)
 
 
 def convolved(base: nn.Module, x: Tensor, weight: Tensor) -> Tensor:

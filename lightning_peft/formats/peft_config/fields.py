@@ -72,8 +72,8 @@ FIELDS: Mapping[str, Fields] = {
         frozenset({"r", "total_step"}),
     ),
     "IA3": Fields(IA3),
-    "LOHA": Fields(LoHa, ("r", "alpha")),
-    "LOKR": Fields(LoKr, ("r", "alpha", "decompose_both", "decompose_factor")),
+    "LOHA": Fields(LoHa, ("r", "alpha", "use_effective_conv2d")),
+    "LOKR": Fields(LoKr, ("r", "alpha", "decompose_both", "decompose_factor", "use_effective_conv2d")),
     # The projections are always saved.
     "VERA": Fields(
         VeRA,
