@@ -69,7 +69,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int, size: int, length: in
 def train(model: nn.Module, data: Iterator[torch.Tensor], steps: int, lr: float) -> None:
     """Train with AdamW; the rate falls along a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=max(0.05, 2 / steps))
     started = time.perf_counter()
     for step in range(1, steps + 1):
         ids = next(data)

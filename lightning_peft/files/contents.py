@@ -224,8 +224,12 @@ def as_path(path: str | os.PathLike[str]) -> Path:
 def _require_file(path: Path) -> None:
     as_path(path)
     if not path.is_file():
+        model = (
+            " That is a whole model: load it with from_pretrained." if (path.parent / "config.json").is_file() else ""
+        )
         raise PEFTError(
             f"{path} does not exist. An adapter is a directory with adapter_config.json and adapter_model.safetensors."
+            f"{model}"
         )
     if path.is_symlink():
         real, directory = path.resolve(), path.parent.resolve()

@@ -23,14 +23,18 @@ def refuse_unlike(saved: Any, present: Any, what: str, whole: bool = False) -> N
     Args:
         saved: What a checkpoint has.
         present: What there is now. Of kinds that are not known here everything may be saved, and in place of ``None``.
+            A number may be a tensor of one.
         what: What it is the state of, for the error.
-        whole: Whether everything that is there now has to be in what was saved.
+        whole: Whether everything that is there now has to be in what was saved, and be there: else ``None`` may have
+            been saved of anything.
 
     Raises:
         PEFTError: Something has another kind, or is missing.
     """
+    if saved is None and not whole:
+        return
     for kind, is_one, expected in _KINDS:
-        if isinstance(present, kind):
+        if _is_number(present) if kind is Real else isinstance(present, kind):
             if not is_one(saved):
                 shown = f"a tensor of shape {tuple(saved.shape)}" if isinstance(saved, Tensor) else f"{saved!r}"[:100]
                 raise _damaged(what, f"it is {shown}, and {expected} was expected")
@@ -43,8 +47,6 @@ def refuse_unlike(saved: Any, present: Any, what: str, whole: bool = False) -> N
     elif isinstance(present, list | tuple):
         for number, (one, other) in enumerate(zip(saved, present, strict=False)):
             refuse_unlike(one, other, f"{what}, entry {number}", whole)
-    elif isinstance(present, Tensor) and isinstance(saved, Tensor) and saved.dim() != present.dim():
-        raise _damaged(what, f"it has {saved.dim()} dimensions, and {present.dim()} were expected")
 
 
 def _is_number(value: Any) -> bool:
@@ -56,9 +58,9 @@ def _is_number(value: Any) -> bool:
 _KINDS: Sequence[tuple[Any, Callable[[Any], bool], str]] = (
     (Mapping, lambda saved: isinstance(saved, Mapping), "a mapping"),
     (list | tuple, lambda saved: isinstance(saved, list | tuple), "a list"),
-    (Tensor, lambda saved: isinstance(saved, Tensor), "a tensor"),
     (str, lambda saved: isinstance(saved, str), "text"),
     (Real, _is_number, "a number"),
+    (Tensor, lambda saved: isinstance(saved, Tensor), "a tensor"),
 )
 
 

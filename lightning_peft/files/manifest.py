@@ -97,6 +97,8 @@ def _fault(file: Path, entry: Mapping[str, Any]) -> str | None:
 
 
 def _error(file: Path, fault: str, manifest: _Manifest) -> PEFTError:
+    if not file.is_file():
+        return PEFTError(f"{file} is missing: {manifest.place} says that it was written. Take another copy.")
     step = "" if manifest.step is None else f" at step {manifest.step}"
     return PEFTError(
         f"{file} {fault}: it is not what was written{step}, so it is damaged, or belongs to another checkpoint. Take "

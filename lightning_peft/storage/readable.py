@@ -136,8 +136,7 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
                 "not unpickled unless you pass weights_only=False; do so only if you trust whoever wrote it. It may "
                 "come from save_hyperparameters(), which takes ignore=[...], or from a callback's state."
             ) from error
-        reason = str(error).partition("\n")[0]
-        raise PEFTError(f"{path} is damaged or truncated, or no checkpoint: {reason}. Take another one.") from error
+        raise PEFTError(f"{path} is damaged or truncated, or no checkpoint. Take another one.") from error
 
 
 def _names_in(path: str | os.PathLike[str]) -> list[str]:

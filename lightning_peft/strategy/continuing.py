@@ -52,11 +52,8 @@ class Continuing(Leaving):
         states = saved.get(_STATES) if isinstance(saved, Mapping) else None
         if not isinstance(states, list) or not all(isinstance(each, Mapping) for each in states):
             raise PEFTError("The checkpoint's states of random generators are damaged. Take another checkpoint.")
-        refuse_unlike(
-            [saved.get(_EPOCH_ENDED, False), *(each.get(_OF_LOADERS, []) for each in states)],
-            [False, *([[]] * len(states))],
-            "random generators",
-        )
+        found = [saved.get(_EPOCH_ENDED, False), *(each.get(_OF_LOADERS, []) for each in states)]
+        refuse_unlike(found, [False, *([] for _ in states)], "random generators", whole=True)
         if (written := len(states)) == trainer.world_size:
             self._generators = saved
         else:
@@ -77,15 +74,19 @@ class Continuing(Leaving):
         version = checkpoint.get("pytorch-lightning_version")
         if not isinstance(version, str) or not re.match(r"\d+(\.\d+)*\w*", version):
             raise PEFTError(f"The checkpoint was written by Lightning {version!r}, which is no release. Take another.")
-        loops = {"fit_loop": trainer.fit_loop.state_dict()}
-        # Of another release's loops Lightning sees to itself.
-        refuse_unlike(checkpoint.get("loops", {}), loops, "the loops", whole=version == pl.__version__)
-        saved, callbacks = checkpoint.get("callbacks", {}), trainer.callbacks  # type: ignore[attr-defined]
-        refuse_unlike(saved, {}, "the callbacks")
-        for callback in [each for each in callbacks if each.state_key in saved]:
-            # Of somebody else's nobody knows what may be missing.
-            known = version == pl.__version__ and type(callback).__module__.startswith("lightning.")
-            refuse_unlike(saved[callback.state_key], callback.state_dict(), type(callback).__name__, whole=known)
+        saved, loops = checkpoint.get("loops", {}), trainer.fit_loop.state_dict()
+        refuse_unlike(saved, {"fit_loop": loops}, "the loops")
+        # Of another release's loops Lightning sees to itself; what loops keep in a state_dict may be somebody else's.
+        known = {key: value for key, value in loops.items() if not key.endswith("state_dict")}
+        refuse_unlike(saved, {"fit_loop": known}, "the loops", whole=version == pl.__version__)
+        states = checkpoint.get("callbacks", {})
+        refuse_unlike(states, {}, "the callbacks")
+        for callback in trainer.callbacks if states else ():  # type: ignore[attr-defined]
+            # Others may change what they keep, and have no state before the run begins.
+            if callback.state_key in states and type(callback).__module__.startswith(("lightning.", "lightning_peft.")):
+                state, name = callback.state_dict(), type(callback).__name__
+                refuse_unlike(states[callback.state_key], state, name)
+                refuse_unlike(states[callback.state_key], dict.fromkeys(state), name, whole=version == pl.__version__)
 
     @property
     def _attached_to(self) -> pl.Trainer | None:

@@ -93,8 +93,10 @@ class Training(Accumulated):
             if "param_groups" in state:
                 present = optimizer.state_dict()["param_groups"]
                 refuse_unlike(state["param_groups"], present, f"the param groups of {type(optimizer).__name__}")
-        schedules = [config.scheduler.state_dict() for config in self.lr_scheduler_configs]
-        refuse_unlike(checkpoint.get("lr_schedulers", []), schedules, "learning-rate schedulers")
+        schedulers = [config.scheduler for config in self.lr_scheduler_configs]
+        # Of others nobody knows what they keep.
+        known = [s.state_dict() if type(s).__module__.startswith("torch.") else None for s in schedulers]
+        refuse_unlike(checkpoint.get("lr_schedulers", []), known, "learning-rate schedulers")
         try:
             super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:

@@ -256,6 +256,16 @@ def test_a_call_that_does_not_show_the_text(name: str) -> None:
         call(made())
 
 
+def test_rows_of_several_texts() -> None:
+    """Positions of padding in front do not count as another text."""
+    model = made()
+    ids, positions = torch.arange(10, 16)[None], torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with pytest.raises(PEFTError, match="this row holds several texts: its position_ids begin anew"):
+        model(input_ids=ids, position_ids=positions)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    model(input_ids=ids, position_ids=torch.tensor([[1, 1, 1, 0, 1, 2]]), attention_mask=mask)
+
+
 def test_a_layer_that_is_given_other_rows() -> None:
     model = made()
     model(input_ids=IDS)

@@ -73,11 +73,13 @@ class Net(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def fit(module: Net, directory: Path, epochs: int, ckpt_path: Path | None = None) -> L.Trainer:
+def fit(module: Net, directory: Path, epochs: int, ckpt_path: Path | None = None, *others: L.Callback) -> L.Trainer:
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False, enable_model_summary=False,
         strategy=PEFTStrategy(LoRA(r=2, target_modules=["0", "2"]), merge_on_train_end=False),
-        callbacks=[EarlyStopping("val", patience=9), ModelCheckpoint(directory, monitor="val", save_last=True)],
+        callbacks=[
+            *others, EarlyStopping("val", patience=9), ModelCheckpoint(directory, monitor="val", save_last=True),
+        ],
     )  # fmt: skip
     loader = torch.utils.data.DataLoader(torch.arange(16.0).view(4, 4) / 16, batch_size=2)
     trainer.fit(module, loader, loader, ckpt_path=ckpt_path)
@@ -117,6 +119,70 @@ def test_it_is_said_before_a_step_is_taken(kind: str, good: dict[str, Any], tmp_
 def test_what_is_not_changed_goes_on(good: dict[str, Any], tmp_path: Path) -> None:
     trainer = fit(Net(), tmp_path / "out", 2, changed(good, ("epoch",), good["epoch"], tmp_path))
     assert trainer.global_step == 4
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        # Other settings than the run has now, which torch takes; a callback before its first validation.
+        ((*GROUP, "fused"), False),
+        ((*GROUP, "foreach"), None),
+        ((*GROUP, "lr"), torch.tensor(0.01)),
+        ((*GROUP, "decoupled_weight_decay"), GONE),
+        (("callbacks", STOPPING, "stopping_reason_message"), "x"),
+        (("lr_schedulers", 0, "_last_lr"), None),
+        (("callbacks", "Keeps"), {"kept": "another kind"}),
+    ],
+)  # fmt: skip
+def test_what_torch_takes_goes_on(place: tuple[Any, ...], value: Any, good: dict[str, Any], tmp_path: Path) -> None:
+    class Fused(Net):
+        def configure_optimizers(self) -> Any:
+            found = super().configure_optimizers()
+            found["optimizer"].param_groups[0]["fused"] = True
+            return found
+
+    for module in (Net(), Fused()):
+        trainer = fit(module, tmp_path / "out", 2, changed(good, place, value, tmp_path), Keeps())
+        assert trainer.global_step == 4
+
+
+class Keeps(L.Callback):
+    """Has no state before the run begins."""
+
+    kept: list[int] | None = None
+
+    @property
+    def state_key(self) -> str:
+        return "Keeps"
+
+    def on_fit_start(self, *_: Any) -> None:
+        self.kept = self.kept or [1]
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.kept
+        return {"kept": self.kept}
+
+
+def test_going_back_does_not_take_the_run_for_damaged(tmp_path: Path) -> None:
+    """In the middle of a run callbacks know scores, of which an earlier checkpoint has none."""
+
+    class Diverging(Net):
+        def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+            return super().training_step(batch, _) * (float("nan") if self.global_step == 5 else 1.0)
+
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=4, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        strategy=PEFTStrategy(LoRA(r=2, target_modules=["0", "2"]), on_nonfinite="restore"),
+        callbacks=[
+            EarlyStopping("val", patience=9),
+            ModelCheckpoint(tmp_path / "a", every_n_train_steps=3),
+            ModelCheckpoint(tmp_path / "b", monitor="val", save_weights_only=True),
+        ],
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(torch.arange(16.0).view(4, 4) / 16, batch_size=1)
+    with pytest.warns(UserWarning, match="NaN or infinity"):
+        trainer.fit(Diverging(), loader, loader)
+    assert trainer.state.finished
 
 
 def test_an_error_of_a_hook_is_its_own(good: dict[str, Any], tmp_path: Path) -> None:

@@ -91,6 +91,53 @@ def test_without_gradients_the_scores_stay() -> None:
     assert mean_loss(made, torch.full_like(targets, -100)).isnan()  # as torch's
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_ignored_may_be_anything(value: float) -> None:
+    hidden, made, targets = scores(torch.float32)
+    with torch.no_grad():
+        made[0, 1] = value
+    mean_loss(made, targets).backward()
+    assert hidden.grad is not None
+    other, again, _ = scores(torch.float32)
+    cross_entropy(again.flatten(0, 1), targets.flatten()).backward()
+    torch.testing.assert_close(hidden.grad, other.grad)
+
+
+def test_a_batch_without_answers_has_no_gradient() -> None:
+    hidden, made, targets = scores(torch.float32)
+    loss = mean_loss(made, targets.fill_(-100))
+    assert loss.isnan()
+    loss.backward()
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
+
+
+def test_scores_that_are_used_otherwise() -> None:
+    """What is kept of them is what they were; what else is computed of what they have become is refused."""
+    _, made, targets = scores(torch.float32)
+    loss = mean_loss(made, targets)
+    with pytest.raises(RuntimeError, match="something else was computed of the scores after their loss"):
+        (loss + made.square().mean()).backward()
+    _, made, targets = scores(torch.float32)
+    made.retain_grad()
+    before = made.detach().clone()
+    mean_loss(made, targets).backward()
+    assert made.equal(before)
+    assert made.grad is not None
+
+
+@pytest.mark.parametrize("looked_at", [lambda model: model, lambda model: model.lm_head])
+def test_a_hook_sees_the_scores(looked_at: Any) -> None:
+    model, kept = LlamaForCausalLM(LlamaConfig(**SMALL)), []
+    inject(model, LoRA(r=2, target_modules="all-linear"))
+    batch = {"input_ids": torch.arange(12).view(2, 6), "labels": torch.arange(12).view(2, 6)}
+    with torch.no_grad():
+        expected = model(input_ids=batch["input_ids"]).logits[:, :-1]
+    looked_at(model).register_forward_hook(lambda *call: kept.append(getattr(call[-1], "logits", call[-1])))
+    answer_loss(model, batch["input_ids"], None, batch["labels"]).backward()
+    torch.testing.assert_close(kept[0][:, :5].detach(), expected)
+
+
 def test_memory_and_not_more_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scores and a few rows, where `cross_entropy` has three tensors of their size."""
     monkeypatch.setattr(module, "_CHUNK", 2**12)

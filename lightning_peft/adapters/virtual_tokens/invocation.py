@@ -5,6 +5,7 @@ Activated LoRA: Fine-tuned LLMs for Intrinsics (Greenewald et al., 2025), arXiv:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class Invocation(Adapter):
                 "LoRA: alora_invocation_tokens are looked for in a text's ids, but the model was called without "
                 "input_ids. Call it with them, not with inputs_embeds, and without methods that put virtual tokens in."
             )
+        _refuse_packed(named)
         held = 0 if cache is None else int(cache.get_seq_length())
         starts, ending = self._found(ids, cache, held)
         columns = torch.arange(held, held + ids.shape[1], device=ids.device)
@@ -126,3 +128,23 @@ class Invocation(Adapter):
             last = torch.where(matches, torch.arange(size, device=ids.device), -1).amax(dim=1)
             starts = torch.where(last >= 0, begins + last, starts)
         return starts, text[:, max(text.shape[1] - len(self._tokens) + 1, 0) :]
+
+
+def _refuse_packed(named: Mapping[str, Any]) -> None:
+    """Check that a row is one text: of several it is not known which of them the sequence activates.
+
+    Raises:
+        PEFTError: Positions begin anew within a row.
+    """
+    positions, mask = named.get("position_ids"), named.get("attention_mask")
+    if torch.compiler.is_compiling() or not isinstance(positions, Tensor) or positions.dim() != 2:
+        return
+    anew = positions[:, 1:] < positions[:, :-1]
+    if isinstance(mask, Tensor) and mask.dim() == 2:  # of padding, positions say nothing
+        kept = mask[:, -positions.shape[1] :].bool()
+        anew = anew & kept[:, 1:] & kept[:, :-1]
+    if bool(anew.any()):
+        raise PEFTError(
+            "LoRA: alora_invocation_tokens activate the rest of a row, but this row holds several texts: its "
+            "position_ids begin anew. Train without packing (packing=False)."
+        )

@@ -55,7 +55,8 @@ def inspect(path: str, json: bool = False) -> None:
     if place.is_dir():
         directories = sorted(file.parent for file in place.rglob(CONFIG_FILE))
         if not directories:
-            raise PEFTError(f"{path} holds no {CONFIG_FILE}: expected an adapter directory or a .ckpt file.")
+            what = "is a whole model" if (place / "config.json").is_file() else f"holds no {CONFIG_FILE}"
+            raise PEFTError(f"{path} {what}: expected an adapter directory or a .ckpt file.")
         for directory in directories:
             show(str(directory), _describe_directory(directory))
     else:

@@ -12,6 +12,8 @@ from lightning_peft.adapters.virtual_tokens.infix import IGNORED, answers
 from lightning_peft.adapters.virtual_tokens.initial_tokens import evaluating
 from lightning_peft.tasks.answers.mean_loss import mean_loss
 
+_KEEPS_NONE = ("lightning_peft.", "torch.distributed.", "deepspeed.")
+
 
 def answer_logits(
     model: PreTrainedModel,
@@ -51,9 +53,18 @@ def answer_loss(
 ) -> torch.Tensor:
     """Return the mean of `cross_entropy` over what `answer_logits` returns for the same arguments.
 
-    It makes no copy of the scores, which are overwritten: whoever keeps what the model returned sees gradients there.
+    It makes no copy of the scores, which are overwritten unless hooks of others look at what the model or its head
+    returns: they may keep it.
     """
-    return mean_loss(*_scores(model, input_ids, attention_mask, labels, position_ids))
+    scores, targets = _scores(model, input_ids, attention_mask, labels, position_ids)
+    return mean_loss(scores, targets, overwrites=not _is_looked_at(model))
+
+
+def _is_looked_at(model: PreTrainedModel) -> bool:
+    found = [module for module in (model, model.get_output_embeddings()) if module is not None]
+    hooks = [hook for module in found for hook in module._forward_hooks.values()]
+    # This package's own, and those that gather and shard, keep no scores.
+    return any(not (getattr(hook, "__module__", None) or "").startswith(_KEEPS_NONE) for hook in hooks)
 
 
 def _scores(
