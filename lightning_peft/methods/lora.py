@@ -163,7 +163,7 @@ class LoRA(PEFTMethod):
     def select(self, model: ModelView) -> dict[str, nn.Module]:
         """Return the modules that ``target_modules`` names, those whose weights it names, and what is given texts."""
         modules = model.modules
-        around = [] if self.alora_invocation_tokens is None else [_decoder(model)]
+        around = [] if self.alora_invocation_tokens is None else [_decoder(model, self.alora_invocation_tokens)]
         return {host: modules[host] for host in [*around, *self.targets(model)]}
 
     def targets(self, model: ModelView) -> dict[str, dict[str, str]]:
@@ -257,10 +257,11 @@ class LoRA(PEFTMethod):
         self, model: ModelView, hosts: Mapping[str, nn.Module], made: Mapping[str, Adapter]
     ) -> dict[str, Adapter]:
         """Return the adapters, which are told by another on the decoder where they are active."""
-        decoder = _decoder(model)
+        tokens = tuple(self.alora_invocation_tokens or ())
+        decoder = _decoder(model, tokens)
         if decoder not in hosts:
             raise PEFTError(f"{_ACTIVATED}: train_also trains {decoder!r} whole, in which it adapts layers.")
-        invocation = Invocation(tuple(self.alora_invocation_tokens or ()))
+        invocation = Invocation(tokens)
         for adapter in made.values():
             assert isinstance(adapter, ActivatedLoRAAdapter)
             adapter.active = invocation.active
@@ -329,10 +330,20 @@ def _changing(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
     return {host: adapter for host, adapter in adapters.items() if not isinstance(adapter, Invocation)}
 
 
-def _decoder(model: ModelView) -> str:
-    """Return the name of the decoder of a language model, as whose texts HF PEFT too looks for a sequence."""
+def _decoder(model: ModelView, tokens: Iterable[int]) -> str:
+    """Return the name of the decoder of a language model, as whose texts HF PEFT too looks for a sequence.
+
+    Raises:
+        PEFTError: The model is another one, or has not these tokens.
+    """
     decoder = find_decoder(model, _ACTIVATED)
     around: Any = model.modules[decoder.around]
     if around is decoder.module or around.get_output_embeddings() is None:
         raise PEFTError(f"{_ACTIVATED} works on causal language models; a {type(around).__name__} was given. Use LoRA.")
+    known = getattr(around.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and (unknown := [token for token in tokens if token >= known]):
+        raise PEFTError(
+            f"LoRA: alora_invocation_tokens has {unknown[0]}, and the model knows the tokens 0 to {known - 1}: no text "
+            "would activate the adapters. Give ids of the model's own tokenizer."
+        )
     return decoder.name

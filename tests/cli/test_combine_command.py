@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import build, outputs, randomise
 
-from lightning_peft import LoRA, inject, save_adapter
+from lightning_peft import IA3, LoRA, inject, save_adapter
 from lightning_peft.cli import main
 
 
@@ -56,3 +56,17 @@ def test_equal_weights_are_those_of_one(tmp_path: Path) -> None:
     assert not ran(given, f"--model={tmp_path / 'base'}", f"--out={tmp_path / 'mean'}", "--method=svd", "--rank=4")
     judge = peft.PeftModel.from_pretrained(build("llama")[0], tmp_path / "mean").eval()
     assert (outputs(judge, inputs) - outputs(model, inputs)).abs().max() <= 1e-5
+
+
+def test_what_cannot_be_combined_is_named_by_its_directory(tmp_path: Path) -> None:
+    for name, method in (("sql", LoRA(r=2)), ("ia3", IA3())):
+        model: Any = build("llama")[0]
+        model.save_pretrained(tmp_path / "base")
+        inject(model, method)
+        randomise(model)
+        save_adapter(model, tmp_path / name)
+    sql, ia3, base = (str(tmp_path / name) for name in ("sql", "ia3", "base"))
+    said = ran(f"[{sql}, {ia3}]", f"--model={base}", f"--out={tmp_path / 'both'}")
+    assert f"{ia3!r} is a IA3" in said
+    assert "given_" not in said
+    assert not (tmp_path / "both").exists()

@@ -256,6 +256,11 @@ def test_a_call_that_does_not_show_the_text(name: str) -> None:
         call(made())
 
 
+def test_a_token_that_no_text_has() -> None:
+    with pytest.raises(PEFTError, match=r"alora_invocation_tokens has 50, and the model knows the tokens 0 to 49"):
+        made(tokens=[3, 50])
+
+
 def test_rows_of_several_texts() -> None:
     """Positions of padding in front do not count as another text."""
     model = made()

@@ -51,8 +51,13 @@ def combine(
     names = [f"given_{position}" for position in range(len(adapters))]
     for name, adapter in zip(names, adapters, strict=True):
         load_adapter(base, adapter, name=name)
-    combine_adapters(
-        base, names, weights or [1 / len(names)] * len(names), "combined", method=method, rank=rank, density=density
-    )
+    shares = weights or [1 / len(names)] * len(names)
+    try:
+        combine_adapters(base, names, shares, "combined", method=method, rank=rank, density=density)
+    except PEFTError as error:
+        said = str(error)
+        for name, adapter in zip(names, adapters, strict=True):  # the user knows them by their directories
+            said = said.replace(repr(name), repr(adapter))
+        raise PEFTError(said) from error
     save_adapter(base, out, name="combined")
     print(f"Wrote {out}: {len(names)} adapters by {method}.")
