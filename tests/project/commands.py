@@ -59,7 +59,7 @@ def _pip(arguments: list[str]) -> None:
 
 def _ours(arguments: list[str]) -> None:
     command, *options = arguments
-    assert command in {*RUNS, *COMMANDS, "plan", "compare", "COMMAND", "--version"}
+    assert command in {*RUNS, *COMMANDS, "plan", "compare", "COMMAND", "--version", "--help"}
     if options and "--help" not in options:
         Read([str(QUICKSTART) if word == "run.yaml" else word for word in arguments])
 

@@ -9,8 +9,8 @@ import torch
 from launch import run_script
 from modules import assert_same
 
-# Float32 sums in another order, over eight steps.
-BOUND = 1e-6
+# Float32 sums in another order, over eight steps. How far apart they end depends on the processor: 1.8e-6 was seen.
+BOUND = 5e-6
 CASES = [
     (base, tag) for base in adapters_script.BASES for tag in adapters_script.KINDS if adapters_script.serves(base, tag)
 ]
