@@ -97,7 +97,8 @@ class FirstCall:
                 handles.pop().remove()
 
         parts = [part for part in module.modules() if any(p.requires_grad for p in part.parameters())]
-        handles += [part.register_forward_pre_hook(remember, with_kwargs=True) for part in parts]
+        # Before what adapters do there, which may call parts of their own.
+        handles += [part.register_forward_pre_hook(remember, with_kwargs=True, prepend=True) for part in parts]
         try:
             yield
         finally:

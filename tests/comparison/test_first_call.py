@@ -35,3 +35,13 @@ def test_a_call_is_made_again_with_what_its_context_had_said() -> None:
     TOLD.reset(token)
     assert model.calls == [(1, 2, "then"), (3, 4, "then"), (1, 2, "then"), (1, 2, "now")]
     assert TOLD.get() == "nothing"
+
+
+def test_it_is_that_of_the_outermost_module() -> None:
+    """Virtual tokens are made in a hook of the model that they stand before."""
+    model, first = nn.Sequential(nn.Linear(2, 2)), FirstCall()
+    model.register_forward_pre_hook(lambda module, args: module[0](*args))
+    with first.watching(model):
+        model(torch.zeros(1, 2))
+    assert first.of is not None
+    assert first.of[0] is model
