@@ -92,7 +92,8 @@ class FirstCall:
         handles: list[Any] = []
 
         def remember(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.of, self._context = self.of or (part, args, kwargs), copy_context()
+            if self.of is None:
+                self.of, self._context = (part, args, kwargs), copy_context()
             while handles:
                 handles.pop().remove()
 

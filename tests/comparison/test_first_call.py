@@ -29,6 +29,11 @@ def test_a_call_is_made_again_with_what_its_context_had_said() -> None:
         model(1, y=2)
         model(3, y=4)
     TOLD.reset(token)
+    token = TOLD.set("in another stage")
+    with first.watching(model):
+        model(5, y=6)
+    TOLD.reset(token)
+    model.calls.pop()
     first.again()
     token = TOLD.set("now")
     first.again()
