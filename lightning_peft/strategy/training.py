@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from traceback import walk_tb
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging
@@ -43,6 +43,7 @@ class Training(Accumulated):
     """Optimizers of adapters: their param groups, their steps and their state. ``super()`` is the base strategy."""
 
     methods: tuple[PEFTMethod, ...]
+    _has_whole_weights: ClassVar[bool]
     _total_steps: int | None = None
     _ratios_told = False
     _stepped: set[int]
@@ -194,6 +195,14 @@ class Training(Accumulated):
                 f"under no_grad, or checkpointed with use_reentrant=True: {', '.join(idle[:5])}. If they never are, "
                 "leave them out with exclude_modules; or, if they are copies that follow other modules, freeze them "
                 "before fit, requires_grad_(False): then their adapters begin as those do."
+            )
+        gradients = [parameter.grad for parameter in names.values() if parameter.grad is not None]
+        # Of pieces a process may have those alone that begin with a gradient of zero, such as A of a LoRA.
+        if gradients and self._has_whole_weights and not any(bool(gradient.abs().sum()) for gradient in gradients):
+            rank_zero_warn(
+                "All gradients of adapters were zero in the first step, so nothing was learned in it: the loss does "
+                "not depend on them, or no text has the tokens that activate them (alora_invocation_tokens). Look at "
+                "the first batch, and stop here if that is not meant."
             )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -242,6 +242,17 @@ def test_a_run(tmp_path: Path) -> None:
     assert (judge(input_ids=IDS).logits - found).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize(("tokens", "told"), [([4, 4, 4], True), (TOKENS, False)])
+def test_a_run_whose_texts_activate_nothing_is_told(
+    tokens: list[int], told: bool, recwarn: pytest.WarningsRecorder, tmp_path: Path
+) -> None:
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    strategy = PEFTStrategy(LoRA(r=2, alora_invocation_tokens=tokens))
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", strategy=strategy, default_root_dir=tmp_path, **options)
+    trainer.fit(Text(), DataLoader(IDS, batch_size=4))
+    assert any("All gradients of adapters were zero" in str(warning.message) for warning in recwarn) == told
+
+
 CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no ids": (lambda m: m(inputs_embeds=torch.zeros(1, 3, 32).double()), "called without input_ids"),
     "other rows": (lambda m: rest(m, filled(m, IDS), IDS[:2]), "2 rows go on from a cache of 4"),

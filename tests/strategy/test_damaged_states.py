@@ -194,6 +194,26 @@ def test_an_error_of_a_hook_is_its_own(good: dict[str, Any], tmp_path: Path) -> 
         fit(Failing(), tmp_path / "out", 2, changed(good, ("epoch",), good["epoch"], tmp_path))
 
 
+class LateAdamW(torch.optim.AdamW):
+    """Fails in a step that is not the first after a resume."""
+
+    def step(self, closure: Any = None) -> Any:
+        if self.state and next(iter(self.state.values()))["step"] == 3:
+            raise ValueError("of its own")
+        return super().step(closure)
+
+
+def test_an_error_of_a_later_step_is_not_the_checkpoints(good: dict[str, Any], tmp_path: Path) -> None:
+    class Late(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = LateAdamW(self.parameters(), lr=1e-2)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    with pytest.raises(ValueError, match=r"^of its own$"):
+        fit(Late(), tmp_path / "out", 2, changed(good, ("epoch",), good["epoch"], tmp_path))
+
+
 def places(content: Any, lead: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
