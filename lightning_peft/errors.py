@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _SHOWN = 5
+_LONGEST = 100
 
 
 class PEFTError(ValueError):
@@ -21,6 +22,12 @@ class NotFiniteError(PEFTError):
 
 class StateError(PEFTError, RuntimeError):
     """A state does not have a module's tensors. What catches torch's own error for that catches this one too."""
+
+
+def shown(value: Any) -> str:
+    """Return how ``value`` is written in code, for a message, of which a long one is cut off."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def listed(names: Iterable[str]) -> str:

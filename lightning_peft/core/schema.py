@@ -7,13 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, shown
 
 _LARGEST = 2**63
 """No whole number of a configuration is as large."""
 _LARGEST_FLOAT = 2.0**128
 """No other number is: from here on float32 has none, and torch refuses to multiply by it."""
-_SHOWN = 100
 
 
 def check_values(values: Mapping[str, Any], hints: Mapping[str, Any], what: str) -> None:
@@ -29,9 +28,7 @@ def check_values(values: Mapping[str, Any], hints: Mapping[str, Any], what: str)
     """
     for name, value in values.items():
         if name in hints and not fits(value, hints[name]):
-            shown = repr(value)
-            shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
-            raise PEFTError(f"{what} has {name}={shown}; {_words(hints[name])} was expected.")
+            raise PEFTError(f"{what} has {name}={shown(value)}; {_words(hints[name])} was expected.")
 
 
 def hints_of(kind: type) -> Mapping[str, Any]:
@@ -53,12 +50,12 @@ def fits(value: Any, hint: Any) -> bool:
     return _is(value, hint)
 
 
-def is_plain(value: Any, depth: int = 20) -> bool:
-    """Whether ``value`` is made of text, numbers, lists and dictionaries alone, as JSON is, and no deeper."""
+def is_json(value: Any, depth: int = 20) -> bool:
+    """Whether ``value`` is what JSON can hold: text, numbers, lists and dictionaries, and no deeper."""
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
     if isinstance(value, list | tuple):
-        return depth > 0 and all(is_plain(entry, depth - 1) for entry in value)
+        return depth > 0 and all(is_json(entry, depth - 1) for entry in value)
     return value is None or isinstance(value, str | Real)
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, shown
 
 MARKER = "lightning_peft.json"
 """The file that makes a directory ours to overwrite."""
@@ -214,10 +214,10 @@ def as_path(path: str | os.PathLike[str]) -> Path:
         os.stat(path)
     except (OSError, ValueError) as error:
         if isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            shown = repr(os.fspath(path))
-            shown = shown if len(shown) <= 100 else f"{shown[:100]}…"
             reason = getattr(error, "strerror", None) or error
-            raise PEFTError(f"There can be nothing at {shown}: {reason}. Give another path.") from error
+            raise PEFTError(
+                f"There can be nothing at {shown(os.fspath(path))}: {reason}. Give another path."
+            ) from error
     return Path(path)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, shown
 
 _LARGEST = 2**63
 """No count is as large, and torch takes no whole number that is."""
@@ -36,8 +36,8 @@ def refuse_unlike(saved: Any, present: Any, what: str, whole: bool = False) -> N
     for kind, is_one, expected in _KINDS:
         if _is_number(present) if kind is Real else isinstance(present, kind):
             if not is_one(saved):
-                shown = f"a tensor of shape {tuple(saved.shape)}" if isinstance(saved, Tensor) else f"{saved!r}"[:100]
-                raise _damaged(what, f"it is {shown}, and {expected} was expected")
+                found = f"a tensor of shape {tuple(saved.shape)}" if isinstance(saved, Tensor) else shown(saved)
+                raise _damaged(what, f"it is {found}, and {expected} was expected")
             break
     if isinstance(present, Mapping):
         if whole and (missing := [key for key in present if key not in saved]):

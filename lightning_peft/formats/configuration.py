@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.core.schema import check_values, is_plain
+from lightning_peft.core.schema import check_values, is_json
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.contents import MARKER, read_json
@@ -118,7 +118,7 @@ def check_injection(injection: Mapping[str, Any], what: str) -> None:
         PEFTError: It is damaged.
     """
     check_values(injection, _OF_INJECTION, what)
-    if not is_plain(injection["adapters"]):
+    if not is_json(injection["adapters"]):
         raise PEFTError(f"{what} is damaged: configurations of adapters are text and numbers. Take another copy.")
     check_base(injection["base"], f"{what}: the base")
 

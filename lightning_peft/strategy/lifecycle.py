@@ -234,7 +234,7 @@ class Lifecycle(Checkpoints):
         if fitting:
             # Here every process would fail; in the first save rank 0 alone would.
             check_writable(ModelView(self._module))
-            self._stepped, self._ran = set(), set()
+            self._stepped, self._ran, self._read_states = set(), set(), set()
             self._slots = [slot for _, _, slot in ModelView(self._module).slots]
             self._set_modes()
             if not self._has_whole_weights and trainer.world_size > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from traceback import walk_tb
 from typing import Any, ClassVar
 
@@ -50,7 +50,7 @@ class Training(Accumulated):
     """The optimizers that have stepped in this run, by id."""
     _slots: Sequence[Slot]
     """Those of the modules that were adapted when the run began."""
-    _read_states: Set[int] = frozenset()
+    _read_states: set[int]
     """The optimizers whose state was read, and that have not stepped since, by id."""
     _ran: set[str]
     """The names of the adapters that were active in the last step."""
