@@ -34,6 +34,8 @@ class Row:
     """Seconds of a forward pass, merged if the method merges; median over seeds."""
     base_latency: float | None
     merges: bool | None
+    at_the_end: str | None
+    """What was offered, if it is numbers and the lowest or the highest of them was chosen."""
     faults: tuple[str, ...]
     """In one line each, what failed and what diverged."""
     has_failed: bool
@@ -80,6 +82,7 @@ def _row(grid: Grid, cell: Cell, state: State) -> Row:
         _median(of_calls("seconds")),
         _median(of_calls("base_seconds")),
         next(iter(of_calls("merges")), None),
+        _offered(best, cell) if candidates else None,
         tuple(f"{name}: {said}" for name, said in faults.items()),
         bool(failed) or compared is None,
     )
@@ -91,6 +94,17 @@ def _fault(run: Run, state: State) -> str | None:
         return f"diverged after {result['steps']} steps ({result['diverged']})"
     failure = state.failure(run)
     return None if failure is None else f"failed: {failure} (log: {run.directory / 'log.txt'})"
+
+
+def _offered(best: str | None, cell: Cell) -> str | None:
+    """Return the candidates of a cell if they are numbers, and ``best`` is the lowest or the highest."""
+    try:
+        numbers = {label: float(label) for label in cell.candidates}
+    except ValueError:
+        return None
+    if best is None or min(numbers.values()) < numbers[best] < max(numbers.values()):
+        return None
+    return ", ".join(sorted(numbers, key=numbers.__getitem__))
 
 
 def _median(values: Sequence[float]) -> float | None:
@@ -113,7 +127,7 @@ def markdown(grid: Grid, found: Sequence[Row]) -> str:
         line += [_forward(row), _decimal(None if row.base_latency is None else 1e3 * row.base_latency)]
         lines.append(line)
     text = "\n".join(f"| {' | '.join(part.replace('|', chr(92) + '|') for part in line)} |" for line in lines)
-    parts = [text, _legend(grid, found), *_overlaps(names, found), *_faults(found)]
+    parts = [text, _legend(grid, found), *_ends(grid, found), *_overlaps(names, found), *_faults(found)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -127,12 +141,24 @@ def _legend(grid: Grid, found: Sequence[Row]) -> str:
     return said
 
 
+def _ends(grid: Grid, found: Sequence[Row]) -> Iterator[str]:
+    """Say where a better value may lie beyond what was offered."""
+    ends = [f"{row.cell.name}: {row.chosen} of {row.at_the_end}" for row in found if row.at_the_end is not None]
+    if grid.choice and ends:
+        yield (
+            f"{grid.choice.axis}: the lowest or the highest that was offered is the best, and a better one may lie "
+            f"beyond, in {len(ends)} of {len(found)} cells: {'; '.join(ends)}."
+        )
+
+
 def _overlaps(names: Sequence[str], found: Sequence[Row]) -> Iterator[str]:
+    """Say of each metric which intervals overlap, of cells that differ in one axis: others differ in too much."""
+    alike = [pair for pair in itertools.combinations(found, 2) if len(_differing(*pair)) == 1]
     for name in names:
         apart: list[str] = []
         joined: list[str] = []
         unknown = 0
-        for first, second in itertools.combinations(found, 2):
+        for first, second in alike:
             both = overlaps(first, second, name)
             unknown += both is None
             pair = f"{first.cell.name} / {second.cell.name}"
@@ -147,6 +173,10 @@ def _overlaps(names: Sequence[str], found: Sequence[Row]) -> Iterator[str]:
             yield f"{name}, intervals of pairs that {rare[1]}: {'; '.join(rare[0])}. All others {rare[2]}.{more}"
         else:
             yield f"{name}, intervals of pairs: all {'differ' if apart else 'overlap'}.{more}"
+
+
+def _differing(first: Row, second: Row) -> list[str]:
+    return [axis for axis, label in first.cell.labels.items() if second.cell.labels[axis] != label]
 
 
 def overlaps(first: Row, second: Row, name: str) -> bool | None:

@@ -81,6 +81,33 @@ def test_the_table_as_markdown(grid: Grid, made: list[Row]) -> None:
     assert "- rank=8, seed=2: failed: killed by SIGKILL (log: " in text
 
 
+def test_pairs_differ_in_one_axis(tmp_path: Path) -> None:
+    axes = {"rank": [1, 2], "m": {"one": {"method.alpha": 1}, "two": {"method.alpha": 2}}, "seed": [0, 1, 2]}
+    grid = read_grid(grid_file(tmp_path, axes=axes, report={"test": ["test_accuracy"]}))
+    text = markdown(grid, rows(grid, cells(grid), PLAYED))
+    # Rank 2 has more than rank 1, whatever else; that rank 2 and two differ from rank 1 and one is not said.
+    assert (
+        "test_accuracy, intervals of pairs that differ: rank=1, one / rank=2, one; rank=1, two / rank=2, two. "
+        "All others overlap."
+    ) in text
+
+
+@pytest.mark.parametrize("end", ["0.001", "0.1"])
+def test_what_was_chosen_at_the_end_of_what_was_offered_is_told(tmp_path: Path, end: str) -> None:
+    axes = {"rank": [1, 2], "lr": [0.01, 0.001, 0.1], "seed": [0, 1]}
+    choose = {"axis": "lr", "metric": "val_loss", "mode": "min"}
+    grid = read_grid(grid_file(tmp_path, axes=axes, choose=choose, report={"test": ["test_accuracy"]}))
+    best = {"1": end, "2": "0.01"}
+
+    def played(run: Run) -> dict[str, Any] | None:
+        found = result(run)
+        loss = float(run.candidate != best[run.cell.labels["rank"]])
+        return None if found is None else {**found, "validate": {"val_loss": loss}}
+
+    text = markdown(grid, rows(grid, cells(grid), State(played, lambda run: None)))
+    assert f"beyond, in 1 of 2 cells: rank=1: {end} of 0.001, 0.01, 0.1." in text
+
+
 def test_a_line_for_each_run(grid: Grid) -> None:
     found = list(run_lines(grid, cells(grid), PLAYED))
     assert len(found) == 9
