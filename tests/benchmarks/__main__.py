@@ -21,11 +21,12 @@ QUESTIONS = (
     "per_sample",
     "strategy",
     "ideas",
+    "ways",
     "step_time",
 )
 
 # What is counted is the same on every device.
-ON_GPU = ("peak_memory", "inference", "per_sample", "step_time")
+ON_GPU = ("step_time", "graphs", "ways", "peak_memory", "inference", "per_sample")
 
 
 def main() -> int:

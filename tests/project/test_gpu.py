@@ -153,3 +153,17 @@ def test_a_step_keeps_what_the_bound_keeps_and_its_inputs() -> None:
             found[variant.name, dropout] = measure.peak_bytes(lambda m=made: m(hidden), "cuda")
     assert found[variants.OURS, 0.0] < found[variants.PEFT, 0.0]
     assert found[variants.OURS, 0.05] < 0.8 * found[variants.PEFT, 0.05]
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns", "rank"), [(512, 256, 384, 8), (100, 70, 130, 3)])
+def test_a_product_with_a_low_rank_one_added(rows: int, inner: int, columns: int, rank: int) -> None:
+    """The kernel that `benchmarks.ways` times."""
+    pytest.importorskip("triton")
+    from benchmarks.epilogue import product_and
+
+    x, weight, h, b = (
+        torch.randn(size, dtype=torch.bfloat16, device="cuda")
+        for size in ((rows, inner), (columns, inner), (rows, rank), (columns, rank))
+    )
+    exact = x.double() @ weight.double().t() + 2 * h.double() @ b.double().t()
+    assert error([product_and(x, weight.t(), h, b.t(), 2.0)], [exact.cpu()]) < 4e-3

@@ -1,6 +1,8 @@
 """What a training step keeps, launches, sends and needs: counted, not timed. `make bench` times."""
 
 import itertools
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from benchmarks import (
     bounds,
     checkpoints,
+    graphs,
     host_time,
     kept_bytes,
     launches,
@@ -17,8 +20,9 @@ from benchmarks import (
     subjects,
     traffic,
     variants,
+    ways,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_peft import LoRA, inject
@@ -216,6 +220,41 @@ def test_layers_of_the_peers_compute_the_same() -> None:
     assert len(outputs) > 1
     assert all((output - outputs[0]).abs().max() < 1e-4 for output in outputs[1:])
     assert (outputs[0] - subject(hidden)).abs().max() > 1e-2
+
+
+@pytest.fixture
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    def product_and(x: Tensor, y: Tensor, h: Tensor, z: Tensor, scale: float) -> Tensor:
+        return x @ y + scale * h @ z
+
+    monkeypatch.setitem(sys.modules, "benchmarks.epilogue", SimpleNamespace(product_and=product_and))
+
+
+@pytest.mark.usefixtures("without_triton")
+@pytest.mark.parametrize("way", [ways.plain, ways.one_matrix, ways.Fused.apply])
+def test_other_ways_compute_the_same_layer(way: Any) -> None:
+    """Outputs by the formula, gradients by differences."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, a, b = (
+        torch.randn(size, generator=generator, dtype=torch.float64) for size in ((5, 4), (3, 4), (2, 4), (3, 2))
+    )
+    expected = torch.einsum("ni,oi->no", x, weight + 1.5 * torch.einsum("or,ri->oi", b, a))
+    torch.testing.assert_close(way(x, weight, a, b, 1.5), expected)
+    trained = [tensor.requires_grad_() for tensor in (x, a, b)]
+    assert torch.autograd.gradcheck(lambda x, a, b: way(x, weight, a, b, 1.5), trained)
+
+
+def test_a_replay_that_trains_something_else_is_seen() -> None:
+    step = graphs.Step(OURS.build(SHAPES["llama"].build()), SHAPES["llama"].inputs())
+    start = [parameter.detach().clone() for parameter in step.trained]
+
+    def half() -> None:
+        for group in step.optimizer.param_groups if step.optimizer else ():
+            group["lr"] /= 2
+        step()
+
+    assert graphs.apart(step, step, start) < 1e-5
+    assert graphs.apart(step, half, start) > 0.1
 
 
 def _plain(name: str) -> str:
