@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from difflib import get_close_matches
 from importlib.metadata import version
 
 PROG = "lightning-peft"
@@ -78,7 +79,7 @@ def parser() -> ArgumentParser:
 def main() -> None:
     """Run ``lightning-peft`` with the command line's arguments.
 
-    Help of the whole command and the version are printed at once; all else is :func:`lightning_peft.cli.main`'s,
+    Help of the whole command, the version, and that there is no such command are printed at once; all else is :func:`lightning_peft.cli.main`'s,
     with whose parser this one is compared in ``tests/cli/test_script.py``. This module is installed beside the
     package, as ``lightning_peft_script``: for one within it Python runs the package's ``__init__`` first, which
     imports Lightning and takes seconds.
@@ -88,7 +89,16 @@ def main() -> None:
         parser().print_help()
     elif arguments == ["--version"]:
         print(PROG, version("lightning_peft"))
+    elif arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        print(_no_command(arguments[0]), file=sys.stderr)
+        sys.exit(2)
     else:
         from lightning_peft.cli import main as run
 
         run()
+
+
+def _no_command(given: str) -> str:
+    near = get_close_matches(given, COMMANDS, n=1)
+    guess = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{PROG}: error: There is no command {given!r}.{guess} The commands are {', '.join(COMMANDS)}."

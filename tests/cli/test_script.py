@@ -54,6 +54,21 @@ def test_all_else_is_handed_over(
     assert capsys.readouterr() == expected
 
 
+@pytest.mark.parametrize(("given", "guess"), [("mrege", "Did you mean 'merge'? The"), ("xyz", "The")])
+def test_a_command_that_there_is_not(
+    script: ModuleType, given: str, guess: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-peft", given, "a", "b"])
+    with pytest.raises(SystemExit) as at_once:
+        script.main()
+    said = capsys.readouterr().err
+    assert said.startswith(f"lightning-peft: error: There is no command {given!r}. {guess} commands are fit, validate,")
+    # The whole parser does not know it either, and ends so.
+    with pytest.raises(SystemExit) as whole:
+        main([given, "a", "b"])
+    assert at_once.value.code == whole.value.code == 2
+
+
 def test_a_mistake_ends_the_process_as_the_whole_command_does(script: ModuleType, tmp_path: Path) -> None:
     code = f"import runpy, sys; sys.argv[1:] = ['inspect', 'no_such']; runpy.run_path({script.__file__!r})['main']()"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
