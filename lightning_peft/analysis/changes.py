@@ -176,7 +176,9 @@ def read_changes(path: str | Path) -> dict[str, WeightChange]:
     try:
         found, beside = read_low_rank(config, {name: tuple(t.shape) for name, t in tensors.items()}, str(path))
     except PEFTError as error:
-        raise PEFTError(f"{error} Name its base model, so that it can be loaded and looked at there.") from error
+        raise PEFTError(
+            f"{error} Name its base model (on the command line by --base), so that it can be looked at there."
+        ) from error
     _tell(beside)
     if wrong := not_finite({name: tensor for name, tensor in tensors.items() if name not in beside}):
         raise PEFTError(f"{path} holds NaN or infinity in {listed(wrong)}: {_NO_SIZE}.")

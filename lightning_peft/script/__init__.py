@@ -79,10 +79,10 @@ def parser() -> ArgumentParser:
 def main() -> None:
     """Run ``lightning-peft`` with the command line's arguments.
 
-    Help of the whole command, the version, and that there is no such command are printed at once; all else is :func:`lightning_peft.cli.main`'s,
-    with whose parser this one is compared in ``tests/cli/test_script.py``. This module is installed beside the
-    package, as ``lightning_peft_script``: for one within it Python runs the package's ``__init__`` first, which
-    imports Lightning and takes seconds.
+    Help of the whole command, the version, and that there is no such command are printed at once; all else is
+    :func:`lightning_peft.cli.main`'s, with whose parser this one is compared in ``tests/cli/test_script.py``. This
+    module is installed beside the package, as ``lightning_peft_script``: for one within it Python runs the package's
+    ``__init__`` first, which imports Lightning and takes seconds.
     """
     arguments = sys.argv[1:]
     if arguments in (["-h"], ["--help"]):

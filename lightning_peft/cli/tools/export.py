@@ -141,8 +141,9 @@ def _plain(
     if kind != "LORA":
         raise PEFTError(
             f"{adapter} is of type {kind}; {name or 'servers'} read{'s' if name else ''} plain LoRA alone. "
-            f"`lightning-peft convert {adapter} --out lora --energy 0.99` makes the nearest one of what changes "
-            f"weights, and `lightning-peft merge {adapter} --out merged` a whole model."
+            f"If it changes weights, `lightning-peft convert {adapter} --out lora --energy 0.99` makes the nearest, "
+            f"and `lightning-peft merge {adapter} --out merged` a whole model. What computes something of its own, as "
+            "bottlenecks, prefixes and prompts do, runs in Python alone: load_adapter reads it."
         )
     if name is not None:
         rank = rank_for(name, config, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, adapter, rank)
