@@ -49,8 +49,8 @@ def amplification(change: WeightChange, rank: int | None = None) -> Amplificatio
     """
     if change.weight is None:
         raise PEFTError("The weight that is changed is needed to compare the change with it: name the base model.")
-    u, values, v = change.singular
-    kept = int((values > values[:1] * 1e-12).sum())
+    u, _, v = change.singular
+    kept = change.rank
     r = kept if rank is None else rank
     if not 1 <= r <= kept:
         raise PEFTError(f"rank={rank} was given; this change has {kept} directions. Take one of 1 to {kept}.")

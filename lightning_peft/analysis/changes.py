@@ -66,6 +66,12 @@ class WeightChange:
         return self.singular[1]
 
     @property
+    def rank(self) -> int:
+        """How many singular values are more than what rounding makes of zero: σ₁ · ε · max(out, in), ε of float64."""
+        rounding = torch.finfo(torch.float64).eps * max(self.left.shape[0], self.right.shape[1])
+        return int((self.spectrum > self.spectrum[:1] * rounding).sum())
+
+    @property
     def norm(self) -> float:
         """‖ΔW‖, the Frobenius norm."""
         return float(torch.linalg.vector_norm(self.spectrum))
@@ -140,7 +146,7 @@ def change_of(name: str, host: nn.Module, adapter: Adapter, *, weights: bool = T
     if isinstance(adapter, LoRAAdapter) and type(adapter) in _IN_FACTORS:
         a, b = whole(adapter.lora_A).double(), whole(adapter.lora_B).double()
         return WeightChange(adapter.scale * b, a, a, b, weight)
-    return _of_matrix(change_of_weight(name, host, adapter)[0], weight)
+    return _of_matrix(change_of_weight(name, host, adapter, torch.float64)[0], weight)
 
 
 def _tell(whole: list[str]) -> None:

@@ -35,9 +35,8 @@ def directions(change: WeightChange, basis: Basis = "right") -> Tensor:
             raise PEFTError("basis='A' was given, and this change is no LoRA's: take 'right' or 'left'.")
         rows: Tensor = torch.linalg.svd(change.lora_A.double(), full_matrices=False)[2]
         return rows.T
-    left, values, right = change.singular
-    kept = values > values[:1] * torch.finfo(values.dtype).eps * max(change.left.shape[0], change.right.shape[1])
-    return (right if basis == "right" else left)[:, kept]
+    left, _, right = change.singular
+    return (right if basis == "right" else left)[:, : change.rank]
 
 
 def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.refusals import refuse_merged
@@ -137,8 +138,29 @@ def _has_room(module: nn.Module) -> bool:
     return is_linear(module) or isinstance(module, nn.Embedding)
 
 
-def change_of_weight(name: str, host: nn.Module, adapter: Adapter) -> tuple[Tensor, bool]:
+class _Fold(nn.Module):
+    """An adapter's `fold` as a forward pass, which torch can run with other tensors in the place of the adapter's."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and the bias that make the adapter superfluous."""
+        return self.adapter.fold(weight, bias)
+
+
+def change_of_weight(
+    name: str, host: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None
+) -> tuple[Tensor, bool]:
     """Return the change of the weight ``[out, in]``, and whether the bias changes too.
+
+    Args:
+        name: The module's name.
+        host: The module.
+        adapter: Its adapter.
+        dtype: What to compute in, the adapter's own tensors too; in at least float32 by default, where a change of
+            rank r has others of a ten-millionth beside its r singular values.
 
     Raises:
         PEFTError: The adapter is no change of the weight of a linear layer or an embedding.
@@ -154,9 +176,13 @@ def change_of_weight(name: str, host: nn.Module, adapter: Adapter) -> tuple[Tens
             f"The {type(adapter).__name__} of {name!r} is no change of the weight of a linear layer or an embedding, "
             "so no LoRA comes near it."
         )
-    before = as_matrix(host, weight_of(host))
-    own = host._parameters.get("bias")
-    after, bias = adapter.fold(before.clone(), own)
+    before = as_matrix(host, weight_of(host)).to(dtype)
+    own, fold = host._parameters.get("bias"), _Fold(adapter)
+    tensors: dict[str, Tensor] = {
+        n: nn.Parameter(p.detach().to(dtype), requires_grad=False) for n, p in fold.named_parameters()
+    }
+    tensors |= {n: b.to(dtype) for n, b in fold.named_buffers() if b.is_floating_point()}
+    after, bias = functional_call(fold, tensors, (before.clone(), own))
     same = bias is None or (own is not None and torch.equal(bias.to(own), own))
     return after - before, not same
 

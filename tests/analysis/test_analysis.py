@@ -1,6 +1,7 @@
 """Sizes, spectra and subspaces of changes; the judges are NumPy's dense decompositions and closed formulas."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import nn
 
 from lightning_peft import (
     IA3,
+    AdaLoRA,
     BitFit,
     DoRA,
     LoHa,
+    LoKr,
     LoRA,
     PEFTError,
     PrefixTuning,
@@ -90,6 +93,22 @@ def test_a_change_is_what_merging_does_to_the_weight(method: Any) -> None:
         assert change.stable_rank == pytest.approx(np.linalg.norm(dense) ** 2 / np.linalg.norm(dense, 2) ** 2)
         shares = values[:k] / values[:k].sum()
         assert change.effective_rank == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares if p > 0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("method", "rank"), [(LoHa(r=2), 4), (LoKr(r=2), 16), (AdaLoRA(init_r=3, target_r=2), 3)])
+def test_the_rank_of_a_change_is_the_methods_in_every_dtype(method: Any, rank: int, dtype: torch.dtype) -> None:
+    """A product of two of rank r has r² at most; a Kronecker product the product of its factors' ranks: 8 · 2."""
+    model = nn.Sequential(nn.Linear(96, 64, bias=False)).to(dtype)
+    inject(model, replace(method, target_modules=["0"]))
+    for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        parameter.data = drawn(number, *parameter.shape).to(parameter.dtype)
+    before = [p.detach().clone() for p in model.parameters()]
+    (change,) = dict(changes(model)).values()
+    assert change.rank == rank
+    assert directions(change).shape == (96, rank)
+    assert amplification(change).rank == rank
+    assert all(torch.equal(p, q) and p.dtype == q.dtype for p, q in zip(model.parameters(), before, strict=True))
 
 
 def test_ranks_of_plain_changes() -> None:

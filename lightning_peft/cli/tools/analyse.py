@@ -95,7 +95,7 @@ def _read(adapter: str, base: str | None) -> dict[str, WeightChange]:
 
 
 def _row(name: str, change: WeightChange, other: WeightChange | None) -> _Row:
-    rank = int((change.spectrum > change.spectrum[:1] * 1e-12).sum())
+    rank = change.rank
     row: _Row = {"module": name, "rank": rank, "norm": change.norm}
     if change.weight is not None:
         row["relative_norm"] = change.relative_norm
