@@ -35,6 +35,7 @@ from lightning_peft.comparison.results import (
     has_failed,
     is_finished,
     locked,
+    note_origin,
     read_json,
     write_json,
 )
@@ -86,6 +87,7 @@ def run(directory: Path) -> None:
             result = {}
         if is_finished(result, request["stages"]):
             return
+        request["origins"] = note_origin(directory)
         if result and (directory / TRAINED).is_dir():
             _complete(directory, request, result)
         else:
@@ -153,7 +155,7 @@ def _write(trainer: Trainer, directory: Path, request: dict[str, Any], result: d
     """Write the result; what it was made from goes when nobody will ask for more."""
     if not trainer.is_global_zero:
         return
-    write_json(directory / RESULT, result)
+    write_json(directory / RESULT, {**result, "origins": request["origins"]})
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     if "latency" in request["stages"] and not request["keep"]:
         shutil.rmtree(directory / TRAINED, ignore_errors=True)

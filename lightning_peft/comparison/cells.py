@@ -20,7 +20,7 @@ from lightning_peft.errors import PEFTError
 RUNS = "runs"
 """Under it, in the directory of results, each run has a directory of its own."""
 CHECKPOINTS = "checkpoints"
-_FORMAT = 1
+_FORMAT = 2
 """Rises when the same config would be measured otherwise."""
 _SAVER = "lightning_peft.callbacks.AdapterCheckpoint"
 

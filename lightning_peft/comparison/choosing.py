@@ -11,7 +11,6 @@ from typing import Any
 from lightning_peft.comparison.cells import Cell, Run, run_of
 from lightning_peft.comparison.grid import Grid
 from lightning_peft.comparison.keys import SEED
-from lightning_peft.errors import PEFTError
 
 LATENCY = "latency"
 Result = Mapping[str, Any]
@@ -50,11 +49,8 @@ def compared_runs(grid: Grid, cell: Cell, state: State) -> list[Run] | None:
 def chosen(grid: Grid, cell: Cell, state: State) -> str | None:
     """Return the label of the candidate with the best mean on validation data; of equal ones the first.
 
-    A candidate that has failed or diverged, or whose metric is no number, is not chosen. Nothing is chosen before all
-    are there, and nothing but what validation has logged is looked at.
-
-    Raises:
-        PEFTError: A candidate has logged no such metric.
+    A candidate that has failed or diverged, or has logged no such metric, or whose metric is no number, is not chosen.
+    Nothing is chosen before all are there, and nothing but what validation has logged is looked at.
     """
     assert grid.choice is not None
     found: dict[str, list[float]] = {label: [] for label in cell.candidates}
@@ -62,9 +58,8 @@ def chosen(grid: Grid, cell: Cell, state: State) -> str | None:
         result = state.result(run)
         if result is None and state.failure(run) is None:
             return None
-        logged = (result or {}).get("validate")
-        value = math.nan if logged is None else metric_of(logged, grid.choice.metric, "validate", run)
-        found[str(run.candidate)].append(value)
+        logged = (result or {}).get("validate") or {}
+        found[str(run.candidate)].append(float(logged.get(grid.choice.metric, math.nan)))
     sign = 1 if grid.choice.mode == "min" else -1
     means = {label: sign * fmean(values) for label, values in found.items() if all(map(math.isfinite, values))}
     return min(means, key=means.__getitem__, default=None)
@@ -76,20 +71,9 @@ def left_over(grid: Grid, cell: Cell, state: State) -> list[Run]:
     return [run for run in candidate_runs(grid, cell) if best is not None and run.candidate != best]
 
 
-def metric_of(logged: Mapping[str, float], name: str, stage: str, run: Run) -> float:
-    """Return what a stage has logged under a name.
-
-    Raises:
-        PEFTError: It has logged no such thing.
-    """
-    if name not in logged:
-        raise PEFTError(no_metric(name, stage, logged, run.name))
-    return float(logged[name])
-
-
-def no_metric(name: str, stage: str, logged: Mapping[str, Any], where: str) -> str:
+def no_metric(name: str, stage: str, logged: Mapping[str, Any]) -> str:
     """Return what to say of a metric that is not logged."""
-    return f"{where}: {stage} logs no {name!r}. It logs {', '.join(sorted(logged)) or 'nothing'}."
+    return f"{stage} logs no {name!r}. It logs {', '.join(sorted(logged)) or 'nothing'}."
 
 
 def due(grid: Grid, found: list[Cell], state: State) -> Iterator[tuple[Run, tuple[str, ...]]]:

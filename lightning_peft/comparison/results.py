@@ -12,10 +12,12 @@ from typing import Any
 import yaml
 
 from lightning_peft.comparison.cells import Run, placed
+from lightning_peft.comparison.origins import origin
 from lightning_peft.errors import PEFTError
 from lightning_peft.files.writing import atomic_file, remove
 
 CONFIG, REQUEST, RESULT, FAILURE, LOG = "config.yaml", "request.json", "result.json", "failure.json", "log.txt"
+_ORIGINS = "origins.json"
 TRAINED = "trained"
 """The adapter that a run has trained."""
 _LOCK = ".lock"
@@ -46,6 +48,16 @@ def result_of(run: Run) -> dict[str, Any] | None:
     """Return what a run has written, if it is of this run's config."""
     found = read_json(run.directory / RESULT)
     return found if found is not None and found.get("fingerprint") == run.fingerprint else None
+
+
+def note_origin(directory: Path) -> list[dict[str, str]]:
+    """Note what the run in a directory is made from as it begins, or goes on, and return all that was noted of it."""
+    config = yaml.safe_load((directory / CONFIG).read_text())
+    found: list[dict[str, str]] = (read_json(directory / _ORIGINS) or {}).get("origins", [])
+    if (present := origin(config)) not in found:
+        write_json(directory / _ORIGINS, {"origins": [*found, present]})
+        return [*found, present]
+    return found
 
 
 def failure_of(run: Run) -> str | None:

@@ -55,7 +55,7 @@ class Comparison:
         """Do all runs of which there is no result yet.
 
         Raises:
-            PEFTError: A metric is named that runs do not log. What was at work is cancelled.
+            PEFTError: A metric is named that the first run does not log. What was at work is cancelled.
         """
         if done := self._finished():
             self.tell(f"[{done}/{count(self.grid, self.cells)}] are there already")
@@ -112,7 +112,8 @@ class Comparison:
         result = self._result(run)
         if is_finished(result, stages):
             verb = "diverged" if result and result.get("diverged") else "done"
-            self._check_result(run, stages, result or {})
+            if lacks := self._lacks(stages, result or {}):
+                verb += f", but {lacks}"
         else:
             if failure_of(run) is None:
                 fail(run.directory, f"its job ended ({str(job.handle.state).lower()}) before it did")
@@ -132,20 +133,24 @@ class Comparison:
             return
         self._names = found
         for stage in STAGES:
-            if logged := found.get(stage):
-                self._require(stage, logged, "The first run")
+            for name in self._named(stage):
+                if (logged := found.get(stage)) and name not in logged:
+                    raise PEFTError(f"{self.grid.source}: The first run: {no_metric(name, stage, logged)}")
 
-    def _check_result(self, run: Run, stages: tuple[str, ...], result: Mapping[str, Any]) -> None:
-        for stage in STAGES:
-            if stage in stages and stage in result:
-                self._require(stage, result[stage], run.name)
+    def _lacks(self, stages: tuple[str, ...], result: Mapping[str, Any]) -> str:
+        """Return what a run was to log and has not: a fault of its own, since the first run has."""
+        return "; ".join(
+            no_metric(name, stage, result[stage])
+            for stage in STAGES
+            if stage in stages and stage in result
+            for name in self._named(stage)
+            if name not in result[stage]
+        )
 
-    def _require(self, stage: str, logged: Mapping[str, Any], where: str) -> None:
+    def _named(self, stage: str) -> list[str]:
+        """Return the names of what a stage is to log."""
         choice = self.grid.choice
-        chosen_by = [choice.metric] if choice and stage == "validate" else []
-        for name in (*chosen_by, *self.grid.report.get(stage, ())):
-            if name not in logged:
-                raise PEFTError(f"{self.grid.source}: {no_metric(name, stage, logged, where)}")
+        return [*([choice.metric] if choice and stage == "validate" else []), *self.grid.report.get(stage, ())]
 
     def _result(self, run: Run) -> dict[str, Any] | None:
         if run.directory not in self._results or self._is_running(run):

@@ -9,9 +9,11 @@ from statistics import median
 from typing import Any
 
 from lightning_peft.comparison.cells import Cell, Run
-from lightning_peft.comparison.choosing import State, candidate_runs, chosen, compared_runs, metric_of
+from lightning_peft.comparison.choosing import State, candidate_runs, chosen, compared_runs, no_metric
 from lightning_peft.comparison.grid import Grid
+from lightning_peft.comparison.origins import differing
 from lightning_peft.comparison.statistics import Spread, overlap, spread
+from lightning_peft.errors import PEFTError
 
 _MIB = 2**20
 
@@ -36,15 +38,28 @@ class Row:
     merges: bool | None
     at_the_end: str | None
     """What was offered, if it is numbers and the lowest or the highest of them was chosen."""
+    origins: tuple[Mapping[str, str], ...]
+    """What its runs were made from."""
     faults: tuple[str, ...]
     """In one line each, what failed and what diverged."""
     has_failed: bool
-    """Whether a run of it failed, or none of its candidates could be chosen."""
+    """Whether a run of it failed or lacks a metric, or none of its candidates could be chosen."""
 
 
 def rows(grid: Grid, found: list[Cell], state: State) -> list[Row]:
-    """Return a row for each cell, from the results that there are."""
-    return [_row(grid, cell, state) for cell in found]
+    """Return a row for each cell, from the results that there are.
+
+    Raises:
+        PEFTError: There are results, and none of them has a metric that is to be reported.
+    """
+    made = [_row(grid, cell, state) for cell in found]
+    runs = [run for cell in found for run in compared_runs(grid, cell, state) or ()]
+    for stage, names in grid.report.items():
+        there = [result[stage] for run in runs if stage in (result := state.result(run) or {})]
+        for name in names:
+            if there and not any(name in logged for logged in there):
+                raise PEFTError(f"{grid.source}: {no_metric(name, stage, there[0])}")
+    return made
 
 
 def _row(grid: Grid, cell: Cell, state: State) -> Row:
@@ -52,17 +67,25 @@ def _row(grid: Grid, cell: Cell, state: State) -> Row:
     faults = {run.name: said for run in [*candidates, *(compared or ())] if (said := _fault(run, state))}
     failed = [run for run in [*candidates, *(compared or ())] if state.failure(run)]
     if compared is None:
-        faults[cell.name] = "none of its candidates has a value to choose by"
+        assert grid.choice is not None
+        faults[cell.name] = f"none of its candidates has a {grid.choice.metric} to choose by"
     results = [
         (run, result)
         for run in compared or ()
         if (result := state.result(run)) and not result.get("diverged") and all(s in result for s in grid.report)
     ]
-    metrics = {}
+    metrics = dict[str, Spread]()
+    lacking = dict[str, str]()
     for stage, names in grid.report.items():
         for name in names:
-            if values := [metric_of(result[stage], name, stage, run) for run, result in results]:
+            if values := [float(result[stage][name]) for _, result in results if name in result[stage]]:
                 metrics[name] = spread(values)
+            lacking |= {
+                f"{run.name}, {name}": no_metric(name, stage, result[stage])
+                for run, result in results
+                if name not in result[stage]
+            }
+    faults |= lacking
 
     def each(key: str) -> list[Any]:
         return [result[key] for _, result in results if result.get(key) is not None]
@@ -83,8 +106,9 @@ def _row(grid: Grid, cell: Cell, state: State) -> Row:
         _median(of_calls("base_seconds")),
         next(iter(of_calls("merges")), None),
         _offered(best, cell) if candidates else None,
+        tuple(one for _, result in results for one in result.get("origins", [{}])),
         tuple(f"{name}: {said}" for name, said in faults.items()),
-        bool(failed) or compared is None,
+        bool(failed) or bool(lacking) or compared is None,
     )
 
 
@@ -127,7 +151,8 @@ def markdown(grid: Grid, found: Sequence[Row]) -> str:
         line += [_forward(row), _decimal(None if row.base_latency is None else 1e3 * row.base_latency)]
         lines.append(line)
     text = "\n".join(f"| {' | '.join(part.replace('|', chr(92) + '|') for part in line)} |" for line in lines)
-    parts = [text, _legend(grid, found), *_ends(grid, found), *_overlaps(names, found), *_faults(found)]
+    below = [*_ends(grid, found), *_overlaps(names, found), *_origins(found), *_faults(found)]
+    parts = [text, _legend(grid, found), *below]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -183,6 +208,12 @@ def overlaps(first: Row, second: Row, name: str) -> bool | None:
     """Whether the intervals of a metric of two rows overlap; nothing if there are none."""
     mine, other = first.metrics.get(name), second.metrics.get(name)
     return None if mine is None or other is None else overlap(mine, other)
+
+
+def _origins(found: Sequence[Row]) -> Iterator[str]:
+    if several := differing(origin for row in found for origin in row.origins):
+        listed = "; ".join(f"{name} {' and '.join(values)}" for name, values in several.items())
+        yield f"Not all runs are made from the same: {listed}. Remove a run's directory to have it made anew."
 
 
 def _faults(found: Sequence[Row]) -> Iterator[str]:

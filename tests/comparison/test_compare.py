@@ -171,7 +171,7 @@ def test_a_broken_cell_and_a_diverged_candidate(tmp_path: Path, here: list[list[
     assert error == "lightning-peft: error: 1 of 2 cells have failed; the table says why."
     assert "- works, lr=1.0e+30: diverged after " in out
     assert "- breaks, lr=0.01: failed: RuntimeError: broken on purpose with a second line (log: " in out
-    assert "- breaks: none of its candidates has a value to choose by" in out
+    assert "- breaks: none of its candidates has a val_loss to choose by" in out
     assert "| works | 0.01 | 1 |" in out
     assert "| breaks | - | 0 | - |" in out
     assert not list((tmp_path / "out").glob("runs/*/trained"))

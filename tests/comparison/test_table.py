@@ -119,8 +119,35 @@ def test_a_line_for_each_run(grid: Grid) -> None:
 def test_a_result_without_the_metric_is_an_error(tmp_path: Path) -> None:
     axes = {"rank": [1, 2], "seed": [0, 1]}
     grid = read_grid(grid_file(tmp_path, axes=axes, report={"test": ["accuracy"]}))
-    with pytest.raises(PEFTError, match=r"rank=1, seed=0: test logs no 'accuracy'. It logs test_accuracy\."):
+    with pytest.raises(PEFTError, match=r"grid.yaml: test logs no 'accuracy'. It logs test_accuracy\."):
         rows(grid, cells(grid), PLAYED)
+
+
+def test_a_cell_without_the_metric_costs_the_others_nothing(grid: Grid) -> None:
+    def played(run: Run) -> dict[str, Any] | None:
+        found = result(run)
+        return found if found is None or run.cell.labels["rank"] != "2" else {**found, "test": {"test_loss": 0.1}}
+
+    found = rows(grid, cells(grid), State(played, PLAYED.failure))
+    assert [row.metrics.keys() for row in found] == [{"test_accuracy"}, set(), {"test_accuracy"}]
+    assert [row.has_failed for row in found] == [False, True, True]
+    assert "- rank=2, seed=1, test_accuracy: test logs no 'test_accuracy'. It logs test_loss." in markdown(grid, found)
+
+
+def test_runs_of_several_origins_are_told(grid: Grid) -> None:
+    def made_from(*origins: dict[str, str]) -> str:
+        def played(run: Run) -> dict[str, Any] | None:
+            which = origins[min(int(run.cell.labels["rank"]), len(origins)) - 1]
+            return None if (found := result(run)) is None else {**found, **({"origins": [which]} if which else {})}
+
+        return markdown(grid, rows(grid, cells(grid), State(played, PLAYED.failure)))
+
+    one, other = {"lightning_peft": "0.1.0 (aa)", "base": "11"}, {"lightning_peft": "0.1.0 (aa)", "base": "22"}
+    assert "made from the same" not in made_from(one)
+    assert "made from the same" not in made_from({})
+    assert "made from the same" not in made_from(one, {"lightning_peft": "0.1.0 (aa)", "data": "33"})
+    assert "Not all runs are made from the same: base 11 and 22. Remove" in made_from(one, other)
+    assert "Not all runs are made from the same: lightning_peft 0.1.0 (aa) and unknown. Remove" in made_from(one, {})
 
 
 def test_plots_show_means_and_intervals(grid: Grid, made: list[Row]) -> None:

@@ -1,0 +1,77 @@
+"""What a result was made from: the code, and the files that its config names. Of another origin is another result."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGE = Path(__file__).parents[1]
+_PIECE = 2**20
+"""So many bytes are read at each end of a file."""
+_FILES = 1000
+"""Of a directory with more, the first by name."""
+_WRITTEN = frozenset({"dirpath", "save_dir", "cache_dir", "default_root_dir"})
+"""Keys of a config under which a run writes."""
+
+
+def origin(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a run of ``config`` is made from: a version or a digest, by the name of what it is of.
+
+    A digest of a file is one of its size and of the mebibyte at each end.
+    """
+    read = [config.get("model"), config.get("data"), (config.get("trainer") or {}).get("callbacks")]
+    return {
+        "lightning_peft": f"{importlib.metadata.version('lightning_peft')} ({_code()})",
+        "torch": torch.__version__,
+        **{path: _digest(_files(Path(path))) for path in sorted(set(_paths(read)))},
+    }
+
+
+def differing(origins: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Return what is not the same in all of ``origins`` that name it, with its values.
+
+    Of what was measured before origins were noted, the code is ``unknown``.
+    """
+    found = [each or {"lightning_peft": "unknown"} for each in origins]
+    values = {name: sorted({each[name] for each in found if name in each}) for each in found for name in each}
+    return {name: several for name, several in values.items() if len(several) > 1}
+
+
+@cache
+def _code() -> str:
+    return _digest(sorted(_PACKAGE.rglob("*.py")))
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """Yield the texts in a config that are paths of what is there."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if name not in _WRITTEN:
+                yield from _paths(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _paths(inner)
+    elif isinstance(value, str) and 0 < len(value) < 1000 and "\0" not in value and Path(value).exists():
+        yield value
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())[:_FILES]
+
+
+def _digest(files: Iterable[Path]) -> str:
+    found = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        found.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as opened:
+            found.update(opened.read(_PIECE))
+            opened.seek(max(_PIECE, size - _PIECE))
+            found.update(opened.read(_PIECE))
+    return found.hexdigest()[:12]
