@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.core.method import PEFTMethod
-from lightning_peft.core.view import ModelView, once
+from lightning_peft.core.view import ModelView, once, seen_parameters
 from lightning_peft.errors import PEFTError
 from lightning_peft.tensors.sharding import assign, host_copy, local_part
 from lightning_peft.tensors.weights import is_same
@@ -145,10 +145,11 @@ def changed(model: ModelView) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         yield from ((lead + name, p, None) for name, p in moved.items() if p is not None)
 
 
-def added(model: ModelView) -> set[str]:
+@once
+def added(model: ModelView) -> Collection[str]:
     """Return the names of the parameters that ``model`` has got since adapters were injected."""
     known = {f"{p}.{name}" if p else name for p, _, registry in registries(model) for name in registry.requires_grad}
-    return model.parameters.keys() - known
+    return seen_parameters(model).keys() - known
 
 
 def moved(model: ModelView) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property, wraps
 from typing import Any, NamedTuple, TypeVar
 
@@ -185,6 +185,12 @@ def once(find: Callable[[ModelView], T]) -> Callable[[ModelView], T]:
         return fact
 
     return found
+
+
+@once
+def seen_parameters(view: ModelView) -> Mapping[str, nn.Parameter]:
+    """Return :attr:`ModelView.parameters`, for operations that put no others in their places."""
+    return view.parameters
 
 
 def _walk(root: nn.Module, seen: dict[nn.Module, _Seen]) -> Iterator[tuple[str, nn.Module]]:

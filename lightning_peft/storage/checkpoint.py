@@ -48,6 +48,7 @@ def finish(checkpoint: dict[str, Any], model: ModelView, full: bool) -> None:
         PEFTError: An adapter tensor is missing: a hook changed ``checkpoint["state_dict"]``.
     """
     extra = extra_state(model)
+    of_extra = by_name(extra)
     checkpoint[KEY] = {**metadata(model), "full": full, EXTRA: {name: {**own} for name, own in extra.items()}}
     state = {clean_name(name): tensor for name, tensor in checkpoint.setdefault("state_dict", {}).items()}
     trained = adapter_parameters_and_whole(model).keys()
@@ -57,12 +58,12 @@ def finish(checkpoint: dict[str, Any], model: ModelView, full: bool) -> None:
             "took it out. Drop that hook: only adapter state is saved anyway."
         )
     if trains_everything(model):
-        checkpoint["state_dict"] = {**checkpoint["state_dict"], **by_name(extra)}
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **of_extra}
     elif not full:
         # Hooks that take frozen weights out take with them what has changed of the rest.
         state = {**{name: tensor.detach() for name, tensor, _ in changed(model)}, **state}
         saved = {name: state.pop(name) for name in saved_tensors(model)}
-        others = {name: value for name, value in state.items() if name not in by_name(extra)}
+        others = {name: value for name, value in state.items() if name not in of_extra}
         checkpoint["state_dict"] = {**saved, **_of_hooks(others, model)}
 
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.core.registry import changed, registries, trained_whole, was_unloaded
-from lightning_peft.core.view import ModelView
+from lightning_peft.core.view import ModelView, seen_parameters
 from lightning_peft.errors import PEFTError
 from lightning_peft.structure.inner_models import transformers_models
 from lightning_peft.structure.layers import listed_blocks
@@ -52,7 +52,7 @@ def describe_base(model: ModelView, prefix: str = "") -> dict[str, Any]:
     """
     recorded = _recorded(model, prefix)
     samples = _described(model.part(prefix), _before_training(model)) if recorded is None else recorded
-    return {**identity(model, prefix), **samples}
+    return {**identity(model.part(prefix)), **samples}
 
 
 def record_base(model: ModelView) -> None:
@@ -69,9 +69,10 @@ def _described(model: ModelView, before: Mapping[int, Tensor | None], gather: bo
     """Return what the description of a base has of its weights."""
     weights = {n: w for n, module in model.modules.items() if (w := own_parameter(module, "weight")) is not None}
     adapted = [name for name, _, _ in model.slots if name in weights]
-    frozen = [n for n, w in weights.items() if n not in adapted and len(full_shape(w)) > 1 and id(w) not in before]
+    hosts = frozenset(adapted)
+    frozen = [n for n, w in weights.items() if n not in hosts and len(full_shape(w)) > 1 and id(w) not in before]
     seen = {id(weights[name]) for name in (*adapted, *frozen)}
-    others = [n for n, p in model.parameters.items() if id(p) not in seen and id(p) not in before]
+    others = [n for n, p in seen_parameters(model).items() if id(p) not in seen and id(p) not in before]
     # Methods that adapt no weights leave all of them to choose from.
     chosen = {"samples": _thinned(adapted or list(weights))}
     # Heads stand beside the lists of layers, or are the last of them.
@@ -96,9 +97,8 @@ def _recorded(model: ModelView, prefix: str = "") -> dict[str, Samples] | None:
     return None
 
 
-def identity(model: ModelView, prefix: str) -> dict[str, str]:
+def identity(part: ModelView) -> dict[str, str]:
     """Return the class of the base, and its name or path."""
-    part = model.part(prefix)
     named = next(iter(transformers_models(part).values()), part.module)
     path = getattr(getattr(named, "config", None), "_name_or_path", "")
     return {"class": _class_name(named), "name_or_path": str(path or "")}
@@ -124,13 +124,14 @@ def refuse_other_base(
     Raises:
         PEFTError: It is about another one; both are named.
     """
-    present = identity(model, prefix)
+    part = model.part(prefix)
+    present = identity(part)
     theirs = {kind: _without(kind, saved.get(kind, {}), prefix, held) for kind in _KINDS}
     if saved.get("samples") and not theirs["samples"]:
         return
     ours = _recorded(model, prefix)
     if ours is None:
-        part, before = model.part(prefix), _before_training(model)
+        before = _before_training(model)
         ours = {kind: _samples(part, kind, list(theirs[kind]), before) for kind in _KINDS}
     found = _distances(ours["samples"], theirs["samples"])
     distance, norm = (math.hypot(*(pair[i] for pair in found.values())) for i in (0, 1))

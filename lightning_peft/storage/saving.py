@@ -91,7 +91,7 @@ def about(model: ModelView, checkpoint: Mapping[str, Any] = MappingProxyType({})
         prefix: {name: [method.name for method in methods] for name, methods in registry.methods.items()}
         for prefix, _, registry in registries(model)
     }
-    bases = {prefix: identity(model, prefix) for prefix in methods}
+    bases = {prefix: identity(model.part(prefix)) for prefix in methods}
     return {"step": checkpoint.get("global_step"), "epoch": checkpoint.get("epoch"), "methods": methods, "base": bases}
 
 

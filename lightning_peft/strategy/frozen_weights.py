@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.core.registry import trained_whole
-from lightning_peft.core.view import ModelView
+from lightning_peft.core.view import ModelView, seen_parameters
 from lightning_peft.tensors.sharding import local_part
 
 
@@ -25,13 +25,13 @@ class FrozenWeights:
     """
 
     def __init__(self, model: ModelView) -> None:
-        self._names = frozenset(model.parameters)
+        self._names = frozenset(seen_parameters(model))
         self._sums = _sums(model)
 
     def changed(self, model: ModelView) -> set[str]:
         """Return the names of frozen weights of ``model`` that have changed since, or are new."""
         # One that another was put in the place of is there by a further name.
-        tied = {n: p for n in self._names - model.parameters.keys() if (p := model.parameter(n)) is not None}
+        tied = {n: p for n in self._names - seen_parameters(model).keys() if (p := model.parameter(n)) is not None}
         now = _sums(model, tied)
         return {name for name, value in now.items() if value != self._sums.get(name, value) or name not in self._names}
 
@@ -39,7 +39,7 @@ class FrozenWeights:
 def _sums(model: ModelView, more: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, int]:
     trained = {name for name, _, _ in trained_whole(model)}
     found: dict[torch.device, dict[str, Tensor]] = {}
-    for name, weight in {**model.parameters, **more}.items():
+    for name, weight in {**seen_parameters(model), **more}.items():
         if name not in trained and _is_readable(weight):
             found.setdefault(weight.device, {})[name] = _sum(weight)
     # One transfer for each device, not one for each weight.
@@ -52,6 +52,8 @@ def _sum(weight: Tensor) -> Tensor:
     flat = local_part(weight).reshape(-1)
     if flat.storage_offset() * flat.itemsize % 8:
         flat = flat.clone()
+    if flat.numel() * flat.itemsize % 8 == 0:
+        return flat.view(torch.int64).sum()
     data = flat.view(torch.uint8)
     whole = data.numel() // 8 * 8
     found = data[:whole].view(torch.int64).sum()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_peft.core.registry import added, differs, moved, note_moved, registries, trained_whole, trains_everything
-from lightning_peft.core.view import ModelView
+from lightning_peft.core.view import ModelView, seen_parameters
 from lightning_peft.errors import listed
 from lightning_peft.operations.shards import resharded
 from lightning_peft.strategy import refusals
@@ -74,7 +74,7 @@ class Inventory(Training):
     def _tell_idle(self, view: ModelView) -> None:
         """Name once what of the base has been unfrozen, or is new, and is not trained."""
         known = {*self._held, *map(id, held_parameters(self.optimizers)), *(id(t) for _, t, _ in trained_whole(view))}
-        idle = {n: p for n, p in view.parameters.items() if id(p) not in known and n not in self._told}
+        idle = {n: p for n, p in seen_parameters(view).items() if id(p) not in known and n not in self._told}
         new = sorted(idle.keys() & added(view))
         unfrozen = [name for name, p in idle.items() if p.requires_grad and name not in new]
         self._told.update(new, unfrozen)

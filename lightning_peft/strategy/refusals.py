@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.registry import added, registries, trains_everything
-from lightning_peft.core.view import ModelView
+from lightning_peft.core.view import ModelView, seen_parameters
 from lightning_peft.errors import PEFTError, listed
 from lightning_peft.operations.prepare import whole_names
 from lightning_peft.storage.state import adapter_parameters_and_whole
@@ -37,10 +37,11 @@ def refuse_unsaved(optimizers: Iterable[Optimizer], model: ModelView, known: Map
     if trains_everything(model):
         return
     saved = {id(tensor) for tensor in adapter_parameters_and_whole(model).values()}
-    base = {id(parameter): name for name, parameter in model.parameters.items()}
-    for parameter in held_parameters(optimizers):
-        if not parameter.requires_grad or id(parameter) in saved:
-            continue
+    held = held_parameters(optimizers)
+    if not (unsaved := [p for p in held if p.requires_grad and id(p) not in saved]):
+        return
+    base = {id(parameter): name for name, parameter in seen_parameters(model).items()}
+    for parameter in unsaved:
         if name := base.get(id(parameter)):
             if name in added(model):
                 raise PEFTError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -125,6 +127,71 @@ def manifests(folder: Path, options: Options) -> Table:
     return table
 
 
+class Saves(pl.Callback):
+    """Saves after every batch, and notes the milliseconds of the process that it takes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.taken = path, list[float]()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        start = time.process_time()
+        trainer.save_checkpoint(self.path)
+        self.taken.append(1e3 * (time.process_time() - start))
+
+
+class Narrow(Module):
+    """Layers so small that reading their weights takes no time, of which the first four are adapted."""
+
+    def __init__(self, layers: int) -> None:
+        pl.LightningModule.__init__(self)
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(layers)))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.layers(batch).square().mean()
+
+
+ADAPTED = [f"layers.{layer}.0" for layer in range(4)]
+
+
+def of_the_process(layers: int, folder: Path, rounds: int) -> dict[str, float]:
+    """Return the milliseconds of the process that saving and loading take beside ``layers`` layers: medians."""
+    saves, method = Saves(folder / "a.ckpt"), LoRA(r=8, target_modules=ADAPTED)
+    options = {**QUIET, "max_steps": rounds + 2, "callbacks": [saves]}
+    trainer = pl.Trainer(default_root_dir=folder, strategy=PEFTStrategy(method, merge_on_train_end=False), **options)
+    trainer.fit(Narrow(layers), DataLoader(torch.randn(4 * rounds + 8, 8), batch_size=4))
+    model = Narrow(layers)
+    inject(model, method)
+    found = {"a checkpoint in a run": statistics.median(saves.taken[2:])}
+    for what, run in (
+        ("`save_adapter`", lambda: save_adapter(model, folder / "adapter")),
+        ("`load_adapter`", lambda: load_adapter(model, folder / "adapter")),
+    ):
+        taken = []
+        for _ in range(rounds):
+            start = time.process_time()
+            run()
+            taken.append(1e3 * (time.process_time() - start))
+        found[what] = statistics.median(taken)
+    return found
+
+
+def growth(folder: Path, options: Options) -> Table:
+    """Measure how saving and loading grow with the number of frozen layers."""
+    few, many = (60, 120) if options.quick else (60, 600)
+    table = Table(
+        "growth",
+        "Saving and loading with more frozen layers (time of the process)",
+        ["what", f"{few} layers, ms", f"{many} layers, ms", "ratio"],
+    )
+    small, large = (of_the_process(layers, folder, 4 * options.rounds) for layers in (few, many))
+    table.rows = [[what, small[what], large[what], large[what] / small[what]] for what in small]
+    table.notes.append(
+        "One look at every module is needed, to see what is adapted, has changed or is new, and a checkpoint in a run "
+        "reads every frozen weight once, to tell if something has written to it."
+    )
+    return table
+
+
 def main(options: Options) -> list[Table]:
     """Measure checkpoints."""
     layers = 2 if options.quick else 8
@@ -147,8 +214,8 @@ def main(options: Options) -> list[Table]:
         rounds = measure.in_turns(cases, 4 * options.rounds)
         saving.rows.append(["time", measure.ratios(rounds, "large", "small", "save")])
         saving.rows.append(["memory", (1 + saving_memory(large, path)) / (1 + saving_memory(small, path))])
-        hashes = manifests(Path(folder), options)
-    return [sizes, formula, saving, hashes]
+        hashes, growing = manifests(Path(folder), options), growth(Path(folder), options)
+    return [sizes, formula, saving, growing, hashes]
 
 
 if __name__ == "__main__":

@@ -232,6 +232,7 @@ def _drop_frozen(optimizer: Optimizer, names: Mapping[int, str]) -> None:
 
 def parameter_names(optimizer: Optimizer, model: nn.Module) -> list[str]:
     """Return the name of every parameter of ``optimizer``, by position."""
-    names = {id(p): clean_name(name) for name, p in model.named_parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    held = {*map(id, parameters)}
+    names = {id(p): clean_name(name) for name, p in model.named_parameters() if id(p) in held}
     return [names.get(id(p), f"not in the module: {position}") for position, p in enumerate(parameters)]
