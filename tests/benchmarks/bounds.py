@@ -2,7 +2,8 @@
 
 *Arithmetic*: its products, counted (forward and backward, attention and head included). *Traffic*: what the adapters
 read and write beside the layers, at a card's full bandwidth, where a frozen layer's products reach 60 % of its peak.
-*Launches*: kernels that wait for the host, where all kernels do. The largest is the line that a row is measured by.
+*Launches*: six kernels beside a layer (two forward; dY B, dA, dB and dX's sum backward), where all kernels wait for the
+host. The largest is the line that a row is measured by.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Card:
 CARDS = {"H100": Card(989e12, 3.35e12), "H200": Card(989e12, 4.8e12)}
 REACHED = 0.6
 """The share of the peak that products of a frozen layer reach."""
+KERNELS = 6
+"""What a low-rank change cannot be computed without, beside a layer, forward and backward."""
 _ELEMENT = 2
 
 
@@ -44,8 +47,10 @@ class Lines:
 
     @property
     def largest(self) -> tuple[float, str]:
-        """The line that decides, and its name."""
+        """The line that decides, and its name. On a GPU that of traffic has the products' time in it."""
         known = {name: value for name, value in vars(self).items() if value is not None}
+        if self.traffic is not None:
+            del known["arithmetic"]
         name = max(known, key=lambda name: known[name])
         return known[name], name
 
@@ -63,7 +68,9 @@ def lines(shape: subjects.Shape, card: Card | None = None, fused: bool = False) 
     plain, more = (flops(lambda model=model: measure.backward(model(hidden))) for model in (bound, ours))
     if card is None:
         return Lines(more / plain)
-    kernels, with_ours = (sum(map(len, measure.operators(model, hidden))) for model in (bound, ours))
+    hidden.grad = None
+    kernels = sum(map(len, measure.operators(bound, hidden)))
+    with_adapters = kernels + KERNELS * sum(1 for _ in targets_of(bound))
     computing, launching = plain / (REACHED * card.flops), kernels / card.launches
     moved = _ELEMENT * shape.batch * shape.tokens * elements(bound, hidden, fused)
     # They come on top of each other: small products read more than they compute.
@@ -71,7 +78,7 @@ def lines(shape: subjects.Shape, card: Card | None = None, fused: bool = False) 
     return Lines(
         more / plain,
         1 + traffic / max(computing, launching),
-        max(computing, with_ours / card.launches) / max(computing, launching),
+        max(computing, with_adapters / card.launches) / max(computing, launching),
     )
 
 

@@ -19,7 +19,8 @@ _TILES = ((128, 256, 64, 3, 8), (128, 128, 64, 4, 4), (64, 128, 32, 4, 4), (64, 
 
 @triton.autotune(
     [triton.Config({"M": m, "N": n, "K": k, "GROUP": 8}, num_stages=s, num_warps=w) for m, n, k, s, w in _TILES],
-    key=["rows", "columns", "inner"],
+    # Forward Y is laid out as Wᵀ, backward as W.
+    key=["rows", "columns", "inner", "y_row"],
 )
 @triton.jit
 def _kernel(

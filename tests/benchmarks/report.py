@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ class Options:
     rounds: int
     device: str
     out: Path
+    model: str = ""
+    """What the name of a model has to hold; all models if it is empty."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,10 +71,11 @@ def answer(question: Callable[[Options], list[Table]]) -> None:
     parser.add_argument("--quick", action="store_true", help="small models and few rounds, to see that it runs")
     parser.add_argument("--rounds", type=int, help="how often every variant has its turn")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--model", default="", help="only models whose name holds this; rows of others stay")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for JSON")
     given = parser.parse_args()
     rounds = given.rounds or (2 if given.quick else 5 if given.device == "cpu" else 15)
-    options = Options(given.quick, rounds, given.device, given.out)
+    options = Options(given.quick, rounds, given.device, given.out, given.model)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -82,7 +85,17 @@ def answer(question: Callable[[Options], list[Table]]) -> None:
             table.name += f"_{given.device}"
         table.machine, table.quick = machine(given.device), given.quick
         print(table.markdown(), flush=True)
-        write(table, options.out)
+        write(with_others(table, options) if given.model else table, options.out)
+
+
+def with_others(table: Table, options: Options) -> Table:
+    """Return ``table`` with the rows that a run has written of other models, on the same machine."""
+    file = options.out / f"{table.name}.json"
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    if (earlier.get("machine"), earlier.get("quick")) != (table.machine, table.quick):
+        return table
+    known = {row[0] for row in table.rows}
+    return replace(table, rows=[*(row for row in earlier["rows"] if row[0] not in known), *table.rows])
 
 
 def machine(device: str) -> str:

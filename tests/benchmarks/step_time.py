@@ -39,7 +39,7 @@ def main(options: Options) -> list[Table]:
     """Time training steps."""
     columns = ["model", "dropout", "variant", *(f"{part} / bound" for part in PARTS), "step / HF peft", "at least"]
     table = Table("step_time", "Training step: medians (and quartiles) of ratios within a round", columns)
-    for name, shape in subjects.shapes(options.quick, options.device).items():
+    for name, shape in subjects.shapes(options.quick, options.device, options.model).items():
         subject, hidden = shape.build(options.device, options.dtype), shape.inputs(options.device, options.dtype)
         large = options.device == "cpu" and "Llama" in name
         wanted = (variants.BOUND, variants.OURS, variants.PEFT) if large and "70B" in name else ()

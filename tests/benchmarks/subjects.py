@@ -113,8 +113,12 @@ def _kind(config: PretrainedConfig) -> tuple[Callable[[Any], nn.Module], tuple[s
     return (LlamaForCausalLM if config.tie_word_embeddings else LlamaModel), LLAMA_TARGETS
 
 
-def shapes(quick: bool, device: str = "cpu") -> dict[str, Shape]:
-    """The models of the tables by name; small cuts and few tokens with ``quick``."""
+def shapes(quick: bool, device: str = "cpu", model: str = "") -> dict[str, Shape]:
+    """The models of the tables whose name holds ``model``; small cuts and few tokens with ``quick``."""
+    return {name: shape for name, shape in _shapes(quick, device).items() if model in name}
+
+
+def _shapes(quick: bool, device: str) -> dict[str, Shape]:
     if device != "cpu":
         layers, tokens = (1, 512) if quick else (4, 4096)
         return {

@@ -2,6 +2,8 @@
 
 *One matrix*: W + s·B·A is made first, and x is multiplied once: the fewest kernels, but the gradient of a whole matrix.
 *Fused*: what the adapter adds is added by the product with W itself, in a kernel written in Triton, where there is one.
+A and B have the dtype of W; *float32* has them in float32, as users do. On a GPU many calls are timed together, so
+that kernels are what is timed where they take longer than Python.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from benchmarks import measure, variants
 from benchmarks.report import Options, Table, answer
 
 ONE_MATRIX, FUSED, PLAIN = "one matrix, W + s·B·A", "fused, in Triton", "as the formula is written"
+OURS_WIDE = f"{variants.OURS}, float32"
+_TOGETHER = 20
+"""So many calls have one time."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Written(nn.Module):
         self.weight, self.compute = linear.weight.requires_grad_(False), compute
         r, options = variants.RANK, {"device": linear.weight.device, "dtype": linear.weight.dtype}
         self.lora_A = nn.Parameter(torch.randn(r, linear.in_features, **options) / linear.in_features**0.5)
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, **options))
+        self.lora_B = nn.Parameter(torch.randn(linear.out_features, r, **options))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.compute(x, self.weight, self.lora_A, self.lora_B, variants.ALPHA / variants.RANK)
@@ -91,7 +96,8 @@ def ways(device: str) -> dict[str, Callable[[nn.Linear], nn.Module]]:
     """Return what makes of a linear layer what is timed, by name."""
     found: dict[str, Callable[[nn.Linear], nn.Module]] = {
         variants.BOUND: lambda linear: linear.requires_grad_(False),
-        variants.OURS: _ours,
+        variants.OURS: lambda linear: _ours(linear, linear.weight.dtype),
+        OURS_WIDE: lambda linear: _ours(linear, torch.float32),
         PLAIN: lambda linear: Written(linear, plain),
         ONE_MATRIX: lambda linear: Written(linear, one_matrix),
     }
@@ -100,10 +106,14 @@ def ways(device: str) -> dict[str, Callable[[nn.Linear], nn.Module]]:
     return found
 
 
-def _ours(linear: nn.Linear) -> nn.Module:
+def _ours(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     stack = nn.Sequential(linear)
     stack.targets = ("0",)
-    return variants.ours(stack, 0.0)
+    made = variants.ours(stack, 0.0)
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return made
 
 
 def main(options: Options) -> list[Table]:
@@ -125,10 +135,14 @@ def main(options: Options) -> list[Table]:
 
 
 def _timed(model: nn.Module, hidden: Tensor, device: str) -> measure.Timed:
+    # Not of ones or zeros, whose products take less power and so less time.
+    gradient = torch.randn_like(model(hidden))
+
     def run() -> None:
-        measure.backward(model(hidden))
-        model.zero_grad(set_to_none=True)
-        hidden.grad = None
+        for _ in range(1 if device == "cpu" else _TOGETHER):
+            model(hidden).backward(gradient)
+            model.zero_grad(set_to_none=True)
+            hidden.grad = None
 
     def timed() -> Mapping[str, float]:
         return {"step": measure.seconds(run, device)}
