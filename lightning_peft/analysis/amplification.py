@@ -28,7 +28,15 @@ class Amplification:
     in_random: float
     """The same with random directions, on average: ‖W‖ · r / √(out · in)."""
     overlap: Tensor
-    """φ(i, j) ``[k, r]`` of W's right directions with ΔW's (appendix H.3), of as many of W's as ΔW has."""
+    """φ(i, j) ``[k, r]`` of W's right directions, all of them, with those of ΔW (appendix H.3)."""
+
+    @property
+    def in_top(self) -> float:
+        """φ of the first tenth of W's right directions with those of ΔW (appendix H.3): how far ΔW lies in them.
+
+        By chance it is ``max(i, j) / in`` for i and j directions: a tenth, if the change has fewer.
+        """
+        return float(self.overlap[max(1, len(self.overlap) // 10) - 1, -1])
 
     @property
     def factor(self) -> float:
@@ -65,5 +73,5 @@ def amplification(change: WeightChange, rank: int | None = None) -> Amplificatio
         in_change=float(torch.linalg.vector_norm(u[:, :r].T @ weight @ v[:, :r])),
         in_weight=float(torch.linalg.vector_norm(own[:r])),
         in_random=norm * r / (out_features * in_features) ** 0.5,
-        overlap=subspace_similarity(right[:r].T, v[:, :r]),
+        overlap=subspace_similarity(right.T, v[:, :r]),
     )

@@ -201,6 +201,10 @@ def test_amplification_is_table_seven() -> None:
         assert row.in_random == pytest.approx(np.linalg.norm(weight.numpy()) * r / math.sqrt(24 * 40))
         overlap = np.linalg.norm(own_vh[:r] @ vh[:r].T) ** 2 / r
         assert float(row.overlap[r - 1, r - 1]) == pytest.approx(overlap)
+        # Appendix H.3: the first tenth of the directions of W, which has 24.
+        top = np.linalg.norm(own_vh[:2] @ vh[:r].T) ** 2 / min(2, r)
+        assert row.overlap.shape == (24, r)
+        assert row.in_top == pytest.approx(top)
     assert amplification(change).rank == 4
     # The paper's figures for random directions of GPT-3's query weight, r = 4 and 64.
     assert pytest.approx(0.02, abs=5e-4) == 61.95 * 4 / 12288

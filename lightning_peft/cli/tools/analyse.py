@@ -36,6 +36,7 @@ _HEADINGS = {
     "in_weight": "of W",
     "in_random": "random",
     "factor": "factor",
+    "in_top": "in top 10%",
     "similarity": "phi",
     "random_similarity": "random",
     "similarity_a": "phi of A",
@@ -102,7 +103,7 @@ def _row(name: str, change: WeightChange, other: WeightChange | None) -> _Row:
     row |= {"stable_rank": change.stable_rank, "effective_rank": change.effective_rank}
     if change.weight is not None and rank:
         measured = amplification(change)
-        keys = ("in_change", "in_weight", "in_random", "factor")
+        keys = ("in_change", "in_weight", "in_random", "factor", "in_top")
         row |= {key: getattr(measured, key) for key in keys}
     if other is not None:
         grid = similarity(change, other)
