@@ -167,7 +167,7 @@ def main() -> None:
     seconds: dict[str, float] = {}
     data = OUT / "data"
     with timed("make questions", seconds):
-        write_data(data, train=384, test=8 if fast else 64)
+        write_data(data, train=256, test=8 if fast else 64)
     questions = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
 
     args = ["fit", "--config", str(CONFIG)]
