@@ -1,6 +1,6 @@
 """Fine-tune SmolLM2-135M-Instruct by LoRA to answer questions about small tables in SQL, and judge it by running it.
 
-    python examples/quickstart.py                      # the real job: about three minutes on two CPU cores
+    python examples/quickstart.py                      # the real job: about two minutes on two CPU cores
     python examples/quickstart.py --without-template   # the same, with questions as they are: see examples/README.md
     python examples/quickstart.py --fast               # a tiny random model, as a check of the installation
 
@@ -167,7 +167,7 @@ def main() -> None:
     seconds: dict[str, float] = {}
     data = OUT / "data"
     with timed("make questions", seconds):
-        write_data(data, train=256, test=8 if fast else 64)
+        write_data(data, test=8 if fast else 64)
     questions = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
 
     args = ["fit", "--config", str(CONFIG)]

@@ -275,7 +275,7 @@ def execution_accuracy(database: ReadOnlyDatabase, gold: Sequence[str], predicte
 # ------------------------------------------------------------------------------------------- the data files
 
 
-def write_data(out: Path, train: int = 384, test: int = 64, seed: int = 0) -> None:
+def write_data(out: Path, train: int = 256, test: int = 64, seed: int = 0) -> None:
     """Write `tables.sqlite`, `train.jsonl` and `test.jsonl` to the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     make_database(out / "tables.sqlite", seed)
@@ -290,7 +290,7 @@ def main() -> None:
     """Write the data files, as the command line says."""
     parser = argparse.ArgumentParser(description="Write training and test questions and their database.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--train", type=int, default=384, help="training questions (default: 384)")
+    parser.add_argument("--train", type=int, default=256, help="training questions (default: 256)")
     parser.add_argument("--test", type=int, default=64, help="test questions (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="of tables and questions (default: 0)")
     args = parser.parse_args()
