@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from lightning_peft.callbacks.other_lightning import replace_pytorch_lightning
 from lightning_peft.callbacks.summary import AdapterSummary, adapter_summary
-from lightning_peft.core.disable import disable
+from lightning_peft.core.contexts import disable
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.moved import keep_old_names
 from lightning_peft.errors import PEFTError

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lightning_peft.callbacks.summary import adapter_summary
-from lightning_peft.core.disable import disable
+from lightning_peft.core.contexts import disable, evaluating
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.merge import merge, unmerge
@@ -129,8 +129,6 @@ def latencies(trainer: pl.Trainer, module: pl.LightningModule, first: FirstCall)
     """
     if first.of is None or trainer.world_size > 1:
         return {"seconds": None, "base_seconds": None, "merges": None}
-    training = module.training
-    module.eval()
 
     def call() -> None:
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
@@ -138,12 +136,12 @@ def latencies(trainer: pl.Trainer, module: pl.LightningModule, first: FirstCall)
 
     merges, adapted = _merges(module), bool(ModelView(module).slots)
     ours, base = [], []
-    for _ in range(_ROUNDS):
-        with _merged(module) if merges and adapted else nullcontext():
-            ours.append(_timed(call, module.device))
-        with disable(module) if adapted else nullcontext():
-            base.append(_timed(call, module.device))
-    module.train(training)
+    with evaluating(module):
+        for _ in range(_ROUNDS):
+            with _merged(module) if merges and adapted else nullcontext():
+                ours.append(_timed(call, module.device))
+            with disable(module) if adapted else nullcontext():
+                base.append(_timed(call, module.device))
     return {"seconds": median(ours), "base_seconds": median(base), "merges": merges}
 
 

@@ -15,7 +15,7 @@ from types import ModuleType
 _PACKAGE = "lightning_peft"
 _ROOMS = {
     "tensors": "seeding shadow sharding weights",
-    "core": "adapter calls disable method registry stand_in",
+    "core": "adapter calls method registry stand_in",
     "structure": "blocks fused_parts inner_models",
     "targets": "select",
     "adapters": "low_rank rows",
@@ -31,6 +31,7 @@ MOVED = {
     "bottleneck_rows": "adapters.bottleneck.rows",
     "cli_errors": "parsing.method_errors",
     "commands": "cli.tools.inspect",
+    "disable": "core.contexts",
     "formats.files": "files.contents",
     "planning.command": "cli.plan",
     **{f"tasks.{name}": f"tasks.answers.{name}" for name in ("answer_loss", "generation")},

@@ -9,8 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
-from lightning_peft.adapters.virtual_tokens.initial_tokens import evaluating
-from lightning_peft.core.disable import disable
+from lightning_peft.core.contexts import disable, evaluating
 from lightning_peft.core.registry import registries
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError

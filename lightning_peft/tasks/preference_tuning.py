@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.virtual_tokens.infix import IGNORED
-from lightning_peft.adapters.virtual_tokens.initial_tokens import evaluating
-from lightning_peft.core.disable import disable
+from lightning_peft.core.contexts import disable, evaluating
 from lightning_peft.core.registry import adapted
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError

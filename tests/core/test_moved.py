@@ -49,6 +49,7 @@ MODULES = {
 }
 OLD = sorted(f"{package}.{name}".strip(".") for package, names in MODULES.items() for name in names.split())
 OTHERWISE_CALLED = {
+    "disable": "contexts",
     "bottleneck_rows": "rows",
     "cli_errors": "method_errors",
     "commands": "inspect",

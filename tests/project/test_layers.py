@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "strategy.bases": "tensors core operations files formats storage strategy strategy.optimizers",
     "tasks": "core structure adapters.virtual_tokens operations tasks.answers tasks.batches tasks.data "
     "tasks.pretrained",
-    "tasks.answers": "adapters.virtual_tokens",
+    "tasks.answers": "core adapters.virtual_tokens",
     "tasks.data": "adapters.virtual_tokens tasks.batches tasks.pretrained",
     "tasks.batches": "tensors adapters.virtual_tokens",
     "tasks.pretrained": "",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_peft.adapters.virtual_tokens.virtual_tokens import Decoder
-from lightning_peft.core.disable import disable
+from lightning_peft.core.contexts import disable, evaluating
 from lightning_peft.core.registry import registries
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
@@ -134,18 +133,6 @@ def start(method: str, parameter: Tensor, values: Tensor) -> None:
             "were made. Load the model's weights before injecting, or start at random."
         )
     write(parameter, values)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module and all below it in evaluation mode; afterwards each is as it was."""
-    training = [child for child in module.modules() if child.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child in training:
-            child.training = True
 
 
 def _embedding(decoder: Decoder) -> Any:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from lightning_peft.cli.tools.inspect import base_name
-from lightning_peft.core.disable import disable
+from lightning_peft.core.contexts import disable
 from lightning_peft.errors import PEFTError
 from lightning_peft.operations.inject import set_adapter
 from lightning_peft.storage.loading import load_adapter

@@ -1,4 +1,4 @@
 """The answers of language models: scores of their tokens, generation, and metrics of what was generated.
 
-Imports adapters.virtual_tokens.
+Imports core and adapters.virtual_tokens.
 """

@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lightning_peft.adapters.virtual_tokens.infix import IGNORED, answers
-from lightning_peft.adapters.virtual_tokens.initial_tokens import evaluating
+from lightning_peft.core.contexts import evaluating
 from lightning_peft.tasks.answers.mean_loss import mean_loss
 
 _KEEPS_NONE = ("lightning_peft.", "torch.distributed.", "deepspeed.")

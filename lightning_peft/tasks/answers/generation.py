@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from lightning_peft.adapters.virtual_tokens.initial_tokens import evaluating
+from lightning_peft.core.contexts import evaluating
 from lightning_peft.errors import PEFTError
 
 

@@ -1,4 +1,4 @@
-"""The base model for a while: adapters off, and what was trained whole, or has changed, as it was before."""
+"""A model otherwise for a while: as its base was, with adapters off; or as it is used, in evaluation mode."""
 
 from __future__ import annotations
 
@@ -50,3 +50,15 @@ def disable(model: nn.Module) -> Iterator[None]:
                 put_back(units)
             for (tensor, _), value in zip(others, kept, strict=True):
                 assign(tensor, value)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module and all below it in evaluation mode; afterwards each is as it was."""
+    training = [child for child in module.modules() if child.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child in training:
+            child.training = True
