@@ -168,11 +168,15 @@ def _legend(grid: Grid, found: Sequence[Row]) -> str:
 
 def _ends(grid: Grid, found: Sequence[Row]) -> Iterator[str]:
     """Say where a better value may lie beyond what was offered."""
-    ends = [f"{row.cell.name}: {row.chosen} of {row.at_the_end}" for row in found if row.at_the_end is not None]
+    ends: dict[str, list[str]] = {}
+    for row in found:
+        if row.at_the_end is not None:
+            ends.setdefault(f"{row.chosen} of {row.at_the_end}", []).append(row.cell.name)
     if grid.choice and ends:
+        cells = [f"{what} ({'all' if len(names) == len(found) else '; '.join(names)})" for what, names in ends.items()]
         yield (
             f"{grid.choice.axis}: the lowest or the highest that was offered is the best, and a better one may lie "
-            f"beyond, in {len(ends)} of {len(found)} cells: {'; '.join(ends)}."
+            f"beyond: {', '.join(cells)}."
         )
 
 

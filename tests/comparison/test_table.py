@@ -105,7 +105,7 @@ def test_what_was_chosen_at_the_end_of_what_was_offered_is_told(tmp_path: Path, 
         return None if found is None else {**found, "validate": {"val_loss": loss}}
 
     text = markdown(grid, rows(grid, cells(grid), State(played, lambda run: None)))
-    assert f"beyond, in 1 of 2 cells: rank=1: {end} of 0.001, 0.01, 0.1." in text
+    assert f"beyond: {end} of 0.001, 0.01, 0.1 (rank=1)." in text
 
 
 def test_a_line_for_each_run(grid: Grid) -> None:
