@@ -94,3 +94,14 @@ def recorded_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tens
             hook = module.register_forward_pre_hook(partial(record, name), with_kwargs=True)
             stack.callback(hook.remove)
         yield found
+
+
+def add_scaled(output: Tensor, delta: Tensor, scale: float) -> Tensor:
+    """Return ``output + scale · delta``.
+
+    Compiled, the scale is a variable of the program, which then serves adapters of every scale: it can be one where a
+    tensor is multiplied by it, as ``alpha`` it would be a constant.
+    """
+    if torch.compiler.is_compiling():
+        return output + delta * scale
+    return torch.add(output, delta, alpha=scale)

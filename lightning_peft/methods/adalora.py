@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from lightning_peft.adapters.low_rank.making import fitting_rank, lowered_ranks
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.calls import input_of
+from lightning_peft.core.calls import add_scaled, input_of
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
@@ -66,7 +66,7 @@ class AdaLoRAAdapter(Adapter):
         x = functional.dropout(input_of(args, kwargs), self.dropout, self.training)
         hidden = functional.linear(x, (self.lora_A * self.lora_E).to(x.dtype))  # [..., r]
         delta = functional.linear(hidden, self.lora_B.to(hidden.dtype))
-        return torch.add(output, delta, alpha=self.scale).to(output.dtype)
+        return add_scaled(output, delta, self.scale).to(output.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return W0 + scale · B (E ⊙ A)."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank.conv import convolved, kernel_of, with_core
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.calls import input_of
+from lightning_peft.core.calls import add_scaled, input_of
 from lightning_peft.core.method import PEFTMethod
 from lightning_peft.core.view import ModelView
 from lightning_peft.errors import PEFTError
@@ -73,7 +73,7 @@ class LoKrAdapter(Adapter):
         left, right = (self._factor(factor, x.dtype) for factor in ("lokr_w1", "lokr_w2"))
         columns = x.unflatten(-1, (left.shape[1], right.shape[1]))  # [..., m, in / m]
         delta = (left @ (columns @ right.T)).flatten(-2)  # [..., l, out / l], then [..., out]
-        return torch.add(output, in_one_piece(delta), alpha=self.scale).to(output.dtype)
+        return add_scaled(output, in_one_piece(delta), self.scale).to(output.dtype)
 
     def _product(self, start: int, length: int, like: Tensor) -> Tensor:
         """Return so many rows of W1 ⊗ W2, in the dtype of ``like``."""
@@ -112,7 +112,7 @@ class ConvLoKrAdapter(LoKrAdapter):
         """Add what the Kronecker product makes of the input to ``output`` ``[batch, out, ...]``."""
         x, shape = input_of(args, kwargs), full_shape(weight_of(base))
         delta = convolved(base, x, self._product(0, shape[0], x).view(shape))
-        return torch.add(output, delta, alpha=self.scale).to(output.dtype)
+        return add_scaled(output, delta, self.scale).to(output.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

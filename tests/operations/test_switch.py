@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 
 from lightning_peft import (
     IA3,
+    AdaLoRA,
     DoRA,
+    LoHa,
+    LoKr,
     LoRA,
     ParallelAdapter,
     PEFTError,
@@ -87,6 +91,40 @@ def test_compiled_programs_serve_every_adapter(method: str) -> None:
             assert all(f".peft.{names[index]}." in key for key in grads)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counts
     assert len({tuple(output.flatten().tolist()) for output in seen}) == 32
+
+
+SCALED: dict[str, Callable[[int], PEFTMethod]] = {
+    "lora": lambda alpha: LoRA(r=2, alpha=alpha, **TARGETS),
+    "biased": lambda alpha: LoRA(r=2, alpha=alpha, lora_bias=True, **TARGETS),
+    "pissa": lambda alpha: LoRA(r=2, alpha=alpha, init="pissa", **TARGETS),
+    "dora": lambda alpha: DoRA(r=2, alpha=alpha, **TARGETS),
+    "loha": lambda alpha: LoHa(r=2, alpha=alpha, **TARGETS),
+    "lokr": lambda alpha: LoKr(r=2, alpha=alpha, **TARGETS),
+    "adalora": lambda alpha: AdaLoRA(init_r=2, target_r=1, alpha=alpha, **TARGETS),
+    "parallel": lambda alpha: ParallelAdapter(bottleneck=2, scale=alpha, **TARGETS),
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_adapters_of_other_scales_cost_one_more_program(kind: str) -> None:
+    """The second scale makes it a variable of the program, as torch does with numbers; a third compiles nothing."""
+    model = mlp()
+    alphas = {"default": 2, "second": 4, "third": 16, "fourth": 1}
+    for name, alpha in alphas.items():
+        inject(model, SCALED[kind](alpha), name=name)
+        fill(model, name, alpha)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    seen = {}
+    with torch.no_grad():
+        for name in ("default", "second"):
+            set_adapter(model, name)
+            compiled(X)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for name in (*alphas, "default"):
+                set_adapter(model, name)
+                seen[name] = compiled(X)
+                assert (seen[name] - model(X)).abs().max() <= 1e-5
+    assert len({tuple(output.flatten().tolist()) for output in seen.values()}) == len(alphas)
 
 
 def test_a_compiled_transformer_serves_every_adapter() -> None:

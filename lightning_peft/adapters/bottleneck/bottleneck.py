@@ -57,6 +57,8 @@ class Shape:
             raise PEFTError(f"{self.method}: dropout={self.dropout!r} was given; it is a probability in [0, 1).")
         if not (isinstance(self.scale, int | float) and math.isfinite(self.scale)):
             raise PEFTError(f"{self.method}: scale={self.scale!r} was given; it is a finite number.")
+        # torch.compile makes a program for every whole number, and one for all others.
+        object.__setattr__(self, "scale", float(self.scale))
 
 
 class Bottleneck(Adapter):

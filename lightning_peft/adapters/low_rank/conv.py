@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
-from lightning_peft.core.calls import input_of
+from lightning_peft.core.calls import add_scaled, input_of
 from lightning_peft.tensors.weights import is_conv
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -64,7 +64,7 @@ class ConvLoRAAdapter(LoRAAdapter):
         x, padding = _padded(base, x)
         hidden = convolve(x, self.lora_A.to(x.dtype), None, base.stride, padding, base.dilation)  # [batch, r, ...]
         delta = convolve(hidden, self.lora_B.to(hidden.dtype), groups=base.groups)
-        return torch.add(output, delta, alpha=self.scale).to(output.dtype)
+        return add_scaled(output, delta, self.scale).to(output.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return W0 + scale · B A for a weight ``[out, in · kernel]``."""

@@ -55,8 +55,9 @@ class FusedLoRAAdapter(LoRAAdapter):
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Add the low-rank terms to the rows of their parts in ``output`` ``[..., out]``."""
         x = functional.dropout(input_of(args, kwargs), self.dropout, self.training)
-        delta = self._deltas(functional.linear(x, self.lora_A.to(x.dtype))).to(output.dtype)
-        return torch.index_add(output, -1, self.get_buffer("rows"), delta, alpha=self.scale)
+        # As `alpha` the scale would be a constant of a compiled program.
+        delta = self._deltas(functional.linear(x, self.lora_A.to(x.dtype)) * self.scale).to(output.dtype)
+        return torch.index_add(output, -1, self.get_buffer("rows"), delta)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return W0 with scale · B_p A_p added to the rows of each part."""

@@ -13,7 +13,7 @@ from torch.nn import functional
 from lightning_peft.adapters.low_rank.products import add_low_rank, frozen_matrix, is_large, product_dtype
 from lightning_peft.adapters.low_rank.shared_input import Member, SharedInput
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.calls import input_of, with_input
+from lightning_peft.core.calls import add_scaled, input_of, with_input
 from lightning_peft.tensors.seeding import fill
 from lightning_peft.tensors.sharding import alongside
 from lightning_peft.tensors.weights import features, is_linear, tensor_options
@@ -116,14 +116,19 @@ class LoRAAdapter(Adapter):
             x = functional.dropout(x, self.dropout, self.training)
         # The small matrices follow the activations: casting x instead would cost a float32 copy of it.
         hidden = functional.linear(x, a if a.dtype == x.dtype else a.to(x.dtype))  # [..., r]
+        if compiles := torch.compiler.is_compiling():
+            # A number that a tensor is multiplied by can be a variable of the program, so that adapters of other scales
+            # need no other one; `alpha` is part of it.
+            hidden = hidden * self.scale
         delta = functional.linear(hidden, b if b.dtype == hidden.dtype else b.to(hidden.dtype))  # [..., out]
-        changed = torch.add(output, delta, alpha=self.scale)
+        changed = output + delta if compiles else torch.add(output, delta, alpha=self.scale)
         return changed if changed.dtype == output.dtype else changed.to(output.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return W0 + scale · B A (section 4.1, "No Additional Inference Latency")."""
         a, b = (matrix.detach().to(weight.dtype) for matrix in (self.lora_A, self.lora_B))
-        return torch.addmm(weight, b, a, alpha=self.scale), bias
+        # Not as `alpha`, with which a compiled program that folds, as DoRA's does for its norms, would serve one scale.
+        return torch.addmm(weight, b * self.scale, a), bias
 
     def extra_repr(self) -> str:
         """Show what parameters do not."""
@@ -157,7 +162,7 @@ class BiasedLoRAAdapter(LoRAAdapter):
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Add the low-rank term and the bias to ``output`` ``[..., out]``."""
         changed = super().forward(base, args, kwargs, output)
-        return torch.add(changed, self.lora_B_bias.to(changed.dtype), alpha=self.scale)
+        return add_scaled(changed, self.lora_B_bias.to(changed.dtype), self.scale)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return W0 + scale · B A, and the layer's bias with scale · b in it."""
@@ -184,4 +189,4 @@ class ActivatedLoRAAdapter(LoRAAdapter):
         hidden = functional.linear(dropped, self.lora_A.to(x.dtype))  # [..., r]
         hidden = torch.where(alongside(hidden, self.active(x)), hidden, 0)
         delta = functional.linear(hidden, self.lora_B.to(hidden.dtype))  # [..., out]
-        return torch.add(output, delta, alpha=self.scale).to(output.dtype)
+        return add_scaled(output, delta, self.scale).to(output.dtype)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from lightning_peft.adapters.low_rank.linear import LoRAAdapter
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.calls import input_of
+from lightning_peft.core.calls import add_scaled, input_of
 from lightning_peft.errors import PEFTError
 from lightning_peft.tensors.packed import is_packed
 from lightning_peft.tensors.seeding import fill
@@ -109,7 +109,7 @@ class PrincipalAdapter(LoRAAdapter):
         down, up = self._factors()
         hidden = functional.linear(x, down.to(x.dtype))  # [..., 2r]
         delta = functional.linear(hidden, up.to(hidden.dtype))
-        return torch.add(output, delta, alpha=self.scale).to(output.dtype)
+        return add_scaled(output, delta, self.scale).to(output.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return W0 + scale · (B A - B0 A0)."""
