@@ -87,3 +87,16 @@ def test_a_run_has_a_picture_of_its_tables(tmp_path: Path) -> None:
     assert picture is not None
     bars = [element for element in ElementTree.parse(picture).iter() if element.tag.endswith("rect")]
     assert len(bars) == 1 + len(TABLES["launches"].rows)
+
+
+def test_rows_of_other_models_stay_on_the_same_machine(tmp_path: Path) -> None:
+    options = report.Options(quick=False, rounds=1, device="cpu", out=tmp_path, model="narrow")
+    spread = Spread(1.0, 0.9, 1.1)
+    earlier = report.Table("t", "T", ["model", "time"], [["narrow", spread], ["wide", spread]], machine="one")
+    report.write(earlier, tmp_path)
+    new = report.Table("t", "T", ["model", "time"], [["narrow", 2.0]], machine="one")
+    report.write(report.with_others(new, options), tmp_path)
+    (found,) = readme.tables_in(tmp_path).values()
+    assert [(row[0], report.text(row[1])) for row in found.rows] == [("wide", "1.00 (0.90 to 1.10)"), ("narrow", "2")]
+    elsewhere = replace(new, machine="another")
+    assert report.with_others(elsewhere, options) == elsewhere
