@@ -32,6 +32,8 @@ class Card:
 CARDS = {"H100": Card(989e12, 3.35e12), "H200": Card(989e12, 4.8e12)}
 REACHED = 0.6
 """The share of the peak that products of a frozen layer reach."""
+NEAR = 0.05
+"""What is no further above a line meets it."""
 KERNELS = 6
 """What a low-rank change cannot be computed without, beside a layer, forward and backward."""
 _ELEMENT = 2
@@ -131,11 +133,16 @@ def main(options: Options) -> list[Table]:
     return [table]
 
 
-def at_least(shape: subjects.Shape, device: str) -> str:
-    """Return the line that decides on ``device``, the name of a GPU or a CPU, as a table shows it."""
-    card = next((card for name, card in CARDS.items() if name in device), None)
-    value, name = lines(shape, card).largest
-    return f"{value:.3f} ({name})"
+def at_least(shape: subjects.Shape, device: str) -> tuple[float, str]:
+    """Return the line that decides on ``device``, the name of a GPU or a CPU, and its name."""
+    return lines(shape, next((card for name, card in CARDS.items() if name in device), None)).largest
+
+
+def beside(line: tuple[float, str], step: measure.Spread) -> str:
+    """Return a line as a table shows it, with whether a step, as a multiple of the frozen bound, meets it."""
+    value, name = line
+    met = "met" if step.median <= (1 + NEAR) * value else f"{step.median / value:.2f} times it"
+    return f"{value:.3f} ({name}): {met}"
 
 
 if __name__ == "__main__":

@@ -55,15 +55,12 @@ def main(options: Options) -> list[Table]:
             against = [measure.ratios(rounds, (variant, dropout), (variants.BOUND, 0.0), part) for part in PARTS]
             peer = (variants.PEFT, dropout)
             beside = measure.ratios(rounds, (variant, dropout), peer, "step") if peer in cases else "-"
-            table.rows.append([name, f"{dropout:g}", variant, *against, beside, _line(variant, line)])
+            # No line but the bound holds for what has no adapters.
+            shown = "-" if variant in (variants.BOUND, variants.FULL) else bounds.beside(line, against[-1])
+            table.rows.append([name, f"{dropout:g}", variant, *against, beside, shown])
         del cases, subject
     table.notes += variants.notes(options.device)
     return [table]
-
-
-def _line(variant: str, line: str) -> str:
-    """Return what a row is measured by: no line but the bound holds for what has no adapters."""
-    return "-" if variant in (variants.BOUND, variants.FULL) else line
 
 
 if __name__ == "__main__":

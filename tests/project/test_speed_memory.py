@@ -80,8 +80,10 @@ def test_the_elements_that_adapters_move() -> None:
 
 def test_the_largest_line_decides() -> None:
     shape = subjects.Shape(LlamaConfig(**launches.SMALL), 1, 4)
-    assert bounds.at_least(shape, "a server CPU").endswith("(arithmetic)")
-    assert bounds.at_least(shape, "NVIDIA H200, torch 3").endswith("(launches)")
+    assert bounds.at_least(shape, "a server CPU")[1] == "arithmetic"
+    assert bounds.at_least(shape, "NVIDIA H200, torch 3")[1] == "launches"
+    assert bounds.beside((1.2, "launches"), measure.Spread.of([1.25])) == "1.200 (launches): met"
+    assert bounds.beside((1.2, "launches"), measure.Spread.of([1.8])) == "1.200 (launches): 1.50 times it"
 
 
 def test_a_cpu_copies_one_matrix_more() -> None:
