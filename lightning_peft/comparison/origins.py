@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,10 @@ def _paths(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from _paths(inner)
-    elif isinstance(value, str) and 0 < len(value) < 1000 and "\0" not in value and Path(value).exists():
-        yield value
+    elif isinstance(value, str) and value:
+        with suppress(OSError, ValueError):  # a text that is no path: too long, or with characters that none has
+            if Path(value).exists():
+                yield value
 
 
 def _files(path: Path) -> list[Path]:

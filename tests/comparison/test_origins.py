@@ -19,7 +19,10 @@ def config(tmp_path: Path) -> dict[str, Any]:
     return {
         "seed_everything": 0,
         "trainer": {"max_steps": 3, "callbacks": [saver, forgetting]},
-        "model": {"class_path": "CausalLM", "init_args": {"model": str(tmp_path / "base"), "lr": 0.1}},
+        "model": {
+            "class_path": "CausalLM",
+            "init_args": {"model": str(tmp_path / "base"), "prompts": ["a\0b", "x" * 999]},
+        },
         "data": {"init_args": {"train_file": str(tmp_path / "train.jsonl"), "val_file": str(tmp_path / "none.jsonl")}},
     }
 
