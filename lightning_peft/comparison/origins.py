@@ -16,7 +16,7 @@ _PACKAGE = Path(__file__).parents[1]
 _PIECE = 2**20
 """So many bytes are read at each end of a file."""
 _FILES = 1000
-"""Of a directory with more, the first by name."""
+"""Of a directory with more, the first by name; what lies in directories below is not looked at."""
 _WRITTEN = frozenset({"dirpath", "save_dir", "cache_dir", "default_root_dir"})
 """Keys of a config under which a run writes."""
 
@@ -60,12 +60,13 @@ def _paths(value: Any) -> Iterator[str]:
             yield from _paths(inner)
     elif isinstance(value, str) and value:
         with suppress(OSError, ValueError):  # a text that is no path: too long, or with characters that none has
-            if Path(value).exists():
+            # Not "." or "/", which may end sentences; and what is around a run is not what it reads.
+            if Path(value).exists() and not Path.cwd().is_relative_to(Path(value).resolve()):
                 yield value
 
 
 def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())[:_FILES]
+    return [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())[:_FILES]
 
 
 def _digest(files: Iterable[Path]) -> str:

@@ -7,6 +7,9 @@ import pytest
 
 from lightning_peft.comparison.origins import differing, origin
 
+STRANGE = ["a\0b", "x" * 999, ".", "..", "/", ""]
+"""Texts that are no paths, and paths of what is around a run."""
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> dict[str, Any]:
