@@ -105,8 +105,8 @@ class LoRAAdapter(Adapter):
 
     def forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Add the low-rank term to ``output`` ``[..., out]``."""
-        shared = self.shared_input
-        if not torch.compiler.is_compiling() and shared.has_read():
+        shared, compiles = self.shared_input, torch.compiler.is_compiling()
+        if not compiles and shared.has_read():
             return shared.add(self, output)
         x, a, b = input_of(args, kwargs), self.lora_A, self.lora_B
         if not (self.training or torch.is_grad_enabled()) and product_dtype(base, x, a, b) is not None:
@@ -116,7 +116,7 @@ class LoRAAdapter(Adapter):
             x = functional.dropout(x, self.dropout, self.training)
         # The small matrices follow the activations: casting x instead would cost a float32 copy of it.
         hidden = functional.linear(x, a if a.dtype == x.dtype else a.to(x.dtype))  # [..., r]
-        if compiles := torch.compiler.is_compiling():
+        if compiles:
             # A number that a tensor is multiplied by can be a variable of the program, so that adapters of other scales
             # need no other one; `alpha` is part of it.
             hidden = hidden * self.scale
