@@ -196,14 +196,16 @@ def test_subspaces_are_those_of_the_changes(tmp_path: Path, monkeypatch: pytest.
         found[rank, seed] = (model.get_parameter(query) - base.get_parameter(query)).detach().double()
     monkeypatch.setattr(sys, "argv", ["subspaces.py", str(tmp_path), "--base", str(tmp_path / "base")])
     subspaces.main()
-    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
     of_random = next(line for line in lines if line[0] == "random")
     assert [float(cell) for cell in of_random[-4:]] == [pytest.approx(i / 64, abs=0.006) for i in (1, 8, 4, 8)]
     left, _, right = torch.linalg.svd(found[4, 0])
     inside = left[:, :4].T @ base.get_parameter(query).detach().double() @ right[:4].T
     table = next(line for line in lines if line[:2] == ["q_proj", "4"])
-    assert float(table[-1]) == pytest.approx(float(found[4, 0].norm() / inside.norm()), abs=0.02)
+    assert float(table[-2]) == pytest.approx(float(found[4, 0].norm() / inside.norm()), abs=0.02)
+    own = torch.linalg.svd(base.get_parameter(query).detach().double())[2]
+    assert float(table[-1]) == pytest.approx(float((own[:6] @ right[:4].T).norm() ** 2 / 4), abs=0.006)
     (first, second) = (torch.linalg.svd(found[8, seed])[2] for seed in (0, 1))
-    pair = next(line for line in lines if line[:3] == ["q_proj", "8, 0", "8, 1"])
-    assert float(pair[3]) == pytest.approx(float(first[0] @ second[0]) ** 2, abs=0.006)
+    pair = next(line for line in lines if line[:4] == ["of ΔW", "q_proj", "8, 0", "8, 1"])
+    assert float(pair[4]) == pytest.approx(float(first[0] @ second[0]) ** 2, abs=0.006)
     assert float(pair[-1]) == pytest.approx(float((first[:8] @ second[:8].T).norm() ** 2 / 8), abs=0.006)
