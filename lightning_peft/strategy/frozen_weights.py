@@ -49,7 +49,8 @@ def _sums(model: ModelView, more: Mapping[str, Tensor] = MappingProxyType({})) -
 
 def _sum(weight: Tensor) -> Tensor:
     """Return the sum over the bits of ``weight``, eight bytes at a time."""
-    flat = local_part(weight).reshape(-1)
+    # A slice with steps, an expanded or a conjugate tensor has no bits in a row of its own: those are copied.
+    flat = local_part(weight).resolve_conj().resolve_neg().reshape(-1).contiguous()
     if flat.storage_offset() * flat.itemsize % 8:
         flat = flat.clone()
     if flat.numel() * flat.itemsize % 8 == 0:

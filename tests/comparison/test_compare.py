@@ -14,7 +14,7 @@ from comparable import Known, grid_file
 
 from lightning_peft.cli import PEFTCLI, main
 from lightning_peft.cli import cells as process
-from lightning_peft.comparison import machine
+from lightning_peft.comparison import machine, origins
 from lightning_peft.comparison.results import read_json
 
 SHARED = str(Path(__file__).resolve().parents[1] / "shared")
@@ -203,6 +203,23 @@ def test_a_metric_that_no_run_logs(
     monkeypatch.setattr(Known, "training_step", lambda *_: pytest.fail("a run was trained"))
     _, error = compare(capsys, grid_file(tmp_path, **changes))
     assert said in error
+
+
+def test_results_of_two_versions_are_told_apart(
+    tmp_path: Path, here: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Also of a run that one version began and another went on with."""
+    out, _ = compare(capsys, grid_file(tmp_path, axes={"rank": [1, 2]}, report={"validate": ["val_loss"]}))
+    assert "Not all runs are made from the same" not in out
+    (first,) = {json.dumps(line["origins"]) for line in lines(tmp_path)}
+    monkeypatch.setattr(origins, "_code", lambda: "another")
+    out, _ = compare(capsys, grid_file(tmp_path, axes={"rank": [1, 2]}))
+    assert "are there already" not in out
+    for line in lines(tmp_path):
+        assert [*json.loads(first), line["origins"][-1]] == line["origins"]
+        assert line["origins"][-1]["lightning_peft"].endswith("(another)")
+    assert "Not all runs are made from the same: lightning_peft " in out
+    assert "(another). Remove a run's directory to have it made anew." in out
 
 
 def test_another_grid_takes_no_result_of_this_one(tmp_path: Path, here: list[list[str]], capsys: Any) -> None:
