@@ -20,7 +20,7 @@ from lightning_peft.analysis.plots import require_matplotlib
 from lightning_peft.comparison.cells import Cell, cells, placed, run_of
 from lightning_peft.comparison.choosing import seeds_of
 from lightning_peft.comparison.grid import Grid, read_grid
-from lightning_peft.comparison.machine import Machine, require_submitit
+from lightning_peft.comparison.machine import Machine, interruptible, require_submitit
 from lightning_peft.comparison.plots import plots
 from lightning_peft.comparison.results import locked
 from lightning_peft.comparison.running import Comparison
@@ -72,7 +72,8 @@ def compare(
     with locked(given.out, wait=False):
         comparison = Comparison(given, found, machine, tell=lambda line: print(line, flush=True) if not json else None)
         try:
-            comparison.run()
+            with interruptible():
+                comparison.run()
         except KeyboardInterrupt:
             raise SystemExit("lightning-peft: stopped. The same command does what is missing.") from None
         made = rows(given, found, comparison.state)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +209,39 @@ def test_a_metric_that_no_run_logs(
     monkeypatch.setattr(Known, "training_step", lambda *_: pytest.fail("a run was trained"))
     _, error = compare(capsys, grid_file(tmp_path, **changes))
     assert said in error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_comparison_that_is_told_to_end_leaves_no_job_at_work(tmp_path: Path) -> None:
+    file = grid_file(tmp_path, axes={"rank": [1, 2]}, set={"model.waits": 1.0, "trainer.max_epochs": 1000})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([SHARED, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "lightning_peft", "compare", str(file)]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_until(lambda: bool(at_work(tmp_path)) and any(tmp_path.glob("out/runs/*/log.txt")))
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert said.endswith("lightning-peft: stopped. The same command does what is missing.\n")
+    wait_until(lambda: not at_work(tmp_path))
+
+
+def at_work(folder: Path) -> list[str]:
+    """Return the processes that have a path under ``folder`` among their arguments."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found += [entry.parent.name] if str(folder / "out").encode() in entry.read_bytes() else []
+    return found
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.2)
+    pytest.fail("It did not come about within two minutes.")
 
 
 def test_results_of_two_versions_are_told_apart(

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class Known(pl.LightningModule):
         dies_with: The run with this seed kills itself once, at its third step.
         breaks: Raise an error in training.
         cancels: Kill the job of SLURM that this is.
+        waits: Seconds that a training step takes.
     """
 
     def __init__(
@@ -36,9 +38,11 @@ class Known(pl.LightningModule):
         dies_with: int | None = None,
         breaks: bool = False,
         cancels: bool = False,
+        waits: float = 0.0,
     ) -> None:
         super().__init__()
         self.lr, self.best, self.dies_with, self.breaks, self.cancels = lr, best, dies_with, breaks, cancels
+        self.waits = waits
         self.layer = nn.Linear(4, 4)
         self.data = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
 
@@ -46,6 +50,7 @@ class Known(pl.LightningModule):
         return (self.layer(batch[0]) - batch[0].flip(-1)).pow(2).mean()
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        time.sleep(self.waits)
         if self.breaks:
             raise RuntimeError("broken on purpose\nwith a second line")
         if self.cancels:
