@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 _PACKAGE = Path(__file__).parents[1]
-_PIECE = 2**20
-"""So many bytes are read at each end of a file."""
+_WHOLE, _PIECE = 2**26, 2**20
+"""Files of so many bytes are read as a whole; of larger ones so many at each end."""
 _FILES = 1000
 """Of a directory with more, the first by name; what lies in directories below is not looked at."""
 _WRITTEN = frozenset({"dirpath", "save_dir", "cache_dir", "default_root_dir"})
@@ -24,7 +24,7 @@ _WRITTEN = frozenset({"dirpath", "save_dir", "cache_dir", "default_root_dir"})
 def origin(config: Mapping[str, Any]) -> dict[str, str]:
     """Return what a run of ``config`` is made from: a version or a digest, by the name of what it is of.
 
-    A digest of a file is one of its size and of the mebibyte at each end.
+    A digest of a file of more than 64 MiB is one of its size and of the mebibyte at each end.
     """
     read = [config.get("model"), config.get("data"), (config.get("trainer") or {}).get("callbacks")]
     return {
@@ -60,8 +60,9 @@ def _paths(value: Any) -> Iterator[str]:
             yield from _paths(inner)
     elif isinstance(value, str) and value:
         with suppress(OSError, ValueError):  # a text that is no path: too long, or with characters that none has
+            path = Path(value)
             # Not "." or "/", which may end sentences; and what is around a run is not what it reads.
-            if Path(value).exists() and not Path.cwd().is_relative_to(Path(value).resolve()):
+            if path.is_file() or (path.is_dir() and not Path.cwd().is_relative_to(path.resolve())):
                 yield value
 
 
@@ -74,8 +75,9 @@ def _digest(files: Iterable[Path]) -> str:
     for file in files:
         size = file.stat().st_size
         found.update(f"{file.name}\0{size}\0".encode())
-        with file.open("rb") as opened:
-            found.update(opened.read(_PIECE))
-            opened.seek(max(_PIECE, size - _PIECE))
+        # What cannot be read, a run will not have read; or it will say so itself.
+        with suppress(OSError), file.open("rb") as opened:
+            found.update(opened.read(_WHOLE if size <= _WHOLE else _PIECE))
+            opened.seek(max(0, size - _PIECE))
             found.update(opened.read(_PIECE))
     return found.hexdigest()[:12]

@@ -7,8 +7,8 @@ import pytest
 
 from lightning_peft.comparison.origins import differing, origin
 
-STRANGE = ["a\0b", "x" * 999, ".", "..", "/", ""]
-"""Texts that are no paths, and paths of what is around a run."""
+STRANGE = ["a\0b", "x" * 999, ".", "..", "/", "/dev/null", ""]
+"""Texts that are no paths, and paths of what is around a run or is no file."""
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def config(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "weights").write_bytes(b"w" * 3 * 2**20)
     for name in ("train.jsonl", "text.jsonl", "out"):
-        (tmp_path / name).write_text("a")
+        (tmp_path / name).write_text("abc")
     saver = {"class_path": "Saver", "init_args": {"dirpath": str(tmp_path / "out")}}
     forgetting = {"class_path": "Forgetting", "init_args": {"file": str(tmp_path / "text.jsonl")}}
     return {
@@ -24,7 +24,7 @@ def config(tmp_path: Path) -> dict[str, Any]:
         "trainer": {"max_steps": 3, "callbacks": [saver, forgetting]},
         "model": {
             "class_path": "CausalLM",
-            "init_args": {"model": str(tmp_path / "base"), "prompts": ["a\0b", "x" * 999]},
+            "init_args": {"model": str(tmp_path / "base"), "stop": STRANGE},
         },
         "data": {"init_args": {"train_file": str(tmp_path / "train.jsonl"), "val_file": str(tmp_path / "none.jsonl")}},
     }
@@ -34,11 +34,16 @@ def at_the_end(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1] + b"x")
 
 
+def in_the_middle(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2] + b"x" + content[len(content) // 2 + 1 :])
+
+
 def longer(file: Path) -> None:
     file.write_bytes(file.read_bytes() + file.read_bytes()[:1])
 
 
-@pytest.mark.parametrize("change", [at_the_end, longer])
+@pytest.mark.parametrize("change", [at_the_end, in_the_middle, longer])
 @pytest.mark.parametrize("name", ["base/weights", "train.jsonl", "text.jsonl"])
 def test_another_file_is_another_origin(name: str, change: Any, config: dict[str, Any], tmp_path: Path) -> None:
     before = origin(config)
